@@ -20,11 +20,13 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from evaluators.lm_eval import LmEvalSettings
 from evaluators.scoring import score
+from evaluators.tasks import miniatures
 from evomerge.checkpoints.live import LiveModel, live_model, load_weights
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.inference import showing
 from evomerge.inference.generation import GREEDY
+from evomerge.inference.media import Media
 from evomerge.inference.nested import flat, joined, unflat
 from evomerge.inference.pictures import held_media
 from evomerge.inference.reading import Prompt, Reader
@@ -209,6 +211,20 @@ def test_image_tokens_are_not_kept_for_another_tower() -> None:
         hook.remove()
     finally:
         live.model.load_state_dict(before)
+
+
+def test_pictures_that_nobody_has_looked_at_are_read_anew(tmp_path: Path) -> None:
+    """A plug-in may name a file without a hash; two such files are not one picture."""
+    live, prompts = miniature(), []
+    tokens = image_tokens(live, None)
+    for number, doc in enumerate(tasks("en")._items["search"].docs[:2]):
+        miniatures.shown(doc)[0].save(tmp_path / f"{number}.png")
+        media = (Media("image", tmp_path / f"{number}.png"),)
+        prompts.append(Reader.of(live).prompt("Q:<image>\nA:", 24, "here", media))
+    before = tokens.computed
+    found = respond_to(TransformersEngine(live), [Generate(prompt, 24, ("\n",)) for prompt in prompts])
+    assert found[0] != found[1]
+    assert tokens.computed == before + 2
 
 
 def test_elements_that_change_places_are_another_tower() -> None:

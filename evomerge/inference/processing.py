@@ -67,5 +67,4 @@ def processed(processor: Any, text: str, media: Sequence[Media], start: Sequence
 
 def placeholder(processor: Any) -> str:
     """What stands for a picture in the texts that a processor takes."""
-    token: str = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or IMAGE
-    return token
+    return str(getattr(processor, "image_token", None) or IMAGE)
