@@ -53,6 +53,8 @@ _LIBRARIES = (
     "ray",
     "datasets",
     "numpy",
+    "pillow",
+    "torchvision",  # where it is there, transformers makes pixels of pictures by it, with other last bits
 )
 
 
