@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from evomerge.calibration import Calibration
 from evomerge.checkpoints.checks import check_compatible, check_keeps_seeing
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.processor import check_processor
+from evomerge.checkpoints.sharding import heads_of
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.vocabulary import align
 from evomerge.cli import app
@@ -115,6 +117,23 @@ def test_names_of_another_time_stay_those_of_the_files(folder: Path, tmp_path: P
     _, said = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not said["missing_keys"]
     assert not said["unexpected_keys"]
+
+
+def test_configurations_as_the_hub_has_them_are_read(folder: Path, tmp_path: Path) -> None:
+    """Qwen2-VL's has the text model's settings beside all others; others leave out what is at its default."""
+    qwen = save_vision("qwen2_vl", tmp_path / "qwen")
+    config = json.loads((qwen / "config.json").read_text())
+    text = config.pop("text_config")
+    flat = {**config, **{key: value for key, value in text.items() if key != "model_type"}}
+    (qwen / "config.json").write_text(json.dumps(flat))
+    source = opened(qwen)
+    assert (source.layers, source.described["vocab_size"]) == (2, text["vocab_size"])
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("vocab_size", "num_attention_heads", "head_dim"):
+        config["text_config"].pop(key, None)
+    source = replace(opened(folder), config=config)
+    assert source.described["text_config"]["vocab_size"] == 36
+    assert heads_of(source.described).attention == 4
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

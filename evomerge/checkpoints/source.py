@@ -32,7 +32,7 @@ from evomerge.checkpoints.folder import (
 from evomerge.checkpoints.headers import STORED_DTYPES, TORCH_DTYPES, TensorEntry, map_file, release_pages, view_entry
 from evomerge.checkpoints.kept_blueprints import blueprint
 from evomerge.checkpoints.kinds import check_kind, headless
-from evomerge.checkpoints.layered import LayerSetting
+from evomerge.checkpoints.layered import LayerSetting, with_text_settings
 from evomerge.checkpoints.parts import Fold, Part, check_shape, entries
 from evomerge.checkpoints.places import find_folder, split_reference
 from evomerge.checkpoints.prompts import SourcePrompt, open_prompt
@@ -122,6 +122,12 @@ class Source:
     def takes_images(self) -> bool:
         """It reads images as well as texts."""
         return bool(self.written)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Its config.json with what its text model's sizes are, which that of a model with images may leave out."""
+        known = {key: value for key, value in self.settings.items() if value is not None and key != "depth"}
+        return with_text_settings(self.config, known) if self.takes_images else self.config
 
     @cached_property
     def _written_in_layer(self) -> dict[str, str]:

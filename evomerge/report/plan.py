@@ -206,7 +206,7 @@ def shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
     sizes = [int(size * _widened(prepared)) for size in layer_bytes(model, model.layers)]
     weights, itemsize = _live_bytes(prepared), int(model.dtype.itemsize * _widened(prepared))
     hops = max(layers, prepared.setup.space.hops)
-    return model_shape(model.config, weights, sources, hops, itemsize, sizes), works
+    return model_shape(model.described, weights, sources, hops, itemsize, sizes), works
 
 
 def _tokens_with_images(prepared: Prepared, evaluator: Evaluator) -> int | None:

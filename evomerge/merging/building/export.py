@@ -95,8 +95,9 @@ def _tensors(
             yield names[name], tensor
         if name in copies:
             yield copies[name], tensor
-    for name in model.carried.keys() - done:
-        yield name, model.read_carried(name)
+    for name in model.carried:
+        if name not in done:
+            yield name, model.read_carried(name)
 
 
 @contextmanager

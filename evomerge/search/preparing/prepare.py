@@ -99,7 +99,7 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
         runtime_env_of(file.cluster)
     sources = open_sources(asked)
     model = sources[file.tokenizer_source]
-    check_layout(file, model.config, model.layers)
+    check_layout(file, model.described, model.layers)
     untouched = Untouched(sources.values())
     space = space_of(file, sources)
     check_mixtures(file, space, sources)
