@@ -39,14 +39,15 @@ UNIT = {
     "test_hardware", "test_hybrid_space", "test_inference", "test_item_response", "test_mergekit", "test_merging_drops",
     "test_merging_methods", "test_mixture_space", "test_numbers", "test_parameter_space", "test_path_drawing",
     "test_prompts_space", "test_racing", "test_recipe", "test_record", "test_routed_space", "test_routers",
-    "test_statistics", "test_store",
+    "test_sparse_methods", "test_statistics", "test_store",
 }  # fmt: skip
 
 # Files that take longest, these first: processes share out whole files, and one of these at the end would run alone.
 LONG = (
-    "test_service_walk", "test_ray_pool", "test_merging_methods", "test_commands", "test_service_report",
-    "test_evaluators_function", "test_kill", "test_service_browser", "test_faults_outside", "test_methods_searched",
-    "test_chaos", "test_cluster_files", "test_gpu_kit", "test_launch", "test_service_drivers",
+    "test_service_walk", "test_ray_pool", "test_merging_methods", "test_sparse_methods", "test_commands",
+    "test_service_report", "test_evaluators_function", "test_kill", "test_service_browser", "test_faults_outside",
+    "test_methods_searched", "test_chaos", "test_cluster_files", "test_gpu_kit", "test_launch",
+    "test_service_drivers",
 )  # fmt: skip
 
 

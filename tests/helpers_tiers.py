@@ -57,7 +57,7 @@ COMMIT_VARIANTS: dict[str, Collection[str]] = {
     "test_faults_outside::test_a_source_that_changes_stops_the_search_before_anything_of_it_counts": (
         "overwritten", "tokenizer",
     ),
-    # Every method is compiled and run whole by test_merging_methods.py and test_every_tensor_is_what_its_method_makes.
+    # Every method is held to its contract, and run whole by test_every_tensor_is_what_its_method_makes_of_it.
     "test_merging_device::test_a_device_makes_what_the_compiled_passes_make": (
         "linear", "slerp", "ties", "dare_ties", "della", "sce", "gram", "tsv", "cabs",
     ),

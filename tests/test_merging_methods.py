@@ -72,39 +72,6 @@ class TestModelStock(MethodContract):
     method = METHODS["model_stock"]
 
 
-class TestTies(MethodContract):
-    method = TIES
-
-
-class TestBreadcrumbs(MethodContract):
-    method = METHODS["breadcrumbs"]
-
-
-class TestBreadcrumbsTies(MethodContract):
-    method = METHODS["breadcrumbs_ties"]
-
-
-class TestDareLinear(MethodContract):
-    method = DARE_LINEAR
-
-
-class TestDareTies(MethodContract):
-    method = DARE_TIES
-
-
-class TestDellaLinear(MethodContract):
-    method = METHODS["della_linear"]
-
-
-class TestDella(MethodContract):
-    method = METHODS["della"]
-
-
-class TestSce(MethodContract):
-    method = METHODS["sce"]
-    whole: ClassVar = {"select_topk": 1.0}
-
-
 class TestRam(MethodContract):
     method = METHODS["ram"]
     whole: ClassVar = {}
@@ -150,10 +117,6 @@ class TestPcb(MethodContract):
 class TestResmerge(MethodContract):
     method = METHODS["resmerge"]
     tolerance: ClassVar[float] = 1e-5
-
-
-class TestCabs(MethodContract):
-    method = METHODS["cabs"]
 
 
 class TestRegmeanPlusPlus(MethodContract):
