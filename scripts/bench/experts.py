@@ -194,7 +194,7 @@ class Bench:
     def _searched(self, name: str, space: Mapping[str, Any]) -> Recipe:
         """The best candidate of a search."""
         prepared, worker = self._opened(space)
-        pool = CountingPool(worker)
+        pool = CountingPool(worker, {})
         place = self.folder / f"{name.replace(' ', '_')}-{self.seed}.{int(time.time())}"
         store = create_search(place, prepared, fingerprints_of(prepared))
         with store, acquire(store):
