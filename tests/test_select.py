@@ -190,6 +190,17 @@ def test_a_killed_selection_goes_on_and_ends_the_same(writes: int, searched: Pat
     assert sources[0] == sources[1]
 
 
+def test_the_plan_is_that_of_the_sources_that_will_be_searched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a budget that the baselines of all sources would spend alone, and the law's among them."""
+    file = select_file(tmp_path, budget={"candidates": 7}, baselines={"kappa": True})
+    rows = {row["key"]: row["text"] for row in json_of(capsys, "validate", file, "--json")["rows"]}
+    assert rows["select"].startswith("at most 2 of 4 sources, the others as one where that is better; by up to 4 items")
+    assert "20 in all" in rows["select"]
+    assert rows["space"].startswith("3 parameters")
+
+
 # --- bad input
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from evomerge.merging.adapters.tiers import tiers_of
 from evomerge.merging.measured.amplitude import EVEN, kappa, relative_norms
 from evomerge.merging.measured.evidence import Evidence
-from evomerge.search.preparing.prepare import Prepared, build_space
+from evomerge.search.preparing.prepare import Prepared, build_space, space_of
 from evomerge.store import Store
 from search_spaces.base import Measures
 from search_spaces.parameter_space import LAW, ParameterSpaceSettings
@@ -53,5 +53,5 @@ def planned_baselines(prepared: Prepared) -> int:
     """How many baselines by the law a search will have that begins now."""
     if prepared.file.base is None or not prepared.file.baselines.kappa:
         return 0
-    space = build_space(prepared.file, prepared.sources, Measures(kappa=EVEN))
+    space = space_of(prepared.file, prepared.sources, Measures(kappa=EVEN))
     return len(list(space.baselines())) - len(list(prepared.setup.space.baselines()))

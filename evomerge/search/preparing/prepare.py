@@ -160,10 +160,10 @@ def with_sources(prepared: Prepared, file: SearchFile) -> Prepared:
     )  # fmt: skip
 
 
-def space_of(file: SearchFile, sources: Mapping[str, Source]) -> SearchSpace:
+def space_of(file: SearchFile, sources: Mapping[str, Source], measures: Measures = UNMEASURED) -> SearchSpace:
     """The space of a search file; where sources are yet to be chosen, one over as many as will be."""
     file = stand_in(file)
-    return build_space(file, _those_of(file, sources))
+    return build_space(file, _those_of(file, sources), measures)
 
 
 def _those_of(file: SearchFile, sources: Mapping[str, Source]) -> dict[str, Source]:
