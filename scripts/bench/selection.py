@@ -203,7 +203,7 @@ def report(folder: Path) -> None:
         print(f"after less told: {mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(pairs)} seeds")
         figures["after"] = {"seeds": len(pairs), "mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps(content | {"select": figures}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(content | {"select": figures}, indent=2) + "\n")
 
 
 def bootstrap(gaps: NDArray[np.float64], draws: int = 10_000) -> tuple[float, float, float]:
