@@ -76,7 +76,10 @@ def select(
     set_: SetOption = [],  # noqa: B006
     json_: JsonOption = False,
 ) -> None:
-    """Choose among many sources, as `select:` of a search file does first. Prints the table; nothing is searched."""
+    """Choose among many sources, before a search.
+
+    As a search whose file says `select:` does first. Prints the table; nothing is searched.
+    """
     from evomerge.commands.run import select
 
     raise typer.Exit(select(file, set_, as_json=json_))

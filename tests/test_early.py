@@ -161,6 +161,7 @@ def test_evaluators_know_their_metrics_before_they_are_built() -> None:
         "cost": {"measure": True},
         "language": {"file": "x", "language": "ja"},
         "rouge": {"file": "x"},
+        "exact_match": {"file": "x"},
         "reward_model": {"file": "x", "model": "x"},
         "mgsm": {"language": "ja"},
         "python": {"file": "x", "items_file": "x", "metrics": {"s": "maximize"}},

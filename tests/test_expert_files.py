@@ -58,7 +58,7 @@ def written(base: Path, folder: Path, form: str) -> dict[str, Tensor]:
         for expert in range(count):
             down, up, router = names_of(form, stem, expert)
             tensors[down] = torch.randn(RANK, weight.shape[1], generator=numbers)
-            tensors[up] = 0.1 * torch.randn(weight.shape[0], RANK, generator=numbers)
+            tensors[up] = 0.03 * torch.randn(weight.shape[0], RANK, generator=numbers)
         tensors[router] = torch.randn(count, weight.shape[1], generator=numbers)
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")

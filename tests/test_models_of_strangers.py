@@ -441,7 +441,7 @@ def adapter(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **sett
 def test_settings_of_adapters_are_refused(
     folder: Path, settings: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evomerge.checkpoints.adapters._PATTERN_SECONDS", 0.3)
+    monkeypatch.setattr("evomerge.checkpoints.adapter_settings._PATTERN_SECONDS", 0.3)
     module = f"{'a' * 80}!"
     tensors = {f"{module}.lora_A.weight": torch.ones(4, 16), f"{module}.lora_B.weight": torch.ones(16, 4)}
     refused(adapter(folder, tensors if words == "in time" else None, **settings), words)

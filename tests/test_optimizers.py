@@ -525,16 +525,17 @@ def test_gp_survives_failures_of_two_objectives() -> None:
 
 def test_gp_on_two_objectives_knows_what_is_pending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a barrier: the improvement that Optuna looks for is that of the front with the genomes that are out."""
-    from optuna._gp import acqf
+    from optuna.samplers._gp import sampler
 
+    improvement = sampler.acqf_module.qLogEHVI  # looked up before it is replaced: the module is loaded when first used
     seen: list[np.ndarray] = []
 
-    class Recorded(acqf.qLogEHVI):
+    class Recorded(improvement):  # type: ignore[misc, valid-type]
         def __init__(self, *args: object, **named: object) -> None:
             seen.append(named["normalized_params_of_running_trials"])  # type: ignore[arg-type]
             super().__init__(*args, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(acqf, "qLogEHVI", Recorded)
+    monkeypatch.setattr(sampler.acqf_module, "qLogEHVI", Recorded)
     optimizer = OptunaSettings(name="gp", population=2).build(reals(2, 0.0, 1.0), 2, 0)
     first = optimizer.ask(12)
     optimizer.tell([Observation(g, [float(g @ g), float((1 - g) @ (1 - g))]) for g in first])

@@ -357,4 +357,4 @@ def test_prompts_and_answers_are_read_in_a_terminal(tmp_path: Path, capsys: pyte
         assert "\x1b" not in text
     assert evomerge("compare", tmp_path / "out", "c0001", "c0002", "--items", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"objective", "split", "number", "text", "right", "answered"} == set(found[0])
+    assert {"objective", "split", "number", "text", "right", "answered", "pictures"} == set(found[0])

@@ -151,7 +151,7 @@ def _read(path: Path, root: Path) -> tuple[Recipe, dict[str, Source]]:
 
 def _tables(path: Path, root: Path) -> dict[str, Any] | None:
     """The configuration of a file whose models are tables of tensors; None where they are not."""
-    from evomerge.raw.table import is_table
+    from evomerge.raw.references import is_table
 
     documents = load_documents(read_text(path, str(path)), str(path)) if path.is_file() else []
     content = documents[0] if len(documents) == 1 and isinstance(documents[0], dict) else {}

@@ -13,14 +13,12 @@ from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, read_header
 from evomerge.checkpoints.parts import Part
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.files import is_path
+from evomerge.raw.references import PICKLED
 from evomerge.recipes.stack import Role
 
 ROLE = Role("embedding")
 """What every tensor is to a recipe: none is in a layer."""
 
-_PICKLED = (".ckpt", ".pt", ".pth", ".bin")
-_INDEX = "model_index.json"
 _QUANTISED = ("F8_", "F4", "F6_")
 
 
@@ -43,16 +41,6 @@ class Table:
     is_folder: bool
 
 
-def is_table(reference: str, root: Path) -> bool:
-    """Whether a reference is to a table: a file of tensors, or a folder of diffusers."""
-    if not is_path(reference) or "+" in reference:
-        return False
-    path = os.path.join(root, os.path.expanduser(reference))
-    if path.endswith((".safetensors", *_PICKLED)):
-        return not os.path.isdir(path)
-    return os.path.isfile(os.path.join(path, _INDEX))
-
-
 def open_table(name: str, reference: str, root: Path, place: str) -> Table:
     """Open a table, headers only.
 
@@ -60,7 +48,7 @@ def open_table(name: str, reference: str, root: Path, place: str) -> Table:
         InputError: it is not there, pickled, broken, quantised, or holds nothing to merge.
     """
     path = Path(os.path.join(root, os.path.expanduser(reference)))
-    if path.suffix in _PICKLED:
+    if path.suffix in PICKLED:
         hint = "Save it as safetensors where you trust it: `safetensors.torch.save_file(torch.load(FILE), ...)`."
         raise InputError(place, f"{path} is pickled, which can run code", hint)
     is_folder = path.is_dir()

@@ -367,12 +367,10 @@ class ReadStore:
         with self.transaction() as connection:
             return list(connection.execute(query.distinct().order_by(columns.candidate)).scalars())
 
-    @repeated
     def item_texts(self, evaluator: str, split: str) -> list[tuple[str, str]]:
         """(question, right answer) of each item of a split, in order; nothing where none were kept."""
         return [(question, right) for question, right, _ in self._items(evaluator, split)]
 
-    @repeated
     def item_pictures(self, evaluator: str, split: str) -> list[tuple[str, ...]]:
         """The hashes of the pictures of each item of a split, in order; nothing where no items were kept."""
         return [pictures for _, _, pictures in self._items(evaluator, split)]
@@ -386,14 +384,15 @@ class ReadStore:
             image: bytes | None = connection.execute(query).scalar_one_or_none()
         return image
 
+    @repeated
     def _items(self, evaluator: str, split: str) -> list[tuple[str, str, tuple[str, ...]]]:
         columns = tables.item.c
         ours = (columns.search_id == self.search_id) & (columns.evaluator == evaluator) & (columns.split == split)
         with self.transaction() as connection:
             texts = connection.execute(select(columns.texts).where(ours)).scalar_one_or_none()
-        with damage_said("a question and an answer for each item"):
-            rows = [] if texts is None else parse_json(texts)
-            return [(question, right, tuple(*shown)) for question, right, *shown in rows]
+            with damage_said("a question and an answer for each item"):
+                rows = [] if texts is None else parse_json(texts)
+                return [(question, right, tuple(*shown)) for question, right, *shown in rows]
 
     def _scored(self, number: int) -> ScalarSelect[int]:
         """The candidate that was scored in place of this one: mostly itself, of a cached one another."""
