@@ -63,6 +63,8 @@ class FunctionSettings(PromptSettings):
     Attributes:
         file: the Python file that holds the function.
         function: its name, called as ``function(items, generate)``.
+        given: what the function gets beside the items: "generate", which asks the model; or "weights", where the
+            candidate lies, a ``Path`` to its ``model.safetensors`` or its folder of diffusers, for tables of tensors.
         items_file: the items, a JSON object on each line; the function gets them as dicts.
         held_out_file: items to confirm on, where they are apart.
         held_out: without such a file, the share of items to confirm on. A hash of the item decides of each.
@@ -77,6 +79,7 @@ class FunctionSettings(PromptSettings):
     kind: Literal["python"] = "python"
     file: Path
     function: str = "score"
+    given: Literal["generate", "weights"] = "generate"
     items_file: Path
     held_out_file: Path | None = None
     held_out: float = Field(default=0.5, gt=0, lt=1)
@@ -154,6 +157,7 @@ class FunctionEvaluator(ImperativeEvaluator):
         self._process = _FunctionProcess(settings, code)
         self._process.start()
         said = [settings.function, settings.batch_size, self.metrics, settings.shaping]
+        said += [] if settings.given == "generate" else [settings.given]
         self.version = digest(["python 1", hashlib.sha256(code).hexdigest(), hashes, said])
 
     def try_out(self) -> list[tuple[str, int]]:
@@ -165,6 +169,8 @@ class FunctionEvaluator(ImperativeEvaluator):
         Raises:
             InputError: it takes longer than it may, or fails before it has asked a model anything.
         """
+        if self._settings.given == "weights":
+            return []  # there are none yet
         if self._asked_first is not None:
             return self._asked_first
         asked: list[list[tuple[str, int]]] = []
@@ -201,6 +207,8 @@ class FunctionEvaluator(ImperativeEvaluator):
             InputError: the function fails, with its file and line, or returns anything but numbers as declared.
         """
         given = [self._lines[split][index] for index in indices]
+        if self._settings.given == "weights":
+            return self._score_weights(given, live)
         generate = _Generate(Reader.of(live), engine, self._settings)
         started = time.perf_counter()
         by_metric = self._process.call(given, list(self.metrics), generate, self._settings.max_seconds)
@@ -210,6 +218,22 @@ class FunctionEvaluator(ImperativeEvaluator):
             answers = dict(zip(indices, generate.answers, strict=True))
         scores = {metric: np.array(numbers, dtype=np.float32) for metric, numbers in by_metric.items()}
         return Graded(scores, answers, {"generate": generate.seconds, "score": whole - generate.seconds})
+
+    def _score_weights(self, given: Sequence[_Line], live: LiveModel) -> Graded:
+        """Have the function score the items by a candidate that lies on the disk."""
+        from evomerge.raw.written import WrittenTable
+
+        if not isinstance(live.model, WrittenTable):
+            raise InputError("given", "is weights, and this is a model of transformers", "Take `given: generate`.")
+        by_metric = self._process.call(
+            given, list(self.metrics), _ask_nothing, self._settings.max_seconds, live.model.path
+        )
+        return Graded({metric: np.array(numbers, dtype=np.float32) for metric, numbers in by_metric.items()})
+
+
+def _ask_nothing(prompts: Sequence[str], most: int, stop: Sequence[str]) -> list[str]:
+    """What stands for a model where the function is given weights."""
+    raise InputError("given", "is weights: there is no model to ask")
 
 
 class _Generate:
@@ -300,10 +324,12 @@ class _FunctionProcess:
         metrics: Sequence[str],
         generate: Callable[[Sequence[str], int, Sequence[str]], list[str]],
         limit_s: float,
+        weights: Path | None = None,
     ) -> dict[str, list[float]]:
         """What the function says of items: finite numbers by metric, one an item.
 
-        ``limit_s`` is how long it may take, answers not counted.
+        ``limit_s`` is how long it may take, answers not counted; ``weights`` is what it is given in place of
+        ``generate``.
 
         Raises:
             InputError: the function fails, ends its process, takes too long, or returns anything else. What the model
@@ -314,7 +340,8 @@ class _FunctionProcess:
         self._is_idle = False
         try:
             deadline = time.monotonic() + limit_s
-            self._send({"items": [line.fields for line in lines], "metrics": metrics, "count": len(lines)})
+            asked_of = {"items": [line.fields for line in lines], "metrics": metrics, "count": len(lines)}
+            self._send(asked_of if weights is None else {**asked_of, "weights": str(weights)})
             while "prompts" in (answer := self._wait(deadline, limit_s, f"in {self._settings.function}")):
                 asked = time.monotonic()
                 answers = self._answers(answer, generate)

@@ -21,6 +21,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from operator import index
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -132,7 +133,8 @@ def _call(function: Callable[..., object], request: Mapping[str, Any], generate:
     """What the function says of items, checked: {"numbers": by metric}, or what is wrong."""
     metrics: list[str] = request["metrics"]
     try:
-        returned = function(request["items"], generate)
+        given = Path(request["weights"]) if "weights" in request else generate
+        returned = function(request["items"], given)
         if not isinstance(returned, Mapping):
             if len(metrics) > 1:
                 wanted = ", ".join(metrics)

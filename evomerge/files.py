@@ -24,6 +24,7 @@ JSON_BYTES = 64_000_000
 TEXT_BYTES = 64_000_000
 
 GGUF = ".gguf"
+TENSORS = ".safetensors"
 """The end of the name of a file that is a model by itself."""
 
 _MOST_VALUES = 5_000_000  # in one JSON text; as Python objects they take some 500 MB
@@ -232,7 +233,7 @@ def absolute_reference(reference: str, root: Path) -> str:
     if not is_path(reference):
         return reference
     folder = os.path.join(root, os.path.expanduser(reference))
-    is_folder = is_model_here(folder)
+    is_folder = is_model_here(folder) or (folder.endswith(TENSORS) and os.path.isfile(folder))
     if "+" in reference and not is_folder:  # a model and its adapters
         return "+".join(absolute_reference(part, root) for part in reference.split("+"))
     inner, expert = split_expert(reference, root)

@@ -72,6 +72,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "prompts": "search_spaces.prompts_space:PromptsSpaceSettings",
         "mixture": "search_spaces.mixture_space:MixtureSpaceSettings",
         "staged": "search_spaces.staged_space:StagedSpaceSettings",
+        "state_dict": "search_spaces.state_dict_space:StateDictSpaceSettings",
     },
     "evomerge.recipes": {
         "stack": "evomerge.recipes.stack:StackRecipe",
@@ -79,6 +80,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "routed": "evomerge.recipes.routed:RoutedRecipe",
         "prompts": "evomerge.recipes.prompts:PromptsRecipe",
         "staged": "evomerge.recipes.staged:StagedRecipe",
+        "state_dict": "evomerge.recipes.state_dict:StateDictRecipe",
     },
     "evomerge.builders": {
         "stack": "evomerge.merging.building.stack_builder:StackBuilder",
@@ -86,6 +88,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "routed": "evomerge.routed.builder:RoutedBuilder",
         "prompts": "evomerge.prompts.builder:PromptsBuilder",
         "staged": "evomerge.merging.building.staged_builder:StagedBuilder",
+        "state_dict": "evomerge.raw.builder:StateDictBuilder",
     },
     "evomerge.evaluators": {
         "lm_eval": "evaluators.lm_eval:LmEvalSettings",

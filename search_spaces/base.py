@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
@@ -54,7 +54,7 @@ class SpaceContext:
     there are any, into those whose method needs it; ``fit`` is that of the items that numbers may be fitted to.
     ``adapters`` gives the PEFT types of the adapters on a source, as references tell, and ``prompts`` what is known of
     each source's prompt, where it has one. ``measures`` are of the sources' weights, which nobody reads before a search
-    begins.
+    begins. ``tensors`` gives the names of all tensors of the tokenizer's source, where sources are tables of tensors.
     """
 
     sources: Mapping[str, str]
@@ -72,6 +72,7 @@ class SpaceContext:
     adapters: Callable[[str], tuple[str, ...]] = lambda name: ()
     measures: Measures = field(default_factory=Measures)
     prompts: Mapping[str, PromptFacts] = field(default_factory=dict)
+    tensors: Callable[[], Sequence[str]] = tuple
 
     @property
     def mixed(self) -> tuple[str, ...]:

@@ -170,6 +170,13 @@ class MethodGenes:
                 yield Gene(p, source, low, high, smooth)
 
 
+def alone_at(method: Method, mixed: Sequence[str], source: str) -> Point | None:
+    """Where a method gives one source, or the base, as it is; None where it has no such point."""
+    if method.alone is None or not (source in mixed or method.needs_base):
+        return None
+    return method.alone(mixed, source if source in mixed else None)
+
+
 def _installed(name: str) -> Method | None:
     try:
         return find_method(name, "blend")

@@ -25,7 +25,7 @@ from evomerge.recipes.stack import Basis, Blend, ChoiceName, Role, StackRecipe, 
 from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.chosen_method import ChosenMethodGenes
 from search_spaces.gene import check_ranges
-from search_spaces.method_genes import MethodGenes
+from search_spaces.method_genes import MethodGenes, alone_at
 from search_spaces.nearest import SCALE, blends_of, fitted, middle, without_scale
 from search_spaces.places import path_outside, path_to
 from search_spaces.profiles import Cosines, Lines, Tiers, with_factor
@@ -262,7 +262,7 @@ class ParameterSpace:
         """
         mixed = self._context.mixed
         for name in self._context.sources:
-            alone = self._genome_at(partial(_alone, mixed=mixed, source=name), name)
+            alone = self._genome_at(partial(alone_at, mixed=mixed, source=name), name)
             vision = self._settings.vision
             seen = None if vision is None else vision.blend(*self._of_vision(name))
             recipe = self._context.uniform(Blend.weighted_sum({name: 1.0}), seen)
@@ -398,10 +398,3 @@ class ParameterSpace:
         if vision is None:
             return []
         return [vision.number_of(source if source in vision.sources else self._context.tokenizer)]
-
-
-def _alone(method: Method, mixed: Sequence[str], source: str) -> Point | None:
-    """Where a method gives one source, or the base, as it is."""
-    if method.alone is None or not (source in mixed or method.needs_base):
-        return None
-    return method.alone(mixed, source if source in mixed else None)

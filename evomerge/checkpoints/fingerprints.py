@@ -32,7 +32,7 @@ def named_files(source: Source) -> dict[str, Path]:
     adapters = list(dict.fromkeys(file.parent for file in source.files if file.parent not in own))
     by_name = {}
     for file in source.files:
-        if file.parent in own:
+        if source.is_table or file.parent in own:
             by_name[file.relative_to(source.folder).as_posix()] = file
         else:
             by_name[f"adapter {1 + adapters.index(file.parent)}/{file.name}"] = file

@@ -64,8 +64,9 @@ class LiveModel:
     """A model on a device or several, ready to be written to and scored.
 
     Attributes:
-        model: a transformers ``PreTrainedModel`` in eval mode, without gradients.
-        tokenizer: its tokenizer, padding on the left, with a padding token.
+        model: a transformers ``PreTrainedModel`` in eval mode, without gradients; of a table of tensors, which nothing
+            runs, where it lies (``evomerge.raw.written``).
+        tokenizer: its tokenizer, padding on the left, with a padding token; None of a table of tensors.
         outside: the tensors outside the stack of layers, by their names in the source.
         stack: its layers; None for a model that is never written to.
         engine: what answers prompts; None for transformers.

@@ -119,6 +119,11 @@ class Source:
         return {**vars(self), "_maps": {}}  # a pickled map would be all of the weights
 
     @property
+    def is_table(self) -> bool:
+        """It is a table of tensors (``evomerge.raw.table``), and no model of transformers."""
+        return not self.config
+
+    @property
     def takes_images(self) -> bool:
         """It reads images as well as texts."""
         return bool(self.written)

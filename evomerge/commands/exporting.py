@@ -18,6 +18,7 @@ from evomerge.merging.building.builders import find_builder
 from evomerge.merging.measured.evidence import Evidence
 from evomerge.objects import is_url
 from evomerge.recipes.base import Recipe
+from evomerge.recipes.state_dict import StateDictRecipe
 from evomerge.report.basis import unconfirmed_text
 from evomerge.report.card import NAME, Provenance, papers, verification
 from evomerge.report.curse import curse_of
@@ -83,7 +84,7 @@ class Exporter:
                 else:
                     checked.extend(reproduce(live, self.store, row, prepared, rounds=rounds, say=bar.say))
                 with (written / NAME).open("a", encoding="utf-8") as text:
-                    text.write(verification(checked, unlike))
+                    text.write(verification(checked, unlike, runs=recipe.kind != StateDictRecipe.kind))
 
             texts = papers(model.name, recipe, self.sources, provenance, stays=not is_url(out), unlike=unlike)
             if prepared is None:

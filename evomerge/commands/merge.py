@@ -23,13 +23,14 @@ from evomerge.checkpoints.target import check_target
 from evomerge.commands.waiting import progress_bar
 from evomerge.errors import InputError
 from evomerge.faults import NAME_PATTERN
-from evomerge.files import is_model_here, read_text, split_expert, with_expert
-from evomerge.mergekit import load_recipe_file
+from evomerge.files import absolute_reference, is_model_here, read_text, split_expert, with_expert
+from evomerge.mergekit import dump_recipe, load_recipe_file
 from evomerge.objects import is_url
 from evomerge.plugins import unknown_name
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Role, StackRecipe
 from evomerge.recipes.staged import Stage, StagedRecipe
+from evomerge.recipes.state_dict import StateDictRecipe
 from evomerge.vocabulary import Vocabulary
 from evomerge.yaml import dump_yaml, load_documents
 
@@ -85,6 +86,9 @@ def merge(
     root = path.resolve().parent
     if (tables := _tables(path, root)) is not None:
         merge_tables(tables, path, root, out, keys)
+        return
+    if _content(path).get("kind") == StateDictRecipe.kind:
+        merge_state_dicts(path, root, out, keys)
         return
     if keys is not None:
         raise InputError("--keys", "is for tables of tensors, and these are language models", "Leave it out.")
@@ -153,8 +157,7 @@ def _tables(path: Path, root: Path) -> dict[str, Any] | None:
     """The configuration of a file whose models are tables of tensors; None where they are not."""
     from evomerge.raw.references import is_table
 
-    documents = load_documents(read_text(path, str(path)), str(path)) if path.is_file() else []
-    content = documents[0] if len(documents) == 1 and isinstance(documents[0], dict) else {}
+    content = _content(path)
     models = content.get("models")
     first = models[0].get("model") if isinstance(models, list) and models and isinstance(models[0], dict) else None
     return content if isinstance(first, str) and is_table(first, root) else None
@@ -162,7 +165,8 @@ def _tables(path: Path, root: Path) -> dict[str, Any] | None:
 
 def merge_tables(config: Mapping[str, Any], path: Path, root: Path, out: str | Path, keys: str | None) -> None:
     """Merge tables of tensors, as mergekit-pytorch's configuration says."""
-    from evomerge.raw.merging import Keys, read_table_merge, summary, write_table_merge
+    from evomerge.raw.merging import read_table_merge, summary, write_table_merge
+    from evomerge.recipes.state_dict import Keys
     from evomerge.report.screen import make_console
 
     known = get_args(Keys)
@@ -178,6 +182,38 @@ def merge_tables(config: Mapping[str, Any], path: Path, root: Path, out: str | P
     with progress_bar(console, "writing tensors") as update:
         write_table_merge(made, Path(out), rule, texts={"recipe.yaml": dump_yaml(dict(config))}, progress=update)
     console.print(f"merged into {out}", style="bold")
+
+
+def merge_state_dicts(path: Path, root: Path, out: str | Path, keys: str | None) -> None:
+    """Merge tables of tensors by a recipe, such as a search's export has."""
+    from evomerge.merging.building.builders import BuildContext
+    from evomerge.raw.builder import StateDictBuilder, table_merge
+    from evomerge.raw.merging import check_alike
+    from evomerge.raw.table import open_table
+    from evomerge.report.screen import make_console
+
+    if keys is not None:
+        raise InputError("--keys", "is said by the recipe", "Leave it out, or set `keys:` there.")
+    if is_url(str(out)):
+        raise InputError("OUT", "is a URL, and tables of tensors are written into a folder")
+    recipe = load_recipe_file(path, lambda reference: {}, _Stages({}, root))
+    assert isinstance(recipe, StateDictRecipe)
+    named = {name: absolute_reference(ref, root) for name, ref in recipe.sources.items()}
+    recipe = recipe.model_copy(update={"sources": named})
+    tables = {name: open_table(name, ref, root, f"{path}: sources.{name}") for name, ref in named.items()}
+    builder = StateDictBuilder(BuildContext({name: t.source for name, t in tables.items()}, recipe.tokenizer))
+    used = {name: table for name, table in tables.items() if name in recipe.used_sources()}
+    check_alike(used, recipe.keys, table_merge(recipe, used).kept, str(path))
+    console = make_console()
+    with progress_bar(console, "writing tensors") as update:
+        builder.export(recipe, Path(out), texts={"recipe.yaml": dump_recipe(recipe)}, progress=update)
+    console.print(f"merged into {out}", style="bold")
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a file of one document says; nothing of a file of several, or of none."""
+    documents = load_documents(read_text(path, str(path)), str(path)) if path.is_file() else []
+    return documents[0] if len(documents) == 1 and isinstance(documents[0], dict) else {}
 
 
 def _compatible(recipe: Recipe, sources: dict[str, Source]) -> dict[str, Source]:

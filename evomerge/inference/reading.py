@@ -69,7 +69,7 @@ class Reader:
     """What of a model decides on how it reads texts.
 
     Attributes:
-        tokenizer: as transformers loads it.
+        tokenizer: as transformers loads it; None of a table of tensors.
         context: most tokens of prompt and answer; None for no bound.
         embeddings: how many tokens it knows; None where that is not known yet.
         generation: its generation settings that are not transformers' own; None where there is no model yet.
@@ -87,7 +87,9 @@ class Reader:
 
     @classmethod
     def of(cls, live: LiveModel) -> Reader:
-        """That of a live model."""
+        """That of a live model; a table of tensors reads nothing."""
+        if live.tokenizer is None:
+            return cls(None, None, device=live.device)
         rows: int = live.model.get_input_embeddings().weight.shape[0]
         context = getattr(live.model.config.get_text_config(), "max_position_embeddings", None)
         settings = live.model.generation_config.to_diff_dict()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 KEPT = ("VAE", "EMA")
 """Blocks that stay the first model's, unless a recipe says something of them."""
@@ -60,3 +61,25 @@ def blocks_of(names: Iterable[str]) -> dict[str, str]:
             last.append(name)
     ends = sorted({block for block in found.values() if re.fullmatch(r"OUT\d\d", block)})
     return found | dict.fromkeys(last, ends[-1] if ends else "OUT")
+
+
+def grouped(names: Iterable[str], patterns: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The group of each tensor that is in one: the first of which a pattern is that of its name, or of its block.
+
+    Patterns are as in a shell: ``*attn*``, ``IN0?``. A tensor of a block in ``KEPT`` is in a group that names this
+    block, and in no other.
+
+    Args:
+        patterns: by group.
+    """
+    found = {}
+    for name, block in blocks_of(names).items():
+        for group, of_group in patterns.items():
+            if block in of_group or (block not in KEPT and any(_fits(name, block, one) for one in of_group)):
+                found[name] = group
+                break
+    return found
+
+
+def _fits(name: str, block: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or (block != "" and fnmatchcase(block, pattern))

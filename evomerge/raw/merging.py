@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -19,14 +19,13 @@ from evomerge.mergekit.reading import from_mergekit
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import Merged
 from evomerge.raw.blocks import KEPT, blocks_of
-from evomerge.raw.table import ROLE, Table, open_table, usual_dtype
+from evomerge.raw.table import ROLE, Table, open_table, rest_of, usual_dtype
 from evomerge.recipes.stack import Role, StackRecipe
+from evomerge.recipes.state_dict import Keys
 
-Keys = Literal["same", "union", "intersection"]
-"""What becomes of tensors that not all tables have: they are an error, copied from the first that has them, or left
-out."""
+WEIGHTS = "model.safetensors"
+"""The file of a merged table that is no folder of diffusers."""
 
-_WEIGHTS = "model.safetensors"
 _LAYER = {f"layer {kind}": Role(kind, 0) for kind in ("attention", "mlp", "norm")}
 """A layer without tensors, which a recipe has to have."""
 
@@ -82,8 +81,7 @@ def read_table_merge(config: Mapping[str, Any], root: Path, keys: Keys, place: s
     said = " ".join(_filters(config))
     blocks = {name: label.partition(" ")[0] if " " in label else "" for name, label in labels.items()}
     kept = frozenset(name for name, block in blocks.items() if block in KEPT and block not in said)
-    _check_keys(tables, keys, kept, place)
-    _check_shapes(tables, kept, place)
+    check_alike(tables, keys, kept, place)
     dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
     return TableMerge(recipe, tables, labels, kept, dtype)
 
@@ -107,7 +105,20 @@ def _filters(content: Any) -> Iterator[str]:
             yield from _filters(value)
 
 
-def _check_keys(tables: Mapping[str, Table], keys: Keys, kept: frozenset[str], place: str) -> None:
+def check_alike(tables: Mapping[str, Table], keys: Keys, kept: Collection[str], place: str) -> None:
+    """Refuse tables of which one lacks tensors that another has, unless ``keys`` say what to do, or of other shapes.
+
+    Args:
+        kept: names of tensors that are not merged.
+
+    Raises:
+        InputError: naming the tensor and both tables.
+    """
+    _check_keys(tables, keys, kept, place)
+    _check_shapes(tables, kept, place)
+
+
+def _check_keys(tables: Mapping[str, Table], keys: Keys, kept: Collection[str], place: str) -> None:
     if keys != "same":
         return
     for name, table in tables.items():
@@ -115,11 +126,12 @@ def _check_keys(tables: Mapping[str, Table], keys: Keys, kept: frozenset[str], p
             lacking = [key for key in theirs.source.tensors if key not in table.source.tensors and key not in kept]
             if lacking:
                 problem = f"{name} has no {lacking[0]}, which {other} has ({len(lacking):,} in all)"
-                hint = "`--keys union` copies these from the first that has them, `intersection` leaves them out."
+                hint = "`--keys union`, in a search `keys: union`, copies these from the first that has them, "
+                hint += "`intersection` leaves them out."
                 raise InputError(place, problem, hint)
 
 
-def _check_shapes(tables: Mapping[str, Table], kept: frozenset[str], place: str) -> None:
+def _check_shapes(tables: Mapping[str, Table], kept: Collection[str], place: str) -> None:
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, table in tables.items():
         for key, entry in table.source.tensors.items():
@@ -137,33 +149,60 @@ def write_table_merge(
     keys: Keys,
     *,
     texts: Mapping[str, str],
+    materialiser: Materialiser | None = None,
+    check: Callable[[Path], None] | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:
     """Make the folder ``out``: ``model.safetensors``, or the components of a folder of diffusers; nothing else.
 
     Memory is that of one tensor of every table.
 
+    Args:
+        texts: by file name, beside it.
+        materialiser: of the tables' sources; one that knows nothing of them yet when None.
+        check: called with the complete folder under its temporary name, which is removed where it raises.
+
     Raises:
         InputError: ``out`` cannot be written, or a tensor has NaN or Inf.
     """
-    first = next(iter(merge.tables.values()))
-    materialiser = Materialiser({name: table.source for name, table in merge.tables.items()})
-    files = dict(first.files) if first.is_folder else {_WEIGHTS: next(iter(first.files.values()))}
-    files = _with_others(files, merge, keys)
-    total, done = sum(len(names) for names in files.values()), 0
     with whole_folder(out, [table.root for table in merge.tables.values() if table.is_folder]) as folder:
-        if first.is_folder:
-            _copy_rest(first, folder)
-        for path, names in files.items():
-            (folder / path).parent.mkdir(exist_ok=True)
-            prefix = f"{path.partition('/')[0]}/" if first.is_folder else ""
-            with TensorFile(folder / path) as file:
-                for name in sorted(names, key=lambda name: _width(merge, name), reverse=True):
-                    _add(file, name.removeprefix(prefix), name, merge, materialiser)
-                    done += 1
-                    progress(done, total)
+        known = materialiser or Materialiser({name: table.source for name, table in merge.tables.items()})
+        fill_folder(merge, folder, keys, known, progress)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
+        if check is not None:
+            check(folder)
+
+
+def fill_folder(
+    merge: TableMerge,
+    folder: Path,
+    keys: Keys,
+    materialiser: Materialiser,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> None:
+    """Write the files of a merge into an empty folder, which is not whole where this raises.
+
+    Args:
+        materialiser: of the tables' sources.
+
+    Raises:
+        InputError: a tensor has NaN or Inf.
+    """
+    first = next(iter(merge.tables.values()))
+    files = dict(first.files) if first.is_folder else {WEIGHTS: next(iter(first.files.values()))}
+    files = _with_others(files, merge, keys)
+    total, done = sum(len(names) for names in files.values()), 0
+    if first.is_folder:
+        _copy_rest(first, folder)
+    for path, names in files.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        prefix = f"{path.partition('/')[0]}/" if first.is_folder else ""
+        with TensorFile(folder / path) as file:
+            for name in sorted(names, key=lambda name: _width(merge, name), reverse=True):
+                _add(file, name.removeprefix(prefix), name, merge, materialiser)
+                done += 1
+                progress(done, total)
 
 
 def _with_others(files: dict[str, tuple[str, ...]], merge: TableMerge, keys: Keys) -> dict[str, tuple[str, ...]]:
@@ -218,11 +257,8 @@ def _add(file: TensorFile, written: str, name: str, merge: TableMerge, materiali
 
 def _copy_rest(table: Table, folder: Path) -> None:
     """The other files of a folder of diffusers: configurations, tokenizers, the scheduler's."""
-    for file in sorted(table.root.rglob("*")):
+    for file in rest_of(table.root):
         path = file.relative_to(table.root)
-        is_known = path.as_posix() in table.files or path.suffix in (".bin", ".py")
-        if is_known or len(path.parts) > 2 or not file.is_file():
-            continue
         (folder / path).parent.mkdir(exist_ok=True)
         with open_file(file, str(table.root)) as stream, (folder / path).open("xb") as copy:
             shutil.copyfileobj(stream, copy)

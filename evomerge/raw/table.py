@@ -78,12 +78,21 @@ def open_table(name: str, reference: str, root: Path, place: str) -> Table:
     if not mergeable:
         raise InputError(place, f"{path} holds no tensors in floating point")
     others = {key: entry for key, entry in entries.items() if key not in mergeable}
-    source = _source(name, reference, place, path, mergeable)
+    files_of_all = (*held, *(rest_of(path) if is_folder else ()))
+    source = _source(name, reference, place, path, mergeable, files_of_all)
     return Table(source, others, files, path if is_folder else path.parent, is_folder)
 
 
-def _source(name: str, reference: str, place: str, path: Path, tensors: dict[str, TensorEntry]) -> Source:
-    files = tuple(dict.fromkeys(entry.file for entry in tensors.values()))
+def rest_of(folder: Path) -> list[Path]:
+    """The files of a folder of diffusers that go along with its weights: configurations, tokenizers."""
+    paths = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+    taken = (path for path in paths if len(path.parts) <= 2 and path.suffix not in (".bin", ".py"))
+    return [folder / path for path in taken if len(path.parts) < 2 or path.suffix != ".safetensors"]
+
+
+def _source(
+    name: str, reference: str, place: str, path: Path, tensors: dict[str, TensorEntry], files: tuple[Path, ...]
+) -> Source:
     return Source(
         name=name, reference=reference, place=place, folder=path if path.is_dir() else path.parent, config={},
         settings={}, layered={}, computing={}, seeing={}, rigid="has no layers", text_type="", float32={},

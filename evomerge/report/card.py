@@ -16,6 +16,7 @@ from evomerge.checkpoints.fingerprints import named_files
 from evomerge.checkpoints.source import Source
 from evomerge.mergekit import dump_recipe
 from evomerge.recipes.base import Recipe
+from evomerge.recipes.state_dict import StateDictRecipe
 from evomerge.report import serving
 from evomerge.report.curse import Curse, curse_text
 from evomerge.report.curse_picture import curse_svg
@@ -98,18 +99,20 @@ def _depths(sources: Mapping[str, Source]) -> dict[str, int]:
     return {name: source.layers for name, source in sources.items()}
 
 
-def verification(checked: Sequence[str], unlike: str = "") -> str:
+def verification(checked: Sequence[str], unlike: str = "", *, runs: bool = True) -> str:
     """The last section of an export's card: how it was seen to be what was scored, or that it was not.
 
     Args:
         unlike: as of ``papers``.
+        runs: it is a model of transformers, and no table of tensors.
     """
     if not checked:
         return "\n## Verification\n\n**Not verified**: it was exported without being scored again.\n"
     lines = "\n".join(f"- {line}" for line in checked)
     if unlike:
         return f"\n## Its own scores\n\nThis folder was loaded and scored on the items of its candidate.\n\n{lines}\n"
-    return f"\n## Verification\n\nThis folder was loaded with plain transformers and scored again.\n\n{lines}\n"
+    how = "loaded with plain transformers and scored" if runs else "scored"
+    return f"\n## Verification\n\nThis folder was {how} again.\n\n{lines}\n"
 
 
 def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenance | None) -> str:
@@ -161,7 +164,7 @@ def card(
     alone = unmerged_source(recipe, _depths(sources))
     licences = {name: licence_of(sources[name].folder) for name in used}
     front: dict[str, Any] = {
-        "library_name": "transformers",
+        **({} if recipe.kind == StateDictRecipe.kind else {"library_name": "transformers"}),
         "license": most_restrictive(licences.values()),
         "base_model": list(dict.fromkeys(id_ for name in used for id_ in hub_ids(sources[name]))),
         "tags": ["evomerge"] if alone else ["merge", "evomerge"],
@@ -201,8 +204,9 @@ def card(
 def _merged(recipe: Recipe) -> str:
     """What a recipe merges: the models that it mixes, of which the base that changes are taken against is none."""
     mixed = recipe.mixed_sources()
+    what = "table" if recipe.kind == StateDictRecipe.kind else "language model"
     bases = sorted(recipe.used_sources() - mixed)
-    models = "one language model" if len(mixed) == 1 else f"{len(mixed)} language models"
+    models = f"one {what}" if len(mixed) == 1 else f"{len(mixed)} {what}s"
     return (
         f"{models} on {' and '.join(f'`{name}`' for name in bases)}, {'its' if len(mixed) == 1 else 'their'} base"
         if bases

@@ -115,10 +115,12 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from outlook_lines(setup, expected(prepared))
     yield "confirmation", _confirmation(prepared)
     yield "memory", _memory(prepared)
-    if _live_bytes(prepared) >= LEAST_ESTIMATED:
+    if _live_bytes(prepared) >= LEAST_ESTIMATED and not model.is_table:
         yield from _hardware(prepared)
     largest = max(_bytes(model), mixture_bytes(setup.space, prepared.sources))
     export = _gigabytes(int(largest * _widened(prepared)))
+    if model.is_table:
+        yield "disk", f"{export} for the candidate of each worker, in the folder for temporary files ($TMPDIR)"
     yield "disk", f"{export} for each export, {_gigabytes(_store_bytes(prepared))} for the store{_evidence(prepared)}"
     where = "this process" if file.pool == "in_process" else f"Ray, {file.cluster.address or 'started on this machine'}"
     yield "workers", where
@@ -171,6 +173,8 @@ def _settings_text(settings: Mapping[str, Any]) -> str:
 
 def _memory(prepared: Prepared) -> str:
     """What a worker takes at its peak."""
+    if prepared.sources[prepared.file.tokenizer_source].is_table:
+        return "one tensor of every source at a time; what the function that scores holds is its own"
     files = {file: file.stat().st_size for source in prepared.sources.values() for file in source.files}
     (shape, works), proxy, fit = shape_and_works(prepared), prepared.setup.proxy, prepared.file.fit
     items = max(0 if proxy is None else proxy.drawn, 0 if fit is None else fit.drawn)

@@ -43,11 +43,13 @@ class Shown:
 
 
 def reader_of(source: Source) -> Reader:
-    """How the model of a source will read.
+    """How the model of a source will read: nothing, where that is a table of tensors.
 
     Raises:
         InputError: its tokenizer cannot be used.
     """
+    if source.is_table:
+        return Reader(None, None)
     config = text_config(parse_config(source.config, source.place))
     context = getattr(config, "max_position_embeddings", None)
     return Reader(load_tokenizer(source), context, processor_of=processor_opener(source))

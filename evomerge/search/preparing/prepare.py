@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from evomerge.inference.reading import Reader
 from evomerge.merging.adapters.low_rank import are_adapters, low_rank_problem
 from evomerge.merging.building.builders import check_recipe
 from evomerge.optimizers import ProxyDescentSettings
+from evomerge.raw.blocks import grouped
+from evomerge.raw.merging import check_alike
+from evomerge.raw.table import open_table
 from evomerge.recipes.base import STACK
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.search.preparing.asking import item_warnings, reader_of
@@ -49,6 +53,7 @@ from evomerge.search.settings.selecting import stand_in
 from search_spaces.base import Measures
 from search_spaces.parameter_space import ParameterSpaceSettings
 from search_spaces.prompts_space import PromptsSpace
+from search_spaces.state_dict_space import StateDictSpaceSettings
 
 _EXPERT = "recipe.experts."
 """Where builders say what is wrong with one of a recipe's experts."""
@@ -216,6 +221,8 @@ def _check_engine(file: SearchFile) -> None:
 
 def open_sources(file: SearchFile) -> dict[str, Source]:
     """Open every source of a search file, lay them out for one vocabulary, and refuse those that cannot be merged."""
+    if isinstance(file.space, StateDictSpaceSettings):
+        return _open_tables(file, file.space)
     prompts = file.space.takes_prompts
     sources = {
         name: open_source(name, reference, place=f"sources.{name}", prompts=prompts)
@@ -232,6 +239,21 @@ def open_sources(file: SearchFile) -> dict[str, Source]:
         same_special=file.tokenizer is None,
     )
     return aligned
+
+
+def _open_tables(file: SearchFile, space: StateDictSpaceSettings) -> dict[str, Source]:
+    """Open every table of tensors, and refuse those that cannot be merged."""
+    tables = {name: open_table(name, ref, Path(), f"sources.{name}") for name, ref in file.sources.items()}
+    first = tables[file.tokenizer_source]
+    for name, table in tables.items():
+        if table.is_folder != first.is_folder:
+            whole = "a folder of diffusers" if table.is_folder else "a file of tensors"
+            problem = f"is {whole}, and {file.tokenizer_source} is not: their tensors have other names"
+            raise InputError(f"sources.{name}", problem, "Convert one to the layout of the other.")
+    names = {key for table in tables.values() for key in table.source.tensors}
+    merged = grouped(names, space.patterns(tuple(first.source.tensors)))
+    check_alike(tables, space.keys, names - merged.keys(), "sources")
+    return {name: table.source for name, table in tables.items()}
 
 
 def _every_layer(file: SearchFile, sources: Mapping[str, Source]) -> StackRecipe:

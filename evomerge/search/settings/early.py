@@ -29,8 +29,10 @@ from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.settings.sections import Measure
 from evomerge.search.settings.selecting import check_select, stand_in
+from evomerge.search.settings.tables import check_is_table, check_table_search, table_names
 from evomerge.step import find_step
 from search_spaces.base import Measures, SpaceContext
+from search_spaces.state_dict_space import StateDictSpaceSettings
 
 UNMEASURED = Measures()
 """Of weights that nobody has read."""
@@ -52,7 +54,11 @@ def check_early(file: SearchFile) -> None:
     if file.fit is not None:
         _check_named(likelihood_settings(file.fit), PLACE)
     for name, reference in file.sources.items():
-        check_reference(reference, f"sources.{name}")
+        if isinstance(file.space, StateDictSpaceSettings):
+            check_is_table(reference, f"sources.{name}")
+        else:
+            check_reference(reference, f"sources.{name}")
+    check_table_search(file)
     config = local_config(file.sources[file.tokenizer_source])
     if (depth := _depth(config)) is not None:
         check_layout(file, config, depth)
@@ -122,6 +128,7 @@ def make_space(
         calibration=None if file.calibration is None else file.calibration.texts.digest,
         fit=None if file.fit_split is None else file.fit_split.digest,
         adapters=lambda name: adapter_types(file.sources[name], f"sources.{name}"),
+        tensors=lambda: table_names(file.sources[file.tokenizer_source], f"sources.{file.tokenizer_source}"),
     )
     space = file.space.build(context)
     baselines = len(list(space.baselines()))
