@@ -84,11 +84,7 @@ def merge(
     if not is_url(str(out)):
         check_target(Path(out))
     root = path.resolve().parent
-    if (tables := _tables(path, root)) is not None:
-        merge_tables(tables, path, root, out, keys)
-        return
-    if _content(path).get("kind") == StateDictRecipe.kind:
-        merge_state_dicts(path, root, out, keys)
+    if _merged_as_tables(path, root, out, keys):
         return
     if keys is not None:
         raise InputError("--keys", "is for tables of tensors, and these are language models", "Leave it out.")
@@ -208,6 +204,17 @@ def merge_state_dicts(path: Path, root: Path, out: str | Path, keys: str | None)
     with progress_bar(console, "writing tensors") as update:
         builder.export(recipe, Path(out), texts={"recipe.yaml": dump_recipe(recipe)}, progress=update)
     console.print(f"merged into {out}", style="bold")
+
+
+def _merged_as_tables(path: Path, root: Path, out: str | Path, keys: str | None) -> bool:
+    """Merge what a file says of tables of tensors; False where it is of language models."""
+    if _content(path).get("kind") == StateDictRecipe.kind:
+        merge_state_dicts(path, root, out, keys)
+        return True
+    if (tables := _tables(path, root)) is None:
+        return False
+    merge_tables(tables, path, root, out, keys)
+    return True
 
 
 def _content(path: Path) -> dict[str, Any]:
