@@ -6,6 +6,7 @@ from pathlib import Path
 
 from evaluators.function import FunctionSettings
 from evomerge.errors import InputError
+from evomerge.raw.references import is_table
 from evomerge.search.settings.search_file import SearchFile
 from search_spaces.state_dict_space import StateDictSpaceSettings
 
@@ -14,7 +15,7 @@ _HINT = "Leave it out."
 
 def check_is_table(reference: str, place: str) -> None:
     """Refuse a reference that is to no file of tensors and to no folder of diffusers. Raises InputError."""
-    from evomerge.raw.table import is_table, open_table  # which imports torch
+    from evomerge.raw.table import open_table  # which imports torch
 
     if not is_table(reference, Path()):
         problem = f"{reference} is neither a file of tensors (.safetensors) nor a folder of diffusers"
