@@ -238,7 +238,7 @@ def test_every_method_merges_in_core_space_or_says_why_not(llama: dict[str, Sour
     recipe = recipe_with(llama, blend)
     if own.needs or own.whole_models:
         with pytest.raises(InputError, match=r"blends\[0\]\.basis: .* goes by .*, which is of whole weights"):
-            check_stack(recipe.model_copy(update={"calibration": "digest"}), llama)
+            check_stack(recipe.model_copy(update={"calibration": "digest", "fit": "digest"}), llama)
         return
     made = lifted(llama, recipe)
     assert all(torch.isfinite(tensor).all() for tensor in made.values())
