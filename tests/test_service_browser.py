@@ -252,6 +252,15 @@ def test_the_name_of_an_export_follows_its_candidate_until_it_is_written(browser
     context.close()
 
 
+@pytest.mark.parametrize("runs", [False, True])
+def test_an_export_is_sent_by_the_script_alone(browser: Browser, small: str, runs: bool) -> None:
+    """Before it runs, the browser itself would load the page anew, export nothing, and lose what was written."""
+    context = browser.new_context(viewport=DESK, java_script_enabled=runs)
+    page = watched(context, small).go(f"{SEARCH}/exports")
+    expect(page.get_by_role("button", name="Export", exact=True)).to_be_enabled(enabled=runs)
+    context.close()
+
+
 @pytest.mark.nightly
 def test_an_export_without_verification_warns_and_says_so_to_the_server(browser: Browser, small: str) -> None:
     context = browser.new_context(viewport=DESK)

@@ -41,6 +41,8 @@ form.addEventListener("submit", async (event) => {
   }
 });
 
+form.querySelector("[type=submit]").disabled = false; // before, the browser would load the page anew and lose what was written
+
 const running = () => [...document.querySelectorAll("[data-export]")].filter((card) => card.dataset.state === "running");
 async function turn() {
   const before = running().length;
