@@ -148,6 +148,15 @@ def parse_json(raw: bytes, *, unique: bool = False) -> Any:
     return content
 
 
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def is_path(text: str) -> bool:
     """Whether a text can be the name of a file that can be written down: no null byte, no half of a surrogate pair."""
     return "\0" not in text and text == text.encode("utf-8", "ignore").decode()

@@ -14,6 +14,7 @@ import psutil
 
 from evomerge.checkpoints.target import check_target, existing_parent
 from evomerge.errors import InputError
+from evomerge.files import sync
 
 
 @contextmanager
@@ -38,9 +39,9 @@ def whole_folder(out: Path, sources: Sequence[Path] = ()) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for file in partial.rglob("*"):
-            _sync(file)
+            sync(file)
         partial.rename(out)  # over an empty folder as well
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise InputError(str(out), "was made by someone else in the meantime") from None
@@ -52,11 +53,3 @@ def whole_folder(out: Path, sources: Sequence[Path] = ()) -> Iterator[Path]:
         raise InputError(str(out), problem, hint) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -23,7 +23,7 @@ from evomerge.checkpoints.folder import INDEX, WEIGHTS
 from evomerge.checkpoints.headers import STORED_DTYPES
 from evomerge.checkpoints.target import check_target, existing_parent
 from evomerge.errors import InputError
-from evomerge.files import open_file
+from evomerge.files import open_file, sync
 
 SHARD_BYTES = 5_000_000_000
 _UNFINISHED = ".unfinished"
@@ -222,14 +222,14 @@ class FolderWriter:
     def _finish(self) -> None:
         folder = self.complete()
         (folder / _LOCK).unlink(missing_ok=True)  # the open file still holds the lock
-        _sync_folder(folder)
+        sync(folder)
         try:
             self._partial.rename(self.out)  # over an empty folder as well
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise InputError(str(self.out), "was made by someone else in the meantime") from None
             raise
-        _sync_folder(self.out.parent)
+        sync(self.out.parent)
 
     def _check_space(self) -> None:
         free = shutil.disk_usage(existing_parent(self.out)).free
@@ -297,14 +297,6 @@ def _sync(stream: BinaryIO) -> None:
     stream.flush()
     os.fsync(stream.fileno())
     stream.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _size(count: int) -> str:
