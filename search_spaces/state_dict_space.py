@@ -1,7 +1,7 @@
 """State dicts: how much of each table of tensors goes into each group of tensors, whatever network they are of.
 
 Groups are the blocks of image models by the names that people use (IN00 ... OUT11), patterns of tensors' names, or all
-tensors at once. What is in no group, and the blocks that are always kept (``evomerge.raw.blocks.KEPT``) unless a group
+tensors at once. What is in no group, and the blocks that are always kept (``evomerge.raw.layouts.KEPT``) unless a group
 names them, is copied from the first source, or the one that ``tokenizer`` or ``base`` names.
 """
 
@@ -17,7 +17,8 @@ from pydantic import BeforeValidator, Field, FiniteFloat
 from evomerge.errors import InputError
 from evomerge.genome import Baseline, Genome, Parameter
 from evomerge.method import Method, Point, named_method
-from evomerge.raw.blocks import KEPT, blocks_of, grouped
+from evomerge.raw.blocks import blocks_of, grouped
+from evomerge.raw.layouts import KEPT, LAYOUTS
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Blend, ChoiceName
 from evomerge.recipes.state_dict import Keys, StateDictRecipe, TensorGroup
@@ -85,8 +86,10 @@ class StateDictSpaceSettings(SpaceSettings):
         if self.groups == "blocks":
             blocks = sorted({block for block in blocks_of(names).values() if block and block not in KEPT})
             if not blocks:
-                problem = "is blocks, and these tensors are in none that has a name"
-                raise InputError("space.groups", problem, 'Give patterns of names: `groups: {first: "layer1.*"}`.')
+                problem = "is blocks, and these tensors are laid out as no model whose blocks have names"
+                known = ", ".join(layout.name for layout in LAYOUTS)
+                hint = f'Give patterns of names: `groups: {{first: "layer1.*"}}`. Layouts that are known: {known}.'
+                raise InputError("space.groups", problem, hint)
             return {block: (block,) for block in blocks}
         by_group = {g: (one,) if isinstance(one, str) else one for g, one in self.groups.items()}
         for group, patterns in by_group.items():

@@ -64,7 +64,7 @@ def test_blocks_have_the_names_that_people_use() -> None:
     assert [blocks[name] for name in NAMES] == ["IN00", "IN04", "IN00", "MID", "OUT11", "OUT11", "TEXT", "VAE", "EMA"]
     others = {
         f"{UNET}label_emb.0.0.weight": "IN00", f"{UNET}output_blocks.8.0.weight": "OUT08", f"{UNET}out.0.bias": "OUT08",
-        "conditioner.embedders.1.model.x": "TEXT",
+        "conditioner.embedders.0.transformer.x": "TEXT1", "conditioner.embedders.1.model.x": "TEXT2",
     }  # fmt: skip
     assert blocks_of(others) == others
     flux = {
@@ -74,11 +74,19 @@ def test_blocks_have_the_names_that_people_use() -> None:
     }  # fmt: skip
     assert blocks_of(flux) == flux
     folder = {
-        "unet/down_blocks.1.resnets.0.conv1.weight": "IN01", "unet/mid_block.resnets.0.conv1.weight": "MID",
-        "unet/up_blocks.2.resnets.0.conv1.weight": "OUT02", "unet/conv_out.weight": "OUT02", "vae/decoder.x": "VAE",
-        "text_encoder_2/text_model.x": "TEXT", "transformer/transformer_blocks.4.x": "D04",
+        "unet/down_blocks.1.resnets.0.conv1.weight": "IN04", "unet/down_blocks.0.resnets.1.conv1.weight": "IN02",
+        "unet/down_blocks.1.downsamplers.0.conv.weight": "IN06", "unet/mid_block.resnets.0.conv1.weight": "MID",
+        "unet/up_blocks.2.attentions.1.proj_in.weight": "OUT07", "unet/up_blocks.2.resnets.2.x": "OUT08",
+        "unet/up_blocks.1.upsamplers.0.conv.bias": "OUT05", "unet/conv_out.weight": "OUT08", "vae/decoder.x": "VAE",
+        "text_encoder/text_model.x": "TEXT1", "text_encoder_2/text_model.x": "TEXT2", "safety_checker/x": "SAFETY",
     }  # fmt: skip
     assert blocks_of(folder) == folder
+    flux_folder = {
+        "transformer/transformer_blocks.4.x": "D04", "transformer/single_transformer_blocks.30.x": "S30",
+        "transformer/x_embedder.weight": "IN", "transformer/proj_out.bias": "OUT", "text_encoder/x": "TEXT1",
+        "text_encoder_2/y": "TEXT2",
+    }  # fmt: skip
+    assert blocks_of(flux_folder) == flux_folder
     assert blocks_of(["layer.0.weight"]) == {"layer.0.weight": ""}
 
 

@@ -18,7 +18,8 @@ from evomerge.files import open_file
 from evomerge.mergekit.reading import from_mergekit
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import Merged
-from evomerge.raw.blocks import KEPT, blocks_of
+from evomerge.raw.blocks import blocks_of
+from evomerge.raw.layouts import KEPT, layout_of
 from evomerge.raw.table import ROLE, Table, open_table, rest_of, usual_dtype
 from evomerge.recipes.stack import Role, StackRecipe
 from evomerge.recipes.state_dict import Keys
@@ -106,7 +107,8 @@ def _filters(content: Any) -> Iterator[str]:
 
 
 def check_alike(tables: Mapping[str, Table], keys: Keys, kept: Collection[str], place: str) -> None:
-    """Refuse tables of which one lacks tensors that another has, unless ``keys`` say what to do, or of other shapes.
+    """Refuse tables of which one lacks tensors that another has, unless ``keys`` say what to do, of other shapes, or
+    laid out as other models.
 
     Args:
         kept: names of tensors that are not merged.
@@ -114,8 +116,21 @@ def check_alike(tables: Mapping[str, Table], keys: Keys, kept: Collection[str], 
     Raises:
         InputError: naming the tensor and both tables.
     """
+    _check_layouts(tables, place)
     _check_keys(tables, keys, kept, place)
     _check_shapes(tables, kept, place)
+
+
+def _check_layouts(tables: Mapping[str, Table], place: str) -> None:
+    """Refuse models in two layouts, whose tensors have other names whatever ``keys`` say."""
+    known = {name: layout.name for name, table in tables.items() if (layout := layout_of(table.source.tensors))}
+    first = next(iter(known), None)
+    other = next((name for name, layout in known.items() if first is not None and layout != known[first]), None)
+    if first is None or other is None:
+        return
+    problem = f"{first} is {known[first]}, and {other} is {known[other]}"
+    hint = "Merge models of one architecture; one in the other layout is converted by diffusers: "
+    raise InputError(place, problem, f"{hint}`Pipeline.from_single_file(FILE).save_pretrained(FOLDER)`.")
 
 
 def _check_keys(tables: Mapping[str, Table], keys: Keys, kept: Collection[str], place: str) -> None:
@@ -271,9 +286,18 @@ def summary(merge: TableMerge) -> list[str]:
         if " " in label and name not in merge.kept:
             block = label.partition(" ")[0]
             counts[block] = counts.get(block, 0) + 1
-    lines = [f"{len(merge.labels):,} tensors of {len(merge.tables)} tables in {usual_dtype(merge.tables)}"]
+    layout = layout_of(merge.labels)
+    kind = "tables" if layout is None else f"tables ({layout.name})"
+    lines = [f"{len(merge.labels):,} tensors of {len(merge.tables)} {kind} in {usual_dtype(merge.tables)}"]
     if counts:
         lines.append("blocks: " + ", ".join(f"{block} ({count})" for block, count in sorted(counts.items())))
     if merge.kept:
-        lines.append(f"kept of {next(iter(merge.tables))}: {len(merge.kept):,} tensors ({', '.join(KEPT)})")
+        lines.append(
+            f"kept of {next(iter(merge.tables))}: {len(merge.kept):,} tensors ({', '.join(_kept_blocks(merge))})"
+        )
     return lines
+
+
+def _kept_blocks(merge: TableMerge) -> list[str]:
+    found = {merge.labels[name].partition(" ")[0] for name in merge.kept}
+    return sorted(found & {*KEPT}) or ["in no group"]
