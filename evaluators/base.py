@@ -82,11 +82,13 @@ class Graded:
             to read beside the scores.
         seconds: how long it took by phase ("generate" is the model's part, "score" the grading's), where an evaluator
             knows that better than who measures it from outside.
+        drawings: small copies of the pictures that were made of items, PNG or JPEG, by the position in the split.
     """
 
     scores: ItemScores
     answers: Mapping[int, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    drawings: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

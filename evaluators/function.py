@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 from pydantic import Field
 
 from evaluators import function_process
@@ -38,6 +39,7 @@ from evaluators.item_files import digest, split_items
 from evaluators.prompts import PromptSettings, asked_prompt, told_too_long
 from evomerge.errors import InputError
 from evomerge.files import TEXT_BYTES, read_bytes
+from evomerge.inference.pictures import THUMBNAIL_SIDE, small_copy
 from evomerge.inference.reading import Prompt, Reader
 from evomerge.inference.requests import Engine, Generate, respond_to
 from evomerge.json_lines import read_lines
@@ -68,7 +70,8 @@ class FunctionSettings(PromptSettings):
         items_file: the items, a JSON object on each line; the function gets them as dicts.
         held_out_file: items to confirm on, where they are apart.
         held_out: without such a file, the share of items to confirm on. A hash of the item decides of each.
-        metrics: each metric that the function returns, and which way is better.
+        metrics: each metric that the function returns, and which way is better. Beside them it may return "pictures",
+            a PIL image or None for each item, of which those of the first items of each split are kept for people.
         batch_size: prompts at once in ``generate``.
         max_seconds: how long the function may take for a model, answers of the model not counted. Where a search
             begins it is tried on one item, which may take 15 s, or as long as this says.
@@ -208,27 +211,62 @@ class FunctionEvaluator(ImperativeEvaluator):
         """
         given = [self._lines[split][index] for index in indices]
         if self._settings.given == "weights":
-            return self._score_weights(given, live)
+            return self._score_weights(given, indices, live)
         generate = _Generate(Reader.of(live), engine, self._settings)
         started = time.perf_counter()
-        by_metric = self._process.call(given, list(self.metrics), generate, self._settings.max_seconds)
+        said = self._process.call(
+            given, list(self.metrics), generate, self._settings.max_seconds, pictured=_pictured(indices)
+        )
         whole = time.perf_counter() - started
         answers: Mapping[int, str] = {}
         if len(generate.answers) == len(indices):  # which of the answers are which item's only the function knows else
             answers = dict(zip(indices, generate.answers, strict=True))
-        scores = {metric: np.array(numbers, dtype=np.float32) for metric, numbers in by_metric.items()}
-        return Graded(scores, answers, {"generate": generate.seconds, "score": whole - generate.seconds})
+        seconds = {"generate": generate.seconds, "score": whole - generate.seconds}
+        return Graded(said.scores, answers, seconds, said.drawings(indices, given))
 
-    def _score_weights(self, given: Sequence[_Line], live: LiveModel) -> Graded:
+    def _score_weights(self, given: Sequence[_Line], indices: Sequence[int], live: LiveModel) -> Graded:
         """Have the function score the items by a candidate that lies on the disk."""
         from evomerge.raw.written import WrittenTable
 
         if not isinstance(live.model, WrittenTable):
             raise InputError("given", "is weights, and this is a model of transformers", "Take `given: generate`.")
-        by_metric = self._process.call(
-            given, list(self.metrics), _ask_nothing, self._settings.max_seconds, live.model.path
-        )
-        return Graded({metric: np.array(numbers, dtype=np.float32) for metric, numbers in by_metric.items()})
+        most, path = self._settings.max_seconds, live.model.path
+        said = self._process.call(given, list(self.metrics), _ask_nothing, most, path, _pictured(indices))
+        return Graded(said.scores, drawings=said.drawings(indices, given))
+
+
+PICTURED_ITEMS = 8
+"""Of how many items of a split pictures that were made are kept, from the first: a search may have many thousand."""
+
+
+def _pictured(indices: Sequence[int]) -> list[int]:
+    """Which of the items asked for have pictures to be kept, by their place among these."""
+    return [place for place, index in enumerate(indices) if index < PICTURED_ITEMS]
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a function returned.
+
+    Attributes:
+        numbers: one an item, by metric.
+        pictures: PNG, by the item's place among those asked for.
+    """
+
+    numbers: Mapping[str, Sequence[float]]
+    pictures: Mapping[int, bytes]
+
+    @property
+    def scores(self) -> dict[str, NDArray[np.float32]]:
+        return {metric: np.array(numbers, dtype=np.float32) for metric, numbers in self.numbers.items()}
+
+    def drawings(self, indices: Sequence[int], lines: Sequence[_Line]) -> dict[int, bytes]:
+        """Its pictures as ``Graded`` has them: encoded anew, for they come from a process that may write anything.
+
+        Raises:
+            InputError: one is no picture.
+        """
+        return {indices[place]: small_copy(image, lines[place].place) for place, image in self.pictures.items()}
 
 
 def _ask_nothing(prompts: Sequence[str], most: int, stop: Sequence[str]) -> list[str]:
@@ -325,11 +363,14 @@ class _FunctionProcess:
         generate: Callable[[Sequence[str], int, Sequence[str]], list[str]],
         limit_s: float,
         weights: Path | None = None,
-    ) -> dict[str, list[float]]:
+        pictured: Sequence[int] = (),
+    ) -> _Said:
         """What the function says of items: finite numbers by metric, one an item.
 
-        ``limit_s`` is how long it may take, answers not counted; ``weights`` is what it is given in place of
-        ``generate``.
+        Args:
+            limit_s: how long it may take, answers not counted.
+            weights: what it is given in place of ``generate``.
+            pictured: the places of items of which pictures are wanted.
 
         Raises:
             InputError: the function fails, ends its process, takes too long, or returns anything else. What the model
@@ -341,6 +382,7 @@ class _FunctionProcess:
         try:
             deadline = time.monotonic() + limit_s
             asked_of = {"items": [line.fields for line in lines], "metrics": metrics, "count": len(lines)}
+            asked_of |= {"pictured": list(pictured), "side": THUMBNAIL_SIDE}
             self._send(asked_of if weights is None else {**asked_of, "weights": str(weights)})
             while "prompts" in (answer := self._wait(deadline, limit_s, f"in {self._settings.function}")):
                 asked = time.monotonic()
@@ -353,8 +395,8 @@ class _FunctionProcess:
             raise
         if "numbers" not in answer:
             raise self._fault(answer, lines)
-        by_metric: dict[str, list[float]] = answer["numbers"]
-        return by_metric
+        pictures = {int(place): base64.b64decode(image) for place, image in answer[function_process.PICTURES].items()}
+        return _Said(answer["numbers"], pictures)
 
     def stop(self) -> None:
         """End the process and all that it has started."""

@@ -10,6 +10,7 @@ to, and starts another one. They speak in messages of JSON, each behind its leng
 from __future__ import annotations
 
 import base64
+import io
 import itertools
 import json
 import numbers
@@ -27,6 +28,9 @@ from typing import Any
 
 LARGEST = 3.4028234663852886e38
 """The largest number that a score, a float32, can be."""
+
+PICTURES = "pictures"
+"""The key under which a function may return pictures beside numbers."""
 
 _MOST_BYTES = 1 << 30
 _MOST_SHOWN = 100
@@ -130,11 +134,17 @@ def _load(setup: Mapping[str, Any]) -> Callable[..., object] | dict[str, Any]:
 
 
 def _call(function: Callable[..., object], request: Mapping[str, Any], generate: _Generate) -> dict[str, Any]:
-    """What the function says of items, checked: {"numbers": by metric}, or what is wrong."""
+    """What the function says of items, checked: {"numbers": by metric}, with pictures where it made any, or what is
+    wrong.
+    """
     metrics: list[str] = request["metrics"]
+    pictures: object = None
     try:
         given = Path(request["weights"]) if "weights" in request else generate
         returned = function(request["items"], given)
+        if isinstance(returned, Mapping) and PICTURES in returned and PICTURES not in metrics:
+            pictures = returned[PICTURES]
+            returned = {name: values for name, values in returned.items() if name != PICTURES}
         if not isinstance(returned, Mapping):
             if len(metrics) > 1:
                 wanted = ", ".join(metrics)
@@ -152,9 +162,35 @@ def _call(function: Callable[..., object], request: Mapping[str, Any], generate:
             if isinstance(values, dict):
                 return values | {"metric": metric}
             by_metric[metric] = values
+        drawn = {} if pictures is None else _pictures(pictures, request)
+        if "returned" in drawn:
+            return drawn
     except BaseException as error:  # whatever it is, it is the function's
         return _blame(request["file"], f"{request['function']} failed", error)
-    return {"numbers": by_metric}
+    return {"numbers": by_metric, PICTURES: drawn}
+
+
+def _pictures(returned: Any, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Small copies of the pictures that are wanted, by position, as PNG in base64; or what is wrong.
+
+    They are PIL's, which this file does not import: a function that makes none needs no PIL.
+    """
+    pictures, count = list(itertools.islice(returned, request["count"] + 1)), request["count"]
+    if len(pictures) != count:
+        many = f"more than {count}" if len(pictures) > count else f"{len(pictures)}"
+        return {"returned": f"returned {many} pictures for {count} items", "hint": "Return one for each, or None."}
+    encoded = {}
+    for position in request["pictured"]:
+        if (picture := pictures[position]) is None:
+            continue
+        if not all(hasattr(picture, method) for method in ("convert", "thumbnail", "save")):
+            hint = "Return PIL images: `PIL.Image.fromarray(array)`."
+            return {"returned": f"returned {_shown(picture)} as a picture", "position": position, "hint": hint}
+        small, stream = picture.convert("RGB"), io.BytesIO()
+        small.thumbnail((request["side"], request["side"]))
+        small.save(stream, "PNG")
+        encoded[str(position)] = base64.b64encode(stream.getvalue()).decode()
+    return encoded
 
 
 def _numbers(returned: Any, count: int) -> list[float] | dict[str, Any]:

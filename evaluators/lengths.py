@@ -7,6 +7,7 @@ answer as it is graded, by the tokenizer of the merged model, so that every engi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -77,4 +78,4 @@ class CountedEvaluator(Evaluator):
         graded = self._evaluator.grade(split, indices, responses)
         written = [graded.answers.get(index, "") for index in indices]
         counts = np.array([len(encode_plain(self._tokenizer, text)) if text else 0 for text in written], np.float32)
-        return Graded({**graded.scores, ANSWER_TOKENS: counts}, graded.answers, graded.seconds)
+        return replace(graded, scores={**graded.scores, ANSWER_TOKENS: counts})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 from helpers_miniature import ROOT, evomerge, json_of, search_file
+from PIL import Image
 
 from evaluators import function
 from evaluators.base import EvaluatorSettings
@@ -320,6 +322,44 @@ def test_anything_but_numbers(tmp_path: Path, returned: str, said: str) -> None:
     code = f"def score(items, generate):\n    return {returned}\n"
     place = said.format(items=tmp_path / "items.jsonl")
     assert f"my_score.py, score: {place}" in fault(tmp_path, code)
+
+
+PICTURES = """
+from PIL import Image
+
+def score(items, generate):
+    colour = lambda item: (10 * item["letters"], 0, 200)
+    pictures = [Image.new("RGB", (600, 300), colour(item)) for item in items]
+    pictures[1] = None
+    return {"letters": [0.5] * len(items), "pictures": %s}
+"""
+
+
+def test_pictures_of_the_first_items_are_kept_small(tmp_path: Path) -> None:
+    evaluator = given(tmp_path, PICTURES % "pictures").build()
+    indices = [8, 3, 0, 7]
+    graded = score(evaluator, tiny_live(), "search", indices)
+    assert graded.scores["letters"].tolist() == [0.5] * 4
+    assert graded.drawings.keys() == {0, 7}  # of 3 there is none, and 8 is not among the first
+    lines = evaluator._lines["search"]
+    for item, png in graded.drawings.items():
+        image = Image.open(io.BytesIO(png))
+        assert image.size == (192, 96)
+        assert image.getpixel((5, 5)) == (10 * lines[item].fields["letters"], 0, 200)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("pictures[:2]", "returned 2 pictures for 3 items"),
+        ("['x'] * 3", "returned 'x' as a picture for {items}, line 2"),
+        ("5", "score failed (TypeError: 'int' object is not iterable)"),
+        ("[type('P', (), {'convert': lambda s, m: s, 'thumbnail': lambda s, b: 0, "
+         "'save': lambda s, f, k: f.write(b'no')})()] * 3", "is no picture that can be read"),
+    ],
+)  # fmt: skip
+def test_what_is_no_picture_is_told(tmp_path: Path, returned: str, said: str) -> None:
+    assert said.format(items=tmp_path / "items.jsonl") in fault(tmp_path, PICTURES % returned)
 
 
 ENDINGS = {

@@ -174,7 +174,7 @@ def test_small_copies_hold_nothing_of_the_file_but_pixels(tmp_path: Path) -> Non
     assert b"secret" in file.read_bytes()
     assert b"secret" not in small
     with Image.open(io.BytesIO(small)) as image:
-        assert max(image.size) == pictures._THUMBNAIL_SIDE
+        assert max(image.size) == pictures.THUMBNAIL_SIDE
         assert image.format == "JPEG"
     assert media_type(small) == "image/jpeg"
     tiny = thumbnail(held_media(Image.new("RGB", (60, 60))), "here")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from fastapi.testclient import TestClient
 from helpers_miniature import ROOT, evomerge, export_of, json_of, newest_scored
 from helpers_search import table
+from helpers_service import BEARER, TOKEN
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from evomerge.inference.pictures import data_url
 from evomerge.raw.blocks import grouped
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.state_dict import StateDictRecipe
+from evomerge.report.drawings import drawing_grid, embedded
+from evomerge.report.status import status_of
+from evomerge.service.app import create_app
+from evomerge.service.dependencies import ServiceSettings
+from evomerge.service.root import Root
 from evomerge.store import Store
 
 UNET = "model.diffusion_model."
@@ -38,6 +49,18 @@ def score(items, weights):
 '''
 
 
+DRAWING = '''
+from PIL import Image
+
+
+def drawn(items, weights):
+    """The same with a picture whose red is how near it is."""
+    numbers = score(items, weights)
+    pictures = [Image.new("RGB", (8, 8), (int(255 / (1 - number)), 0, 0)) for number in numbers]
+    return {"near": numbers, "pictures": pictures}
+'''
+
+
 def tensors_of(seed: int) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(shape, generator=random) for name, shape in NAMES.items()}
@@ -45,7 +68,7 @@ def tensors_of(seed: int) -> dict[str, torch.Tensor]:
 
 
 def write_items(folder: Path, *tensors: str) -> None:
-    (folder / "score.py").write_text(FUNCTION)
+    (folder / "score.py").write_text(FUNCTION + DRAWING)
     items = [{"tensor": name, "wanted": wanted / 10} for name in tensors for wanted in range(8)]
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
 
@@ -118,6 +141,39 @@ def test_a_search_ends_in_a_verified_export(files: Path, capsys: pytest.CaptureF
 
     assert evomerge("merge", out / "recipe.yaml", files / "again") == 0
     assert (files / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_drawings_are_kept_of_sources_and_the_winner_and_shown(files: Path) -> None:
+    file, folder = search_file(files), files / "root" / "s"
+    assert evomerge("search", file, "--dir", folder, "--set", "objectives.near.function=drawn") == 0
+    settings = ServiceSettings(Root.of(str(folder.parent), folder.parent), TOKEN)
+    client = TestClient(create_app(settings), base_url="http://127.0.0.1", headers=BEARER)
+    with Store.open(folder / "search.db") as store:
+        (measure,) = store.search().record.objectives
+        status = status_of(store)
+        grid = drawing_grid(store, status, embedded(store))
+        assert grid is not None
+        assert grid.held_out
+        assert [row.label for row in grid.rows[:4]] == ["a", "b", "c", "uniform average"]
+        assert grid.rows[-1].roles == ["best"]
+        for row in grid.rows:
+            number = int(row.id[1:])
+            scores = {s.evaluator: s for s in store.scores(number, "held_out")}[measure.version].metrics["near"]
+            images = store.drawings(number, "held_out")[measure.version]
+            assert images.keys() == {*range(min(8, len(scores)))}
+            for item, image in images.items():
+                assert Image.open(io.BytesIO(image)).getpixel((3, 3)) == (int(255 / (1 - float(scores[item]))), 0, 0)
+                assert row.items[item].address == data_url(image)
+        number, image = int(grid.rows[-1].id[1:]), store.drawings(0, "search")[measure.version][2]
+    page, report = client.get("/searches/s").text, client.get("/searches/s/report.html").text
+    assert report.count("data:image/png") == sum(len(row.items) for row in grid.rows)
+    address = f"/api/v1/searches/s/candidates/{number}/drawings/0?split=held_out&objective=near"
+    assert html.escape(address) in page
+    assert client.get(address).headers["content-type"] == "image/png"
+    assert client.get("/api/v1/searches/s/candidates/0/drawings/2").content == image
+    assert client.get("/api/v1/searches/s/candidates/0/drawings/900").status_code == 404
+    assert "/drawings/" in client.get(f"/searches/s/candidates/{grid.rows[-1].id}").text
+    assert "/drawings/" in client.get("/searches/s/compare?a=c0000&b=c0001&split=held_out").text
 
 
 def test_a_source_scores_as_its_own_file(files: Path) -> None:

@@ -38,7 +38,7 @@ FORMAT_1 = (
     "ALTER TABLE candidate DROP COLUMN eligible, DROP COLUMN niche, DROP COLUMN elite, DROP COLUMN change",
     "ALTER TABLE lease DROP COLUMN writes, DROP COLUMN boot, DROP COLUMN expires_since_boot",
     "ALTER TABLE search DROP COLUMN worker_s, DROP COLUMN gpu_s, DROP COLUMN held_s",
-    "DROP TABLE alembic_version, answer, item, thumbnail",
+    "DROP TABLE alembic_version, answer, item, thumbnail, drawing",
     "UPDATE search SET schema_version = 1",
 )
 

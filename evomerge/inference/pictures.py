@@ -28,7 +28,9 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 
-_THUMBNAIL_SIDE = 192
+THUMBNAIL_SIDE = 192
+"""Pixels of the longer side of small copies, at most."""
+
 _SMALL_BYTES = 6_000
 
 
@@ -76,10 +78,22 @@ def thumbnail(media: Media, place: str) -> bytes:
     Raises:
         InputError: as ``decoded``.
     """
+    return _small(decoded(media, place))
+
+
+def small_copy(content: bytes, place: str) -> bytes:
+    """The same of a picture that a program made, by the bytes of its file.
+
+    Raises:
+        InputError: they are no picture that can be shown.
+    """
+    return _small(_in_rgb(_opened(content, Path("that was made"), place)))
+
+
+def _small(shown: Image) -> bytes:
     from PIL import Image
 
-    shown = decoded(media, place)
-    shown.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    shown.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     image = Image.new("RGB", shown.size)  # a comment, say, would be saved again with what was read
     image.paste(shown)
     png, jpeg = io.BytesIO(), io.BytesIO()

@@ -19,10 +19,11 @@ _LONGEST_TITLE = 24
 
 @dataclass(frozen=True)
 class Answered:
-    """A candidate at one item: its score, and its answer where answers were kept."""
+    """A candidate at one item: its score, its answer where answers were kept, and whether a drawing of it is."""
 
     score: float
     answer: str | None
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ def items_of(store: Store, candidates: Sequence[int], split: str, measure: Measu
         recorded = next((s for s in store.scores(number, split) if s.evaluator == measure.version), None)
         items = [] if recorded is None else recorded.items.tolist()
         scores = [] if recorded is None else recorded.metrics[measure.metric].tolist()
-        sides.append({item: Answered(score, answers.get(item)) for item, score in zip(items, scores, strict=True)})
+        drawn = store.drawn(number, split, measure.version)
+        sides.append(
+            {item: Answered(score, answers.get(item), item in drawn) for item, score in zip(items, scores, strict=True)}
+        )
     texts = dict(enumerate(store.item_texts(measure.version, split)))
     pictures = dict(enumerate(store.item_pictures(measure.version, split)))
     shared = sorted(set.intersection(*(set(side) for side in sides)))

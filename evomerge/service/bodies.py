@@ -207,10 +207,11 @@ class NewBudget(Wanted):
 
 
 class Side(BaseModel):
-    """A candidate at one item: its score, and its answer where answers were kept."""
+    """A candidate at one item: its score, its answer where answers were kept, and whether a drawing of it is."""
 
     score: Number
     answer: str | None
+    drawn: bool = False
 
 
 class ComparedItem(BaseModel):

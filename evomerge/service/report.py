@@ -20,6 +20,7 @@ from markupsafe import Markup
 from evomerge import __version__
 from evomerge.report.candidate import status_text
 from evomerge.report.confirmed import Choice
+from evomerge.report.drawings import drawing_grid, embedded
 from evomerge.report.entries import ConfirmedEntry, Entry, interval_text, percent
 from evomerge.report.path import is_plain
 from evomerge.report.picks import conclusions, is_front, roles_of
@@ -134,6 +135,7 @@ def report_html(store: Store, folder: Path) -> str:
         gaps=list(_gaps(status)),
         choice=_choice(status),
         seen=[] if shown is None else seen_items(store, _number(shown.id)),
+        grid=drawing_grid(store, status, embedded(store)),
         selection=selection_of(store),
         conclusions=conclusions(status),
         best_word=KNEE if is_front(status) else BEST,

@@ -86,15 +86,24 @@ def insert_scores(connection: Connection, search_id: int, number: int, scores: S
 def insert_answers(
     connection: Connection, search_id: int, number: int, attempt: int, answers: Sequence[Answers]
 ) -> None:
-    """Answers replace older ones of the same attempt."""
+    """Answers replace older ones of the same attempt, drawings older ones of the same items."""
     for one in answers:
         if len(one.items) != len(one.texts):
             raise ValueError(f"{one.evaluator}: {len(one.items)} items, but {len(one.texts)} answers")
         key: dict[str, Any] = {"search_id": search_id, "candidate": number, "attempt": attempt}
         key |= {"evaluator": one.evaluator, "split": one.split}
+        _insert_drawings(connection, search_id, number, one)
+        if not one.items:
+            continue
         connection.execute(statements.OLD_ANSWER, _of(key))
         row = {"items": np.array(one.items, dtype=np.int32), "texts": _json(one.texts)}
         connection.execute(statements.NEW_ANSWER, key | row)
+
+
+def _insert_drawings(connection: Connection, search_id: int, number: int, answers: Answers) -> None:
+    key = {"search_id": search_id, "candidate": number, "evaluator": answers.evaluator, "split": answers.split}
+    if rows := [{**key, "item": item, "image": image} for item, image in answers.drawings.items()]:
+        connection.execute(statements.put_drawing(connection.dialect.name), rows)
 
 
 def _of(key: Mapping[str, Any]) -> dict[str, Any]:

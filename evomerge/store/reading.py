@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from sqlalchemy import Connection, Engine, Row, ScalarSelect, Select, exists, func, inspect, select
+from sqlalchemy import Connection, Engine, Row, ScalarSelect, Select, exists, func, inspect, select, union
 from sqlalchemy.exc import DBAPIError
 
 from evomerge.errors import InputError
@@ -360,12 +360,38 @@ class ReadStore:
         return by_evaluator
 
     @repeated
-    def answered(self) -> list[int]:
-        """The candidates of which answers to search items are kept, by number."""
-        columns = tables.answer.c
-        query = select(columns.candidate).where(columns.search_id == self.search_id, columns.split == "search")
+    def drawings(self, number: int, split: str) -> dict[str, dict[int, bytes]]:
+        """Small copies of what a candidate drew of items of a split, by evaluator and position, PNG or JPEG."""
+        columns = tables.drawing.c
+        query = select(columns.evaluator, columns.item, columns.image).where(
+            columns.search_id == self.search_id, columns.candidate == self._scored(number), columns.split == split
+        )
+        by_evaluator: dict[str, dict[int, bytes]] = {}
         with self.transaction() as connection:
-            return list(connection.execute(query.distinct().order_by(columns.candidate)).scalars())
+            for evaluator, item, image in connection.execute(query.order_by(columns.evaluator, columns.item)):
+                by_evaluator.setdefault(evaluator, {})[item] = image
+        return by_evaluator
+
+    @repeated
+    def drawn(self, number: int, split: str, evaluator: str) -> frozenset[int]:
+        """The positions of items of a split that there are such copies of."""
+        columns = tables.drawing.c
+        query = select(columns.item).where(
+            columns.search_id == self.search_id, columns.candidate == self._scored(number), columns.split == split,
+            columns.evaluator == evaluator,
+        )  # fmt: skip
+        with self.transaction() as connection:
+            return frozenset(connection.execute(query).scalars())
+
+    @repeated
+    def answered(self) -> list[int]:
+        """The candidates of which answers to search items are kept, or drawings, by number."""
+        queries = (
+            select(table.c.candidate).where(table.c.search_id == self.search_id, table.c.split == "search")
+            for table in (tables.answer, tables.drawing)
+        )
+        with self.transaction() as connection:
+            return sorted(connection.execute(union(*queries)).scalars())
 
     def item_texts(self, evaluator: str, split: str) -> list[tuple[str, str]]:
         """(question, right answer) of each item of a split, in order; nothing where none were kept."""

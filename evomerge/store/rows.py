@@ -70,12 +70,15 @@ class Answers:
         evaluator: the evaluator's version.
         items: positions in the split.
         texts: the answer to each.
+        drawings: small copies of the pictures that were made with the model, PNG or JPEG, by the item's position: of
+            items of ``items`` or others.
     """
 
     evaluator: str
     split: str
     items: Sequence[int]
     texts: Sequence[str]
+    drawings: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Literal
 
-from sqlalchemy import BindParameter, Insert, Update, bindparam, delete, insert, or_, select, update
+from sqlalchemy import BindParameter, Insert, Table, Update, bindparam, delete, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from evomerge.store import tables
@@ -27,12 +27,15 @@ OLD_ANSWER = delete(tables.answer).where(
     )
 )
 
-DROP_ANSWERS = delete(tables.answer).where(
-    tables.answer.c.search_id == bindparam("of_search_id"),
-    tables.answer.c.candidate == bindparam("of_candidate"),
-    tables.answer.c.split == "search",
+DROP_ANSWERS = tuple(
+    delete(table).where(
+        table.c.search_id == bindparam("of_search_id"),
+        table.c.candidate == bindparam("of_candidate"),
+        table.c.split == "search",
+    )
+    for table in (tables.answer, tables.drawing)
 )
-"""What a candidate answered to search items."""
+"""What a candidate answered to search items, and drew of them."""
 
 CHANGE_SEARCH = update(tables.search).where(tables.search.c.id == bindparam("of_search_id"))
 
@@ -50,11 +53,20 @@ ON_FRONT = select(tables.candidate.c.number).where(
 )
 
 
-@cache
 def put_score(dialect: str) -> Insert:
     """New scores, or others in place of those that a candidate has by an evaluator on a split."""
-    new = (sqlite.insert if dialect == "sqlite" else postgresql.insert)(tables.score)
-    key = [column.name for column in tables.score.primary_key]
+    return _put(tables.score, dialect)
+
+
+def put_drawing(dialect: str) -> Insert:
+    """New drawings, or others in place of those that a candidate has of the same items."""
+    return _put(tables.drawing, dialect)
+
+
+@cache
+def _put(table: Table, dialect: str) -> Insert:
+    new = (sqlite.insert if dialect == "sqlite" else postgresql.insert)(table)
+    key = [column.name for column in table.primary_key]
     others = {column.name: column for column in new.excluded if column.name not in key}
     return new.on_conflict_do_update(index_elements=key, set_=others)
 

@@ -308,7 +308,8 @@ class Store(FencedStore):
     def _drop_answers(self, connection: Connection, numbers: Sequence[int]) -> None:
         if numbers:
             rows = [{"of_search_id": self.search_id, "of_candidate": number} for number in numbers]
-            connection.execute(statements.DROP_ANSWERS, rows)
+            for statement in statements.DROP_ANSWERS:
+                connection.execute(statement, rows)
 
     def _end_race(self, connection: Connection, outcome: RaceEnd) -> None:
         values: dict[str, Any] = {"status": outcome.status, "same_as": outcome.same_as, "eligible": outcome.eligible}

@@ -16,7 +16,7 @@ from sqlalchemy import (
 
 from evomerge.store.columns import Array, Json, PackedText, Real, WholeNumber, Words
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 """Raised, with a migration, whenever a program that knows the older number would misread a store."""
 
 metadata = MetaData()
@@ -135,6 +135,18 @@ thumbnail = Table(
     metadata,
     Column("search_id", WholeNumber, primary_key=True),
     Column("picture", Words(64), primary_key=True),  # SHA-256 of what it is of, in hex
+    Column("image", LargeBinary, nullable=False),
+)
+
+# Small copies of the pictures that were made with a candidate, for people: newly encoded, PNG or JPEG.
+drawing = Table(
+    "drawing",
+    metadata,
+    Column("search_id", WholeNumber, primary_key=True),
+    Column("candidate", WholeNumber, primary_key=True, autoincrement=False),
+    Column("evaluator", Words(200), primary_key=True),
+    Column("split", Words(20), primary_key=True),
+    Column("item", WholeNumber, primary_key=True, autoincrement=False),
     Column("image", LargeBinary, nullable=False),
 )
 

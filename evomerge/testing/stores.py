@@ -21,6 +21,10 @@ from evomerge.testing.leases import LeaseContract
 from evomerge.testing.store_fixtures import FINGERPRINTS, SETTINGS, candidate, content, create, estimate, finish, scores
 
 
+def drawn(split: str, drawings: dict[int, bytes]) -> Answers:
+    return Answers("task@1", split, [], [], drawings)
+
+
 class StoreContract(LeaseContract):
     """Tests that hold for a store in any database.
 
@@ -118,6 +122,23 @@ class StoreContract(LeaseContract):
         assert store.answers(0, "search") == {"task@1": {4: "答えは 1", 0: "later", 7: ""}}
         assert store.answers(1, "search") == store.answers(0, "search")
         assert store.answers(0, "held_out") == {"task@2": {1: "x"}}
+
+    def test_drawings_are_kept_by_item_and_go_with_answers(self, store: Store, lease: Lease) -> None:
+        store.record_ask(0, [candidate(0), candidate(1, recipe_hash="hash0")])
+        store.record_dispatch(0, 1, "w")
+        assert store.record_rung(0, 1, [scores()], {}, "w", answers=[drawn("search", {4: b"a", 0: b"b"})])
+        store.record_dispatch(0, 2, "w")
+        again = [drawn("search", {0: b"c"})]
+        assert store.record_result(0, 2, [scores()], {}, {"acc": estimate(0.5)}, "w", answers=again)
+        store.record_scores(0, 3, [scores("held_out")], answers=[drawn("held_out", {1: b"d"})])
+        store.record_cached(1, 0, {"acc": estimate(0.5)})
+        assert store.drawings(0, "search") == store.drawings(1, "search") == {"task@1": {0: b"c", 4: b"a"}}
+        assert store.drawn(1, "search", "task@1") == {0, 4}
+        assert store.answers(0, "search") == {}
+        assert store.answered() == [0]
+        store.drop_answers([0])
+        assert store.answered() == []
+        assert (store.drawings(0, "search"), store.drawings(0, "held_out")) == ({}, {"task@1": {1: b"d"}})
 
     def test_answers_of_a_stale_attempt_are_not_kept(self, store: Store, lease: Lease) -> None:
         store.record_ask(0, [candidate(0)])

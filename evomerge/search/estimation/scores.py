@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,12 +32,13 @@ def to_scores(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[Sco
 
 
 def to_answers(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[Answers]:
-    """What the model wrote, in the store's form; nothing of what the search does not keep."""
-    pairs = zip(tasks, result.answers, strict=True) if result.answers else ()
+    """What the model wrote and drew, in the store's form; nothing of what the search does not keep."""
+    nothing: list[Mapping[int, Any]] = [{}] * len(tasks)
+    given = zip(tasks, result.answers or nothing, result.drawings or nothing, strict=True)
     return [
-        Answers(setup.evaluators[task.evaluator].version, task.split, list(texts), list(texts.values()))
-        for task, texts in pairs
-        if texts and (isinstance(setup.answers, BestKept) or setup.answers in ("all", task.split))
+        Answers(setup.evaluators[task.evaluator].version, task.split, list(texts), list(texts.values()), drawings)
+        for task, texts, drawings in given
+        if (texts or drawings) and (isinstance(setup.answers, BestKept) or setup.answers in ("all", task.split))
     ]
 
 

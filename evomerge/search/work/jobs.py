@@ -111,7 +111,8 @@ class Measured:
 
     ``answers``, for each task or not at all: what the model wrote, by the item's position, where it wrote anything.
     ``change`` is how far the model is from the search's base; None where that is not measured. ``uses``, for each task
-    or not at all: how a model of experts used them; None where no token passed.
+    or not at all: how a model of experts used them; None where no token passed. ``drawings``, like ``answers``: small
+    copies of the pictures that were made with the model, PNG or JPEG.
     """
 
     scores: Sequence[Mapping[str, NDArray[np.float32]]]
@@ -119,6 +120,7 @@ class Measured:
     answers: Sequence[Mapping[int, str]] = ()
     change: float | None = None
     uses: Sequence[ExpertUse | None] = ()
+    drawings: Sequence[Mapping[int, bytes]] = ()
 
 
 @dataclass(frozen=True)

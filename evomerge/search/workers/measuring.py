@@ -99,9 +99,10 @@ class Attempt:
     def measured(self) -> Measured:
         """The result, once all tasks are graded."""
         graded = [self._graded[number] for number in range(len(self._tasks))]
-        answers = [dict(task.answers) for task in graded]
+        answers, drawings = [dict(task.answers) for task in graded], [dict(task.drawings) for task in graded]
         uses = [together(self._uses.get(number, ())) for number in range(len(self._tasks))] if self._uses else []
-        return Measured([task.scores for task in graded], self.seconds, answers, self._live.change, uses)
+        scores = [task.scores for task in graded]
+        return Measured(scores, self.seconds, answers, self._live.change, uses, drawings)
 
 
 def answered(engine: Engine, attempts: Sequence[Attempt]) -> Iterator[tuple[Attempt, int]]:

@@ -92,11 +92,34 @@ def picture(store: StoreDependency, picture: Annotated[str, Path(pattern="^[0-9a
     image = store.thumbnail(picture)
     if image is None:
         raise ProblemError(404, "There is no such picture", detail="No item of the search shows it.")
+    return _image(image)
+
+
+@router.get(
+    "/candidates/{number}/drawings/{item}", response_class=Response, responses={200: {"content": {"image/*": {}}}}
+)
+def drawing(
+    store: StoreDependency,
+    number: CandidateNumber,
+    item: CandidateNumber,
+    split: Literal["search", "held_out"] = "search",
+    objective: Annotated[str | None, Query(max_length=100)] = None,
+) -> Response:
+    """A small copy of what a candidate drew of an item, in an objective: the first unless another is named."""
+    _check(store, number)
+    measure = measure_named(store.search(), objective)
+    image = store.drawings(number, split).get(measure.version, {}).get(item)
+    if image is None:
+        raise ProblemError(404, "There is no such drawing", detail="Nothing was drawn of the item, or it is not kept.")
+    return _image(image)
+
+
+def _image(image: bytes) -> Response:
     return Response(image, media_type=media_type(image), headers={"Cache-Control": "private, max-age=86400"})
 
 
 def _compared(item: ItemAnswers) -> ComparedItem:
-    a, b = (Side(score=answered.score, answer=answered.answer) for answered in item.answered)
+    a, b = (Side(score=one.score, answer=one.answer, drawn=one.drawn) for one in item.answered)
     return ComparedItem(item=item.number, text=item.text, gold=item.right, a=a, b=b, pictures=list(item.pictures))
 
 

@@ -122,7 +122,7 @@ def show_candidate(
         log=_log(root, name, row), log_url=log_url(name, row.failure), baselines=choices(status), against=other,
         sentences=[sentence(comparison, mine, theirs) for comparison in comparisons],
         won=won[:MOST_ITEMS], lost=lost[:MOST_ITEMS], won_count=len(won), lost_count=len(lost),
-        name_a=mine, name_b=theirs, maximise=up, lead=ahead,
+        name_a=mine, name_b=theirs, maximise=up, lead=ahead, drawn_by=(number, other), split="search",
         are_records=are_records(search, wanted),
     )  # fmt: skip
 
@@ -144,10 +144,10 @@ def compare(
     query = _proposed(query, status)
     measures = [*status.directions, *status.constraints]
     wanted = query.objective if query.objective in measures else measures[0]
-    fault, comparisons, items, name_a, name_b = "", [], [], query.a, query.b
+    fault, comparisons, items, name_a, name_b, drawn_by = "", [], [], query.a, query.b, (0, 0)
     if query.a and query.b:
         try:
-            a, b = chosen(store, query.a), chosen(store, query.b)
+            drawn_by = a, b = chosen(store, query.a), chosen(store, query.b)
             by_split = {split: paired(store, a, b, split, wanted) for split in _SPLITS}
             comparisons = [comparison for split in _SPLITS for comparison in by_split[split].comparisons]
             items, name_a, name_b = by_split[query.split].items, called(status, a), called(status, b)
@@ -163,6 +163,7 @@ def compare(
         fault=fault, compared=comparisons, name_a=name_a, name_b=name_b, maximise=up, lead=ahead,
         are_records=are_records(store.search(), wanted),
         sentences=[sentence(comparison, name_a, name_b) for comparison in comparisons],
+        drawn_by=drawn_by, split=query.split, objective=wanted,
         shown=items[begin : begin + PAGE_ITEMS], total=len(items), more=len(items) > begin + PAGE_ITEMS,
     )  # fmt: skip
 

@@ -66,6 +66,7 @@ def _environment() -> Environment:
     }  # fmt: skip
     environment.globals |= {
         "version": __version__, "search_url": search_url, "api_url": api_url, "candidate_url": candidate_url,
+        "drawing_url": drawing_url,
         "gains_over_source": gains_over_source, "origin_text": origin_text, "status_words": STATUS_WORDS,
         "origin_words": ORIGIN_WORDS,
     }  # fmt: skip
@@ -83,6 +84,12 @@ def search_url(name: str) -> str:
 def api_url(name: str) -> str:
     """A search in the API."""
     return f"/api/v1/searches/{quote(name, safe='')}"
+
+
+def drawing_url(name: str, candidate: int, item: int, split: str, objective: str) -> str:
+    """What a candidate of a search drew of an item, in the API."""
+    asked = urlencode({"split": split, "objective": objective})
+    return f"{api_url(name)}/candidates/{candidate}/drawings/{item}?{asked}"
 
 
 def candidate_url(name: str, candidate: int | str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -12,6 +13,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel
 
+from evomerge.report.drawings import Drawing, drawing_grid
 from evomerge.report.entries import Entry
 from evomerge.report.parameters import ParameterColumn, columns_of
 from evomerge.report.picks import Pick, conclusions, is_front, roles_of
@@ -25,7 +27,7 @@ from evomerge.service.api.candidates import candidates
 from evomerge.service.api.searches import status_with
 from evomerge.service.bodies import CandidatePage, SearchSummary
 from evomerge.service.dependencies import DriversDependency, RootDependency, StoreDependency
-from evomerge.service.pages.rendering import api_url, gains_over_source, page, shell_place, signed
+from evomerge.service.pages.rendering import api_url, drawing_url, gains_over_source, page, shell_place, signed
 from evomerge.service.report import report_html
 from evomerge.service.root import Root
 from evomerge.service.summary import summaries_of, summary_of
@@ -130,6 +132,7 @@ def search(
         work_s=_work_s(status), columns=columns, table_parameters=_table_parameters(store, table, columns),
         measures=status.measures, best_values=_best_values(status), rows=rows,
         thrift=thrift_lines(status), selection=selection_of(store),
+        grid=drawing_grid(store, status, partial(_drawing_url, name)),
         choices=choices(status), confirmed=list(_confirmed(status)),
         gains_over=_gains_over(status), choice=choice_text(status), failures=failures,
         parameters=[parameter.name for parameter in search_row.record.parameters], origins=origins, page=table,
@@ -145,6 +148,10 @@ def report(root: RootDependency, name: str, store: StoreDependency) -> Response:
     return Response(
         html, media_type="text/html", headers={"content-disposition": f"attachment; filename*=UTF-8''{file}"}
     )
+
+
+def _drawing_url(name: str, drawing: Drawing) -> str:
+    return drawing_url(name, drawing.candidate, drawing.item, drawing.split, drawing.measure.name)
 
 
 def gain_words(summary: SearchSummary) -> str:
