@@ -12,6 +12,7 @@ import typer
 from evomerge import __version__
 from evomerge.commands.streams import standard_streams
 from evomerge.errors import InputError
+from evomerge.starting import collect_rarely
 
 app = typer.Typer(
     name="evomerge",
@@ -535,6 +536,7 @@ def _command(folder: Path, verb: Literal["pause", "stop", "cancel"], server: str
 
 def main(arguments: list[str] | None = None) -> Any:
     """The entry point: exit code 0 when done, 2 for bad input, 130 when interrupted and resumable."""
+    collect_rarely()
     run: Callable[..., Any] = app
     try:
         with standard_streams():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tomllib
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ import pytest
 from helpers_tiers import mark_variants
 from hypothesis import HealthCheck, settings
 
+from evomerge.starting import collect_rarely
+
+collect_rarely()  # as our programs do; and evomerge, imported before peft, keeps scikit-learn out of transformers
 pytest.register_assert_rewrite("evomerge.testing")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # miniature matrices gain nothing from threads, and lose much
@@ -63,6 +67,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("unit")
     order = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays; to look through it again and again takes longer than many a test
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums in one order, whatever OMP_NUM_THREADS says; and a model of 40,000 weights is slower on two threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

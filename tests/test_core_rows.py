@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -30,18 +30,10 @@ from evomerge.search.work.jobs import Failed, Measured, Task
 from evomerge.search.workers.worker import Worker
 from evomerge.steps.scale import SCALE
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 METHODS = ("ties", "dare_ties", "karcher", "linear", "breadcrumbs", "della")
 HEAD = {**ADAPTERS, "wide": {**ADAPTERS["wide"], "target_modules": ["q_proj", "down_proj", "o_proj"]}}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

@@ -33,20 +33,14 @@ from evomerge.inference.stopping import TextEnds
 from evomerge.inference.transformers_engine import TransformersEngine, generate
 from evomerge.testing.models import byte_tokenizer, tiny_live
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MOST = 9
 SHOTS = "w1 w2 w3 w1 w2"
 QUESTIONS = ["w4", "w5 w6 w7", "w8 w9 w10 w11 w12 w13", "w4 w5", "w14", "w15 w3 w3", "w20 w21 w22 w23 w24", "w5 w4"]
 PROMPTS = [f"{SHOTS} {question}" for question in QUESTIONS]
 IN_BATCHES = {"mistral", "gemma2", "gemma3", "phi3", "bloom", "mamba", "rwkv"}
 """A window of 4 tokens, a state in place of a cache, or inputs of their own at some step."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

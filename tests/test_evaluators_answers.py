@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -42,16 +42,10 @@ from evomerge.inference.requests import Text
 from evomerge.inference.transformers_engine import generate
 from evomerge.testing.evaluators import EvaluatorContract
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = ROOT / "evaluators" / "tasks" / "data"
 SHAPE = {"max_new_tokens": 24, "stop": ("\n",), "batch_size": 8}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

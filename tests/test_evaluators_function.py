@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ from evomerge.search.settings.search_file import load_search_file
 from evomerge.testing.evaluators import EvaluatorContract
 from evomerge.testing.models import tiny_live
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ITEMS = [{"prompt": f"{'so ' * (n % 5)}what is {n} + {n * n}?", "letters": n % 7, "more": [n]} for n in range(24)]
 
 LETTERS = """\
@@ -40,14 +41,6 @@ def score(items, generate):
     answers = generate([item["prompt"] for item in items], max_new_tokens=6)
     return [len(answer) + sum(map(ord, answer)) % 97 / 97 for answer in answers]
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def given(folder: Path, code: str = LETTERS, **changes: Any) -> FunctionSettings:

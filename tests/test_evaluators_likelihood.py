@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,11 @@ from evomerge.inference.reading import Reader
 from evomerge.testing.evaluators import EvaluatorContract
 from evomerge.testing.models import tiny_live
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = ROOT / "evaluators" / "tasks" / "data"
 ITEMS = [{"question": f"{'so ' * (n % 5)}what is {n} + {n * n}?", "answer": n + n * n, "id": n} for n in range(24)]
 TEMPLATES = {"prompt": "Q: {question}\nA:", "answer": " {answer}."}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

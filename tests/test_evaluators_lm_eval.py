@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,9 @@ from evomerge.search.settings.search_file import load_search_file
 from evomerge.testing.evaluators import EvaluatorContract
 from evomerge.testing.models import byte_tokenizer, tiny_live
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ITEMS = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A model of 40,000 weights is slower on two threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,11 @@ from evomerge.inference.transformers_engine import generate
 from evomerge.testing.evaluators import EvaluatorContract
 from evomerge.testing.models import tiny_live
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # A random model says digits now and then, so that some of these are right.
 PROBLEMS = [(f"{'so ' * (n % 5)}what is {n} + {n * n}?", 2 if n % 2 else 5) for n in range(24)]
 PLAIN = {"prompt": "{question}", "stop": ("Q",), "max_new_tokens": 48, "batch_size": 5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write(folder: Path, problems: list[tuple[str, Any]] = PROBLEMS, name: str = "problems.tsv") -> Path:

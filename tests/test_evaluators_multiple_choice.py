@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.testing.evaluators import EvaluatorContract
 from evomerge.testing.models import tiny_live
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TASK = """\
 output_type: multiple_choice
@@ -44,14 +45,6 @@ def questions(count: int, start: int = 0) -> list[dict[str, Any]]:
         ]
         made.append({"question": f"{'so ' * (n % 5)}what is {n}?", "choices": choices, "answer": n * 7 % len(choices)})
     return made
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write(folder: Path, items: list[Any], name: str = "items.jsonl") -> Path:

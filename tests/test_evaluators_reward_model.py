@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,11 @@ from evomerge.inference.transformers_engine import generate
 from evomerge.testing.evaluators import EvaluatorContract
 from evomerge.testing.models import byte_tokenizer, tiny_live
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 ITEMS = [{"prompt": f"{'so ' * (n % 5)}what is {n} + {n * n}?"} for n in range(16)]
 SHAPE: dict[str, Any] = {"max_new_tokens": 12, "stop": ("e",), "batch_size": 5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def judge(folder: Path, pad: int | None = 0, labels: int = 1, chat: str | None = None, context: int = 512) -> Path:

@@ -59,12 +59,9 @@ Vector = NDArray[np.float64]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _norms_in_float64(one_thread: None) -> Iterator[None]:
     with mock.patch.object(LlamaRMSNorm, "forward", _norm):  # transformers' own computes in float32
         yield
-    torch.set_num_threads(threads)
 
 
 def _norm(module: LlamaRMSNorm, hidden: Tensor) -> Tensor:

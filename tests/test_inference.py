@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 from unittest import mock
@@ -37,16 +37,10 @@ from evomerge.search.work.jobs import Task
 from evomerge.search.workers.measuring import Attempt, score
 from evomerge.testing.models import tiny_live
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = [f"{'so ' * (n % 4)}what is {n} + {n * n}?" for n in range(12)]
 CPU, ACCELERATOR = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def answers(live: LiveModel, words: Sequence[str], **how: Any) -> list[Request]:

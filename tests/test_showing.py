@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,17 +36,11 @@ from evomerge.inference.tower import fingerprint
 from evomerge.inference.transformers_engine import TransformersEngine
 from evomerge.merging.measured.evidence import Evidence
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 NEW_TOKENS = 6
 TEXTS = ("w1 <image> w2 w3", "w4 w5 w6 <image> w7", "w1 <image> w2", "<image> w9 w8", "w1 w2 w3")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Processor:

@@ -22,6 +22,7 @@ from evomerge.service.bodies import Plan, PlanPrompt, PlanRow
 from evomerge.service.problems import ProblemError
 from evomerge.service.processes import TOKEN_VARIABLE
 from evomerge.service.root import Root
+from evomerge.starting import collect_rarely
 from evomerge.store.columns import parse_json
 
 MOST_S = 300.0
@@ -210,6 +211,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Answer questions until there are no more. What libraries print goes to standard error."""
+    collect_rarely()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:
