@@ -28,7 +28,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL, Connection, Engine
 from starlette.testclient import TestClient
 
 from evomerge.errors import InputError
@@ -40,7 +40,7 @@ from evomerge.service.checking import Checker
 from evomerge.service.client import Client
 from evomerge.service.summary import sparkline
 from evomerge.store import Store, acquire, reading, summaries
-from evomerge.store.engine import connect
+from evomerge.store.engine import begin, connect
 from evomerge.store.events import CopyingNews
 from evomerge.testing.store_fixtures import content
 
@@ -109,22 +109,29 @@ def test_a_search_is_shown_as_the_command_line_shows_it(client: TestClient, stor
                                          "/compare?a=0&b=6")),
     ],
 )  # fmt: skip
-def test_a_request_opens_the_store_of_its_search_once_and_no_other(
+def test_a_request_opens_the_store_of_its_search_once_and_no_other_and_reads_one_state(
     root: Path, client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     (root / "other").mkdir(exist_ok=True)
     (root / "other" / "search.db").write_bytes((root / NAME / "search.db").read_bytes())
     opened: list[str] = []
+    begun: list[Connection] = []
 
     def counted(url: URL) -> Engine:
         opened.append(str(url.database))
         return connect(url)
 
+    def counted_begin(connection: Connection) -> None:
+        begun.append(connection)
+        begin(connection)
+
     monkeypatch.setattr(reading, "connect", counted)
+    monkeypatch.setattr(reading, "begin", counted_begin)
     answered = client.get(path, headers={"accept": "text/html"})
     shutil.rmtree(root / "other")
     assert answered.status_code == 200, answered.text
     assert opened == [str(root / NAME / "search.db")]
+    assert len(begun) == 2  # one finds the search, and all is read in the other
 
 
 def test_a_sparkline_is_the_best_so_far_at_equal_steps() -> None:

@@ -220,6 +220,21 @@ def test_a_server_that_stays_away_is_named_without_its_password(monkeypatch: pyt
             store.request_command("stop")  # the same store, once the server is back
 
 
+def test_a_snapshot_that_the_server_ends_is_read_on_without(server: Server) -> None:
+    cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE state = 'idle in transaction'"
+    url = server.url("search")
+    with create(url, "snapshot") as store, Store.open(url, name="snapshot") as reader:
+        with acquire(store), reader.snapshot():
+            assert reader.search().state == "created"
+            store.set_state("running")
+            server.execute(cut)
+            assert sum(reader.counts().values()) == 0
+            assert reader.search().state == "running"
+        with reader.snapshot():
+            assert reader.search().state == "running"
+            server.execute(cut)  # and nothing more is asked
+
+
 def test_a_transaction_that_hangs_is_ended_by_the_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "IDLE_S", 0.2)
     create(server.url("search"), "hangs").close()

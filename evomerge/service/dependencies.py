@@ -77,14 +77,16 @@ async def checker_of(request: Request) -> Checker:
 RootDependency = Annotated[Root, Depends(root_of)]
 
 
-def store_of(name: str, root: RootDependency) -> Iterator[Store]:
-    """The store of the search that a path names: opened once for a request, and handed on."""
-    with root.store(name) as store:
+def store_of(name: str, root: RootDependency, request: Request) -> Iterator[Store]:
+    """The store of the search that a path names: opened once for a request, and handed on. What only reads sees one
+    moment of it.
+    """
+    with root.snapshot(name) if request.method == "GET" else root.store(name) as store:
         yield store
 
 
 SettingsDependency = Annotated[ServiceSettings, Depends(settings_of)]
-StoreDependency = Annotated[Store, Depends(store_of)]
+StoreDependency = Annotated[Store, Depends(store_of, scope="function")]  # closed before the answer is sent
 DriversDependency = Annotated[Drivers, Depends(drivers_of)]
 ExportsDependency = Annotated[Exporter, Depends(exports_of)]
 StreamsDependency = Annotated[Streams, Depends(streams_of)]

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from evomerge.errors import InputError
 from evomerge.printable import printable
-from evomerge.search.settings.folder import checked, is_search, open_store
+from evomerge.search.settings.folder import checked, find_store, is_search
 from evomerge.store import Store
 from evomerge.store.listing import searches
 from evomerge.store.reading import NoSearchError
@@ -70,13 +70,20 @@ class Root:
 
     @contextmanager
     def store(self, name: str) -> Iterator[Store]:
-        """The store of a search, for reading and for commands. Whoever needs it several times hands it on.
+        """The store of a search, for commands and for whoever follows it. Whoever needs it several times hands it on.
 
         Raises:
             UnknownSearchError: there is none of this name.
             InputError: its store cannot be opened, or does not hold what a search has.
         """
-        with self._open(name) as store:
+        with checked(self._open(name)) as store:
+            yield store
+
+    @contextmanager
+    def snapshot(self, name: str) -> Iterator[Store]:
+        """The store of a search at one moment, to answer from. Raises as ``store``."""
+        with self._open(name) as store, store.snapshot():
+            _ = store.search().record  # which raises where it cannot be read
             yield store
 
     def each(
@@ -90,7 +97,7 @@ class Root:
             shown = printable(name)  # the name of a folder need not be text
             result: Result | str
             try:
-                with self.store(name) as store:
+                with self.snapshot(name) as store:
                     result = read(name, store)
             except UnknownSearchError:  # removed just now
                 continue
@@ -116,9 +123,9 @@ class Root:
 
     def _open(self, name: str) -> Store:
         if self.database is None:
-            return open_store(self.folder_of(name))
+            return find_store(self.folder_of(name))
         try:
-            return checked(Store.open(self.database, name=name))
+            return Store.open(self.database, name=name)
         except NoSearchError:
             raise UnknownSearchError(f"there is no search called {name!r} here") from None
 

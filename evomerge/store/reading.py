@@ -10,7 +10,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -32,7 +33,7 @@ from evomerge.store.engine import (
     plain_errors,
 )
 from evomerge.store.events import SelectScored, Stepped, event_rows
-from evomerge.store.outage import repeated
+from evomerge.store.outage import repeated, ride_out
 from evomerge.store.rows import (
     STATUSES,
     AnyCandidate,
@@ -55,6 +56,14 @@ class NoSearchError(InputError):
     """A database holds no search, or none of this name."""
 
 
+@dataclass
+class _Snapshot:
+    """A transaction that all is read in, and the search as it is there, once it was asked for."""
+
+    connection: Connection
+    search: SearchRow | None = None
+
+
 class ReadStore:
     """What may be done with a store without being its driver. Use it through ``Store``.
 
@@ -75,6 +84,7 @@ class ReadStore:
         self._synced_at = -math.inf
         self._file: int | None = None  # a descriptor of the file, to see whether it is still there
         self._lost: tuple[float, str] | None = None  # when the connection was lost, and why, until an event says so
+        self._snapshot: _Snapshot | None = None
 
     @classmethod
     def open(cls, place: str | Path, *, name: str | None = None) -> Self:
@@ -134,6 +144,7 @@ class ReadStore:
                 migrate(connection, self.place)
 
     def close(self) -> None:
+        self._end_snapshot()
         self._engine.dispose()
         if self._file is not None:
             os.close(self._file)
@@ -150,6 +161,31 @@ class ReadStore:
     # Transactions
 
     @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All that is read within is of one state, in one transaction: a page asks a dozen things.
+
+        A write ends it, as does a connection that is lost: what is read after that is as new as can be.
+        One thread at a time.
+        """
+        ride_out(self._begin_snapshot)
+        try:
+            yield
+        finally:
+            self._end_snapshot()
+
+    def _begin_snapshot(self) -> None:
+        self._end_snapshot()
+        with plain_errors(self.place):
+            self._snapshot = _Snapshot(self._reader.connect())
+            begin(self._snapshot.connection)
+
+    def _end_snapshot(self) -> None:
+        if self._snapshot is not None:
+            with suppress(DBAPIError):  # what was read is known, whatever has become of the connection
+                self._snapshot.connection.close()
+            self._snapshot = None
+
+    @contextmanager
     def transaction(
         self, *, writes: bool = False, was_committed: Callable[[], bool] = lambda: False
     ) -> Iterator[Connection]:
@@ -164,14 +200,21 @@ class ReadStore:
         """
         if self._file is not None and os.fstat(self._file).st_nlink == 0:
             raise InputError(self.place, "was deleted or replaced while it was in use", "Put it back from a backup.")
+        if writes:
+            self._end_snapshot()
         synced = writes and time.monotonic() - self._synced_at > SYNC_EVERY_S
         engine = self._synced_writer if synced else self._writer if writes else self._reader
         try:
-            with plain_errors(self.place), engine.connect() as connection:
-                begin(connection)
-                yield connection
-                self._commit(connection, was_committed)
+            with plain_errors(self.place):
+                if self._snapshot is not None:
+                    yield self._snapshot.connection
+                else:
+                    with engine.connect() as connection:
+                        begin(connection)
+                        yield connection
+                        self._commit(connection, was_committed)
         except ServerAwayError as error:
+            self._end_snapshot()
             self._note_loss(error.problem)
             raise
         except DamagedValueError as error:
@@ -192,8 +235,17 @@ class ReadStore:
 
     # The search
 
-    @repeated
     def search(self) -> SearchRow:
+        snapshot = self._snapshot
+        if snapshot is not None and snapshot.search is not None:
+            return snapshot.search
+        row = self._search()
+        if snapshot is not None:
+            snapshot.search = row
+        return row
+
+    @repeated
+    def _search(self) -> SearchRow:
         columns = tables.search.c
         with self.transaction() as connection:
             row = connection.execute(select(tables.search).where(columns.id == self.search_id)).one_or_none()

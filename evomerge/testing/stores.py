@@ -400,6 +400,22 @@ class StoreContract(LeaseContract):
         assert all(count % 8 == 0 for count in seen)
         assert seen == sorted(seen)
 
+    def test_a_snapshot_is_one_state_until_something_is_written(
+        self, store: Store, lease: Lease, reader: Store
+    ) -> None:
+        store.record_ask(0, [candidate(0)])
+        with reader.snapshot():
+            assert reader.search().state == "created"
+            store.set_state("running")
+            store.record_ask(1, [candidate(1)])
+            assert (reader.search().state, reader.counts()["asked"], len(reader.candidates())) == ("created", 1, 1)
+            reader.request_command("pause")
+            assert (reader.search().state, reader.counts()["asked"]) == ("running", 2)
+        with reader.snapshot():
+            assert reader.search().state == "running"
+        store.set_state("finished")
+        assert reader.search().state == "finished"
+
     def test_writers_wait_for_each_other(self, store: Store, lease: Lease, reader: Store) -> None:
         def command() -> None:
             for _ in range(30):

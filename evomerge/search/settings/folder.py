@@ -33,18 +33,23 @@ _URL = re.compile(r"[a-z0-9+]{2,}:/")  # as it is left of s3://bucket in a path,
 
 
 def open_store(folder: Path) -> Store:
-    """The store of a search folder: the file in it, or the one that its search file names.
+    """The store of a search folder, whose record of the search can be read.
 
     Raises:
         InputError: no search lies there, or one of a newer version; or its database cannot be reached, or is damaged.
     """
+    return checked(find_store(folder))
+
+
+def find_store(folder: Path) -> Store:
+    """The store of a search folder: the file in it, or the one that its search file names. Raises as ``open_store``."""
     if (folder / STORE_NAME).is_file():
-        return checked(Store.open(folder / STORE_NAME))
+        return Store.open(folder / STORE_NAME)
     named, name = _named(folder / FILE_NAME)
     place = store_place(folder, named)
     if name is None or isinstance(place, Path):
         raise InputError(str(folder), "is not the folder of a search", "Start one: evomerge search FILE --dir DIR")
-    return checked(Store.open(place, name=name))
+    return Store.open(place, name=name)
 
 
 def checked(store: Store) -> Store:
