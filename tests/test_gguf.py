@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from evomerge.checkpoints.places import find_folder
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.commands.merge import merge
 from evomerge.errors import InputError
-from evomerge.report.serving import missing
+from evomerge.report.serving import commands, missing
 
 TOKENS = ["<unk>", "<s>", "</s>", "Ġ", "a", "b", "c", "ab", "Ġc"]
 KINDS = {
@@ -212,3 +213,20 @@ def test_folders_that_converters_cannot_read_are_told(tmp_path: Path) -> None:
         "the index names one.safetensors, which is not there",
         "there is neither a tokenizer.json nor a tokenizer.model",
     ]
+
+
+def test_of_a_model_that_reads_images_the_tower_is_a_second_file(tmp_path: Path) -> None:
+    said = commands("my models/out", {"architectures": ["Qwen2VLForConditionalGeneration"], "vision_config": {}})
+    tower = "'my models/out-mmproj.gguf'"
+    assert f"{said['make GGUF for llama.cpp'].replace('out.gguf', 'out-mmproj.gguf')} --mmproj" in said.values()
+    assert f"-m 'my models/out-Q4_K_M.gguf' --mmproj {tower} --image" in said["ask llama.cpp about an image"]
+    pixtral = {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {"model_type": "pixtral"}}
+    assert commands("out", pixtral).keys() == said.keys()
+    folder = shutil.copytree(MINIATURES / "vision", tmp_path / "folder")
+    tower_of_clip = "llama.cpp converts no tower of LlavaForConditionalGeneration; its GGUF reads texts alone"
+    assert missing(folder) == [tower_of_clip]
+    assert not any(
+        "mmproj" in command for command in commands("out", json.loads((folder / "config.json").read_text())).values()
+    )
+    (folder / "processor_config.json").unlink()
+    assert missing(folder)[1:] == ["there is no preprocessor_config.json, which says how images become pixels"]

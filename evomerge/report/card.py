@@ -196,7 +196,7 @@ def card(
             parts.append(team_section(provenance.team, provenance.row.number))
         parts.append(_limits_section(provenance))
     if recipe.kind in _PLAIN_FOLDERS:
-        parts.append(serving.section(title))
+        parts.append(serving.section(title, sources[recipe.tokenizer].config))
     parts.append(_again_section(provenance, are_public=all(map(is_public, sources.values()))))
     return "\n\n".join(parts) + "\n"
 

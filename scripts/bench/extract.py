@@ -1,9 +1,11 @@
 """What extracting an adapter costs next to mergekit-extract-lora, in one run. Prints a table.
 
-A bfloat16 model of 468 M parameters and one that differs from it in every weight, rank 32, whole commands: process
-start, reading, the decomposition of 168 matrices, writing. Energy lost is of the linear layers, each adapter's own.
+A bfloat16 model of 468 M parameters and one that differs from it in every weight, rank 32, whole commands on two cores
+in turns: process start, reading, the decomposition of 168 matrices, writing. Memory is the largest resident set of a
+process, with what it maps of the models. On a machine that others use, too, seconds of processors say more than the
+clock. Energy lost is of the linear layers, each adapter's own.
 
-    python scripts/bench/extract.py --mergekit PYTHON [--layers 24] [--rank 32] [--json FILE]
+    python scripts/bench/extract.py --mergekit PYTHON [--layers 24] [--rank 32] [--rounds 3] [--json FILE]
 
 PYTHON is the interpreter of an environment with mergekit, such as `scripts/parity/run` makes.
 """
@@ -13,25 +15,46 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from merging import make_models
 from safetensors import safe_open
 
+CORES = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+"""Threads that wait for each other sleep, so that processor seconds are of work."""
+
+OURS, THEIRS = "evomerge extract", "mergekit-extract-lora"
+LARGEST = 4096 * 1024 * 4 / 1e9
+"""GB of the largest matrix of the layers in float32, in which both decompose it."""
+
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def run(command: list[str]) -> tuple[float, float]:
-    """Seconds, and the most memory in GB of all processes that were waited for so far."""
+@dataclass(frozen=True)
+class Run:
+    """What a process took: seconds by the clock and of processors, and the most memory."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_gb: float
+
+
+def run(command: list[str]) -> Run:
     begin = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "2"})
-    return time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | CORES)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+    took = time.perf_counter() - begin
+    return Run(took, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9)
 
 
 def lost(folder: Path, adapter: Path, layers: int) -> float:
@@ -53,39 +76,57 @@ def lost(folder: Path, adapter: Path, layers: int) -> float:
     return rest / total
 
 
+def commands_for(folder: Path, mergekit: Path, rank: int) -> dict[str, list[str]]:
+    """The two commands by name; each writes into the folder of its name."""
+    model, base = str(folder / "one"), str(folder / "base")
+    return {
+        OURS: [
+            sys.executable, "-m", "evomerge", "extract", model, str(folder / OURS), "--base", base,
+            "--rank", str(rank), "--embeddings", "none",
+        ],
+        THEIRS: [
+            str(mergekit.with_name(THEIRS)), "--model", model, "--base-model", base, "--out-path",
+            str(folder / THEIRS), "--max-rank", str(rank), "-e", "lm_head", "-e", "embed_tokens",
+        ],
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mergekit", required=True)
+    parser.add_argument("--mergekit", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(2)
-    rows = []
+    runs: dict[str, list[Run]] = {OURS: [], THEIRS: []}
+    share: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as above:
         folder = Path(above)
         make_models(folder, given.layers)
-        model, base = str(folder / "one"), str(folder / "base")
-        commands = {
-            "evomerge extract": [
-                sys.executable, "-m", "evomerge", "extract", model, str(folder / "ours"), "--base", base,
-                "--rank", str(given.rank), "--embeddings", "none",
-            ],
-            "mergekit-extract-lora": [
-                str(Path(given.mergekit).with_name("mergekit-extract-lora")), "--model", model, "--base-model", base,
-                "--out-path", str(folder / "theirs"), "--max-rank", str(given.rank),
-                "-e", "lm_head", "-e", "embed_tokens",
-            ],
-        }  # fmt: skip
-        for (name, command), out in zip(commands.items(), ("ours", "theirs"), strict=True):
-            seconds, peak = run(command)
-            rows.append(
-                {"command": name, "seconds": seconds, "peak_gb": peak, "lost": lost(folder, folder / out, given.layers)}
-            )
-            print(f"{name:22} {seconds:7.1f} s {peak:6.2f} GB  {rows[-1]['lost']:.2%} lost", flush=True)
-    print(f"{rows[1]['seconds'] / rows[0]['seconds']:.1f} times faster")
+        for _ in range(given.rounds):
+            for name, command in commands_for(folder, given.mergekit.absolute(), given.rank).items():
+                runs[name].append(took := run(command))
+                share[name] = lost(folder, folder / name, given.layers)
+                shutil.rmtree(folder / name)
+                times = f"{took.seconds:7.1f} s {took.cpu_seconds:7.1f} s of processors"
+                print(f"{name:22} {times} {took.peak_gb:6.2f} GB  {share[name]:.2%} lost", flush=True)
+    ratios = {
+        key: [getattr(theirs, key) / getattr(ours, key) for ours, theirs in zip(runs[OURS], runs[THEIRS], strict=True)]
+        for key in ("seconds", "cpu_seconds")
+    }
+    by_clock, by_processor = (statistics.median(times) for times in ratios.values())
+    print(f"{by_clock:.1f} times faster by the clock, {by_processor:.1f} times by seconds of processors")
     if given.json is not None:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+        content = {
+            "layers": given.layers, "rank": given.rank, "largest_matrix_gb": LARGEST, "times_faster": ratios,
+            "commands": {
+                name: {"lost_energy": share[name], "runs": [asdict(one) for one in of_name]}
+                for name, of_name in runs.items()
+            },
+        }  # fmt: skip
+        given.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
