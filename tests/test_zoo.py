@@ -144,9 +144,27 @@ def test_right_answers_score_one_and_wrong_ones_nothing(tasks: dict[str, Any], t
 def test_composition_wants_japanese_numerals(tasks: dict[str, Any]) -> None:
     score = tasks["zoo_steps_kanji"].process_results
     document = {"answer": " 2 + 6 = 8 なので、答えは十八です。"}
-    assert score(document, [" 2 + 6 = 8、答えは十八です。"]) == {"acc": 1.0}
-    assert score(document, [" 2 + 6 = 8、答えは八です。"]) == {"acc": 0.0}
-    assert score(document, [" 2 + 6 = 8、答えは18です。"]) == {"acc": 0.0}
+    assert score(document, [" 2 + 6 = 8、答えは十八です。"])["acc"] == 1.0
+    assert score(document, [" 2 + 6 = 8、答えは八です。"])["acc"] == 0.0
+    assert score(document, [" 2 + 6 = 8、答えは18です。"])["acc"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "steps", "numeral"),
+    [
+        (" 34 + 48 = 82、82 + 40 = 122 なので、答えは百二十二です。", 1, 1),
+        (" 34 + 48 = 82、82 + 40 = 122 なので、答えは122です。", 1, 0),  # two steps, and digits
+        (" 34 + 48 = 82 なので、答えは八十二です。", 0, 1),  # one step, and its numeral
+        (" 34 + 48 = 82、82 + 40 = 122 なので、答えは百二十です。", 1, 0),  # another numeral than that of its sums
+        ("百二十二", 0, 0),  # nothing is worked out
+        ("", 0, 0),
+    ],
+)
+def test_parts_of_the_composition_are_told_apart(tasks: dict[str, Any], answer: str, steps: int, numeral: int) -> None:
+    document = {"answer": " 34 + 48 = 82、82 + 40 = 122 なので、答えは百二十二です。"}
+    found = tasks["zoo_steps_kanji"].process_results(document, [answer])
+    assert (found["steps"], found["numeral"]) == (steps, numeral)
+    assert found["acc"] == float("百二十二" in answer)
 
 
 def test_recorded_scores_are_of_every_source_and_none_does_the_composition() -> None:
@@ -167,8 +185,13 @@ def test_search_file_names_every_adapter() -> None:
 @pytest.mark.nightly
 def test_search_file_runs(tmp_path: Path) -> None:
     changes = [
-        f"objectives.{task}={{task: {task}, metric: acc, search: 'validation[:8]', held_out: 'test[:8]'}}"
-        for task in ("zoo_math_en", "zoo_translate", "zoo_steps_kanji")
+        f"objectives.{name}={{task: {task}, metric: {metric}, search: 'validation[:8]', held_out: 'test[:8]'}}"
+        for name, task, metric in (
+            ("zoo_translate", "zoo_translate", "acc"),
+            ("composition", "zoo_steps_kanji", "acc"),
+            ("steps", "zoo_steps_kanji", "steps"),
+            ("numeral", "zoo_steps_kanji", "numeral"),
+        )
     ]
     changes += ["budget.candidates=20", "optimizer.population=4", "pool=in_process", "confirm.top=1"]
     told = [argument for change in changes for argument in ("--set", change)]

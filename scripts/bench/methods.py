@@ -217,7 +217,7 @@ class Bench:
     def __init__(self, name: str, threads: int, work: Path) -> None:
         self.problem = PROBLEMS[name]
         content = yaml.safe_load(self.problem.file.read_text("utf-8"))
-        for section in ("racing", "features", "constraints", "calibration"):
+        for section in ("racing", "features", "constraints", "compositions", "calibration"):
             content.pop(section, None)
         content |= {"name": name, "space": {"kind": "parameter_space", "method": "task_arithmetic"}}
         content |= {"pool": "in_process", "cluster": {"cpus_per_worker": threads}, "optimizer": {"name": "random"}}
