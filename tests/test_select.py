@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers_miniature import MINIATURES, ROOT, evomerge, json_of, short_search_file
+from helpers_miniature import MINIATURES, ROOT, evomerge, json_of, short_search_file, write_texts
+from helpers_postgres import database, postgres
 from helpers_search import Killed, killed_after, table
 from hypothesis import given, strategies
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
 from evomerge.merging.building.derived import Derived, make_source
+from evomerge.optimizers import CmaSettings
 from evomerge.search.estimation.selection import ObjectiveRace, by_gain, pooled_difference
 from evomerge.search.settings.early import check_early
+from evomerge.search.settings.folder import open_store
 from evomerge.search.settings.search_file import load_search_file
 from evomerge.store import Store
+from evomerge.store.events import WinnerControlled
+
+__all__ = ["database", "postgres"]  # fixtures
 
 ZOO = ROOT / "examples" / "zoo"
 
@@ -133,6 +142,9 @@ def test_a_random_direction_is_as_long_and_elsewhere(
 NAMES = {"base": "base", "maths": "maths", "japanese": "japanese", "idle": "base", "maths_too": "maths"}
 
 
+KINDS = ("selected", "text loss")
+
+
 def select_file(folder: Path, **changes: object) -> Path:
     """Two of four sources; one is the base again, and adds nothing."""
     sources = {name: str(MINIATURES / of) for name, of in NAMES.items()}
@@ -199,6 +211,85 @@ def test_the_plan_is_that_of_the_sources_that_will_be_searched(
     assert rows["select"].startswith("at most 2 of 4 sources, the others as one where that is better; by up to 4 items")
     assert "20 in all" in rows["select"]
     assert rows["space"].startswith("3 parameters")
+    assert "x0 default" in rows["optimizer"]  # the centre of a box of many weights is far too strong a merge
+
+
+@pytest.mark.parametrize(("said", "begins"), [({}, "default"), ({"x0": "centre"}, "centre")])
+def test_it_begins_at_the_defaults_unless_the_file_says_otherwise(
+    said: dict[str, str], begins: str, tmp_path: Path
+) -> None:
+    file = load_search_file(select_file(tmp_path, optimizer={"name": "cma", **said}))
+    assert isinstance(file.optimizer, CmaSettings)
+    assert file.optimizer.x0 == begins
+    plain = load_search_file(select_file(tmp_path, optimizer={"name": "cma", **said}, select=None))
+    assert isinstance(plain.optimizer, CmaSettings)
+    assert plain.optimizer.x0 == "centre"
+
+
+@pytest.mark.nightly  # two whole searches
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("where", ["server", "ray"])
+def test_a_selection_and_soups_are_the_same_elsewhere(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_texts(tmp_path / "texts.jsonl", slice(0, 6))
+    texts = {"file": str(tmp_path / "texts.jsonl"), "prompts": 6, "tokens": 24}
+    changes: dict[str, object] = {"calibration": texts, "baselines": {"soups": True}, "budget": {"candidates": 11}}
+    assert evomerge("search", select_file(tmp_path, **changes), "--dir", tmp_path / "here") == 0
+    if where == "ray":
+        changes |= {"pool": "ray", "cluster": {"workers": 2}}
+    else:
+        url = request.getfixturevalue("postgres").url(request.getfixturevalue("database"))
+        monkeypatch.setenv("EVOMERGE_STORE", url)
+    assert evomerge("search", select_file(tmp_path, **changes), "--dir", tmp_path / "there") == 0
+    found = []
+    for folder in (tmp_path / "there", tmp_path / "here"):
+        with open_store(folder) as store:
+            events = {kind: [event.payload for event in store.events(kinds=(kind,))] for kind in KINDS}
+            rows = [(row.label, row.recipe_hash, row.genome, row.losses) for row in store.candidates()]
+        found.append([events, *map(repr, rows)])
+        monkeypatch.delenv("EVOMERGE_STORE", raising=False)
+    assert found[0] == found[1]
+    assert any("LM-Cocktail" in row for row in found[0][1:])
+
+
+@pytest.mark.nightly  # a search that is longer than the others here
+def test_the_winner_is_compared_with_random_directions_at_its_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The control is made again by hand, and scored as a model of its own; a stop before it is made up for."""
+    items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:12]", "held_out": "test[:8]"}
+    file = select_file(tmp_path, objectives={"mini_math_ja": items}, budget={"candidates": 11})
+    folder = tmp_path / "search"
+    with mock.patch("evomerge.commands.driving.control_winner", return_value=False):
+        assert evomerge("search", file, "--dir", folder) != 0
+    assert evomerge("resume", folder) == 0
+    with Store.open(folder / "search.db") as store:
+        (event,) = store.events(kinds=("winner controlled",))
+        said = event.read(WinnerControlled)
+        (ours,) = store.scores(said.candidate, "held_out")
+        weights = json.loads(store.candidate(said.candidate).recipe)["blends"][0]["parameters"]["weight"]
+    kept, (other,) = said.kept, said.replaced
+    assert weights[kept] >= weights[other] > 0
+    (control,) = (folder / "sources").glob(f"control_{other}-*")
+    base, first, random = (
+        AutoModelForCausalLM.from_pretrained(path) for path in (MINIATURES / "base", MINIATURES / NAMES[kept], control)
+    )
+    made = {name: tensor.float() for name, tensor in base.state_dict().items()}
+    for name, tensor in made.items():
+        made[name] = tensor + sum(
+            weights[source] * (model.state_dict()[name].float() - tensor)
+            for source, model in ((kept, first), (other, random))
+        )
+    base.load_state_dict({name: tensor.to(base.dtype) for name, tensor in made.items()})
+    base.save_pretrained(tmp_path / "made")
+    AutoTokenizer.from_pretrained(MINIATURES / "base").save_pretrained(tmp_path / "made")
+    scored = json_of(capsys, "score", tmp_path / "made", file, "--split", "held_out", "--json")
+    by_hand = float(ours.metrics["acc_ja"].mean()) - scored["objectives"]["mini_math_ja"]["mean"]
+    assert said.better is not None
+    assert said.better.mean == pytest.approx(by_hand)
+    assert evomerge("resume", folder) == 0
+    assert "nothing to do" in capsys.readouterr().out
 
 
 # --- bad input

@@ -21,6 +21,7 @@ from rich.console import Console
 from evomerge.checkpoints.checks import check_finite
 from evomerge.commands.calibrating import calibrate
 from evomerge.commands.changed import check_changed
+from evomerge.commands.controlling import control_winner
 from evomerge.commands.fitting import fit
 from evomerge.commands.selecting import select
 from evomerge.commands.souping import with_soups
@@ -99,6 +100,7 @@ def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: Exi
             return INTERRUPTED
         with _session(folder, prepared, store, pool, artifacts, console) as drive:
             done = _confirm(prepared, drive)
+        done = done and control_winner(folder, prepared, store, pool, console)
     console.print(panel(status_of(store)))
     return 0 if done else INTERRUPTED
 
@@ -175,16 +177,19 @@ def _evidence(folder: Path, store: Store) -> Evidence:
 def _search(
     folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
 ) -> int:
-    """Choose sources, measure and fit what the search needs, and drive it; the exit code."""
+    """Choose sources, measure and fit what the search needs, drive it, and control what it found; the exit code."""
     chosen = select(folder, prepared, store, pool, console)
     if chosen is None:
         return INTERRUPTED
-    if chosen is prepared:
-        return _measured(folder, chosen, store, pool, artifacts, console)
-    if (selection := selection_of(store)) is not None:
+    if chosen is not prepared and (selection := selection_of(store)) is not None:
         console.print(*selection_tables(selection), sep="\n")
-    with closing(make_pool(chosen, folder, store.search().record.files)) as pool:
-        return _measured(folder, chosen, store, pool, artifacts, console)
+    with ExitStack() as own:
+        if chosen is not prepared:
+            pool = own.enter_context(closing(make_pool(chosen, folder, store.search().record.files)))
+        code = _measured(folder, chosen, store, pool, artifacts, console)
+        if code == 0 and not control_winner(folder, chosen, store, pool, console):
+            return INTERRUPTED
+    return code
 
 
 def _measured(

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
+from evomerge.checkpoints.fingerprints import fingerprint
 from evomerge.errors import InputError
+from evomerge.files import FileFingerprint
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.dispatch import Dispatcher, OfNoCandidate, Pending, feed_of, write_log
 from evomerge.search.pools.base import Pool
@@ -39,6 +41,11 @@ class OutsideJobs(OfNoCandidate):
             Deadlines(self.prepared.file.attempt_hours * 3600), check=self.prepared.untouched.check,
         )  # fmt: skip
         return dispatcher.run(feed_of(jobs), self)
+
+    def files_of(self, prepared: Prepared) -> dict[str, dict[str, FileFingerprint]]:
+        """Fingerprints of the files of a search's sources; those that were known are not read again."""
+        known = self.store.search().record.files
+        return {name: fingerprint(source, known.get(name)) for name, source in prepared.sources.items()}
 
     def error(self, finished: Finished, failure: Failed, log: str) -> InputError:
         """What a job's failure means to people; ``log`` is a file in the search's folder, or empty."""

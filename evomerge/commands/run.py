@@ -151,6 +151,7 @@ def _is_at_its_end(store: Store, file: SearchFile) -> bool:
 
 
 def _has_nothing_to_confirm(store: Store, file: SearchFile) -> bool:
+    from evomerge.report.selection import uncontrolled_winner
     from evomerge.search.driving.confirm import is_confirmed
     from evomerge.search.estimation.preference import Preference
 
@@ -159,6 +160,8 @@ def _has_nothing_to_confirm(store: Store, file: SearchFile) -> bool:
     search = store.search()
     versions = {measure.version for measure in search.record.measures}
     if not is_confirmed(store, file.confirm, Preference.of_search(search), versions):
+        return False
+    if uncontrolled_winner(store) is not None:
         return False
     (last,) = store.events(kinds=("winner", "confirmed"), newest=1)
     return not changed_since(file, last.time)  # else who confirms is told whether it scores as recorded

@@ -12,10 +12,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from evomerge.checkpoints.fingerprints import fingerprint
 from evomerge.commands.outside import OutsideJobs
 from evomerge.errors import InputError
-from evomerge.files import FileFingerprint
 from evomerge.merging.building.derived import Derived, make_source
 from evomerge.merging.measured.amplitude import kappa, relative_norms
 from evomerge.merging.measured.evidence import Evidence
@@ -206,7 +204,7 @@ class Selection(OutsideJobs):
             for name, sums in self._sums.items()
         }  # fmt: skip
         counts = {o.evaluator: self._section.rungs[-1] for o in self._objectives}
-        with closing(make_pool(prepared, self._folder, self._files_of(prepared))) as pool:
+        with closing(make_pool(prepared, self._folder, self.files_of(prepared))) as pool:
             return self._score(blends, dict.fromkeys(blends, counts), pool, prepared)
 
     @cached_property
@@ -219,11 +217,6 @@ class Selection(OutsideJobs):
         if self._section.rest == "measured" and self._rest:
             sums[WITH_REST] = dict.fromkeys([*names, REST], weight)
         return sums | {CONTROL: dict.fromkeys([names[0], *self._randoms], weight)}
-
-    def _files_of(self, prepared: Prepared) -> dict[str, dict[str, FileFingerprint]]:
-        """Fingerprints of the files of a search's sources; those that were known are not read again."""
-        known = self.store.search().record.files
-        return {name: fingerprint(source, known.get(name)) for name, source in prepared.sources.items()}
 
     # The end ------------------------------------------------------------------------------------------------------
 
@@ -238,7 +231,7 @@ class Selection(OutsideJobs):
         settings = file.model_dump(mode="json") | {"store": search.settings.get("store")}
         parameters = [asdict(parameter) for parameter in prepared.setup.space.parameters]
         digest = None if prepared.calibration is None else prepared.calibration.digest
-        changed = {"sources": self._files_of(prepared), "parameters": parameters, "calibration": digest}
+        changed = {"sources": self.files_of(prepared), "parameters": parameters, "calibration": digest}
         self.store.record_selection(settings, {**search.fingerprints, **changed}, said)
         write_settings(self._folder, settings)
         return prepared

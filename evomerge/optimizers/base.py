@@ -162,6 +162,13 @@ class Settings(BaseModel):
         """
         return self
 
+    def at_defaults(self) -> Self:
+        """These settings for a search that begins at its parameters' defaults; by default the same.
+
+        What was said stays as it is.
+        """
+        return self
+
     def within(self, candidates: int | None, *, tied: bool = False) -> Self:
         """These settings for a budget of so many candidates, or of none that counts them; by default the same.
 

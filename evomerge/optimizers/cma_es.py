@@ -79,6 +79,9 @@ class StrategySettings(Settings):
     def warm(self) -> Self:
         return self.model_copy(update=warm_defaults(self))
 
+    def at_defaults(self) -> Self:
+        return self if "x0" in self.model_fields_set else self.model_copy(update={"x0": "default"})
+
     def size(self, parameters: int) -> int:
         """How many points a generation of so many parameters holds."""
         return self.population if isinstance(self.population, int) else default_population(parameters)

@@ -9,8 +9,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from evomerge.search.estimation.preference import KNEE
 from evomerge.store import Estimate, Store
-from evomerge.store.events import Compared, Selected
+from evomerge.store.events import Chosen, Compared, Selected, Winner, WinnerControlled
 
 _FATES = {
     "base": "the base",
@@ -47,11 +48,14 @@ class Selection(BaseModel):
 def selection_of(store: Store) -> Selection | None:
     """The choice that a search began with; None where there was none."""
     events = store.events(kinds=(Selected.kind,), newest=1)
-    return as_shown(events[-1].read(Selected)) if events else None
+    if not events:
+        return None
+    controls = store.events(kinds=(WinnerControlled.kind,), newest=1)
+    return as_shown(events[-1].read(Selected), controls[-1].read(WinnerControlled) if controls else None)
 
 
-def as_shown(selected: Selected) -> Selection:
-    """What was written down of a choice, for people."""
+def as_shown(selected: Selected, control: WinnerControlled | None = None) -> Selection:
+    """What was written down of a choice, and of the control of what a search made of it, for people."""
     objectives = list(dict.fromkeys(name for source in selected.sources for name in source.estimates))
     rows = [
         SelectionRow(
@@ -65,7 +69,8 @@ def as_shown(selected: Selected) -> Selection:
         )
         for source in selected.sources
     ]
-    return Selection(objectives=objectives, rows=rows, sentences=list(_sentences(selected)))
+    said = [] if control is None else [control_sentence(control)]
+    return Selection(objectives=objectives, rows=rows, sentences=[*_sentences(selected), *said])
 
 
 def _sentences(selected: Selected) -> Iterator[str]:
@@ -75,13 +80,41 @@ def _sentences(selected: Selected) -> Iterator[str]:
         "averages and control included."
     )
     if (others := selected.others) is not None:
-        worth = "more than" if others.low > 0 else "less than" if others.high < 0 else "not surely more than"
         yield (
-            f"Control: beside the first source, the others that are searched are worth {worth} random directions of "
-            f"the same lengths in their places: {_signed(others)} in the mean of the objectives."
+            "Control of the choice: in an average beside the first source, the others that are searched are worth "
+            f"{_worth(others)} random directions of the same lengths in their places: {_signed(others)} in the mean of "
+            "the objectives."
         )
     if (rest := selected.rest) is not None:
         yield f"The average of the rest, beside those that are searched, changes their average by {_signed(rest)}."
+
+
+def uncontrolled_winner(store: Store) -> int | None:
+    """The winner of a search that chose its sources, or the knee of its front, while its control is not scored."""
+    winners = store.events(kinds=(Winner.kind, Chosen.kind), newest=1)
+    if not winners or not store.events(kinds=(Selected.kind,), newest=1):
+        return None
+    (last,) = winners
+    number = last.read(Winner).candidate if last.kind == Winner.kind else last.read(Chosen).chosen.get(KNEE)
+    controls = store.events(kinds=(WinnerControlled.kind,))
+    return None if any(event.read(WinnerControlled).candidate == number for event in controls) else number
+
+
+def control_sentence(control: WinnerControlled) -> str:
+    """What the control at the winner's own weights says."""
+    if control.better is None:
+        return f"Control of the winner: none, c{control.candidate:04d} is no mix of several of the sources."
+    *some, last = control.replaced
+    others = f"{', '.join(some)} and {last} are" if some else f"{last} is"
+    return (
+        f"Control of the winner: at the weights of c{control.candidate:04d} and beside {control.kept}, {others} worth "
+        f"{_worth(control.better)} random directions of the same lengths: {_signed(control.better)} in the mean of the "
+        "objectives, on the held-out split."
+    )
+
+
+def _worth(compared: Compared) -> str:
+    return "more than" if compared.low > 0 else "less than" if compared.high < 0 else "not surely more than"
 
 
 def _mean(estimate: Estimate) -> str:

@@ -498,6 +498,23 @@ class Winner(Event):
     feasible: StrictBool = True
 
 
+class WinnerControlled(Event):
+    """The winner was scored again with random directions as long as they are in the place of some of its sources.
+
+    Attributes:
+        kept: the source that it takes most of, which stayed; empty where it is no mix of sources.
+        replaced: all others; none where it is one source alone.
+        better: how much better the winner is than that, on the held-out split, in the mean of the objectives; None
+            where nothing is replaced.
+    """
+
+    kind: ClassVar[str] = "winner controlled"
+    candidate: Whole
+    kept: str
+    replaced: list[str]
+    better: Compared | None = None
+
+
 class Chosen(Event):
     """Where there is no one winner: the candidate in each role."""
 
@@ -514,7 +531,7 @@ READ: dict[str, type[Event | ItemResponse]] = {
     for event in (
         State, Ask, Tell, Front, Dispatch, Result, Rung, Failure, Cached, Done, Eliminated, ExpertsUsed, Stale,
         ScoresAdded, Screening, Descent, Agreed, Refined, ItemResponse, Shortlist, TeamChosen, Confirming,
-        ConfirmFailed, Winner, Chosen, SelectScored, Selected, TextLoss,
+        ConfirmFailed, Winner, WinnerControlled, Chosen, SelectScored, Selected, TextLoss,
     )
 }  # fmt: skip
 """The events that are read again, by kind; the others are for people."""

@@ -91,9 +91,12 @@ def run(folder: Path, searches: Sequence[int]) -> None:
         if selected(chosen) is None:
             drive_selection(chosen, open_all(search_file(seed, of_zoo(SOURCES), None, select={})), console)
         sources = yaml.safe_load((chosen / FILE_NAME).read_text())["sources"]
-        for name, over in (("after", sources), ("told", of_zoo(USEFUL))):
+        # A search file with a choice leaves its optimizer another start.
+        optimizer = search_file(seed, of_zoo(SOURCES), None, select={}).optimizer.model_dump(mode="json")
+        after, told = search_file(seed, sources, ITEMS, optimizer=optimizer), search_file(seed, of_zoo(USEFUL), ITEMS)
+        for name, file in (("after", after), ("told", told)):
             if not is_search(folder / f"{name}-{seed}"):
-                drive_new(folder / f"{name}-{seed}", open_all(search_file(seed, over, ITEMS)), console)
+                drive_new(folder / f"{name}-{seed}", open_all(file), console)
 
 
 # ---- replaying ----

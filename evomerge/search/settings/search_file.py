@@ -153,7 +153,11 @@ class SearchFile(Section):
             name = self.optimizer.name
             raise ValueError(f"space.granularity: adaptive is for cma, which ties numbers, and not for {name}")
         optimizer = self.optimizer.within(self.budget.candidates, tied=tied)
-        return self.model_copy(update={"optimizer": optimizer.warm() if self.start_from else optimizer})
+        if self.start_from:
+            optimizer = optimizer.warm()
+        elif self.select is not None:  # the centre of a box of many weights is a merge that is much too strong
+            optimizer = optimizer.at_defaults()
+        return self.model_copy(update={"optimizer": optimizer})
 
     @model_validator(mode="after")
     def _proxy_has_a_turn(self) -> Self:
