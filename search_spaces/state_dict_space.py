@@ -22,9 +22,11 @@ from evomerge.raw.layouts import KEPT, LAYOUTS
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Blend, ChoiceName
 from evomerge.recipes.state_dict import Keys, StateDictRecipe, TensorGroup
+from evomerge.step import Step, find_step
 from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.gene import check_ranges
 from search_spaces.method_genes import MethodGenes, alone_at
+from search_spaces.step_genes import StepSettings, check_steps
 
 Patterns = str | Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -41,7 +43,7 @@ class StateDictSpaceSettings(SpaceSettings):
             is of the first group that has it.
         keys: what becomes of tensors that not all sources have: "same" refuses them, "union" copies them from the first
             that has them, "intersection" leaves them out.
-        bounds, fixed, switches: as in a parameter space.
+        bounds, fixed, switches, steps: as in a parameter space.
     """
 
     engines: ClassVar[tuple[str, ...]] = ("transformers",)
@@ -53,15 +55,20 @@ class StateDictSpaceSettings(SpaceSettings):
     bounds: dict[str, tuple[FiniteFloat, FiniteFloat]] = Field(default_factory=dict)
     fixed: dict[str, FiniteFloat | ChoiceName] = Field(default_factory=dict)
     switches: dict[str, bool] = Field(default_factory=dict)
+    steps: dict[str, StepSettings] = Field(default_factory=dict)
 
     def build(self, context: SpaceContext) -> StateDictSpace:
         method = context.method(self.method)
-        if method.needs:
-            problem = f"{method.name} needs {' and '.join(method.needs)}, and a table of tensors runs on nothing"
-            raise InputError("space.method", problem, "Take one that goes by weights alone, such as linear or ties.")
+        parts: dict[str, Method | Step] = {"space.method": method}
+        parts |= {f"space.steps.{name}": find_step(name, f"space.steps.{name}") for name in self.steps}
+        for place, part in parts.items():
+            if part.needs:
+                problem = f"{part.name} needs {' and '.join(part.needs)}, and a table of tensors runs on nothing"
+                raise InputError(place, problem, "Take one that goes by weights alone, such as linear or ties.")
         if method.needs_base and context.base is None:
             raise InputError("base", f"{method.name} merges task vectors and needs a base", "Name it: `base: NAME`.")
         check_ranges(method.name, method.parameters, self.bounds, self.fixed, "space")
+        check_steps(self.steps, context)
         for name in self.switches:
             if name not in method.switches:
                 known = ", ".join(sorted(method.switches)) or "none"
@@ -119,7 +126,9 @@ class StateDictSpace:
         patterns: Mapping[str, tuple[str, ...]],
     ) -> None:
         self._settings, self._context, self._method, self._patterns = settings, context, method, patterns
-        self._genes = MethodGenes(method, context, settings.bounds, settings.fixed, settings.switches)
+        self._genes = MethodGenes(
+            method, context, settings.bounds, settings.fixed, settings.switches, steps=settings.steps
+        )
         self.parameters: tuple[Parameter, ...] = tuple(
             parameter for group in patterns for parameter in self._genes.parameters(group, group)
         )

@@ -256,6 +256,31 @@ def test_a_place_that_holds_something_is_refused(url: str, tmp_path: Path) -> No
         check_free(Storage(f"{url}/two"))
 
 
+@pytest.mark.parametrize("last", ["model_index.json", "model.safetensors"])
+def test_what_has_no_configuration_of_its_own_goes_up_with_what_loads_it_last(
+    memory: str, tmp_path: Path, last: str
+) -> None:
+    """A folder of diffusers, whose components are folders within, and tensors that stand alone."""
+    (tmp_path / "m" / "unet").mkdir(parents=True)
+    for name in ("unet/config.json", "unet/weights.safetensors", "recipe.yaml", last):
+        (tmp_path / "m" / name).write_text(f"this is {name}")
+    for at in range(1, 9):  # each writing counts twice, for it is moved in the end
+        storage = Storage(f"{memory}/{last}-{at}")
+        with _breaking(memory, at), pytest.raises(StorageError):
+            upload(tmp_path / "m", storage)
+        assert last not in storage.files()
+        check_free(storage)
+        upload(tmp_path / "m", storage)
+        with pytest.raises(InputError, match="holds a model already"):
+            check_free(storage)
+        found = _content(storage)
+        assert found.pop(SUMS)
+        assert found == {
+            file.relative_to(tmp_path / "m").as_posix(): file.read_bytes()
+            for file in (tmp_path / "m").rglob("*") if file.is_file()
+        }  # fmt: skip
+
+
 def _recipe(folder: Path) -> Path:
     models = [{"model": str(MINIATURES / name), "parameters": {"weight": 0.5}} for name in ("base", "maths")]
     path = folder / "recipe.yaml"

@@ -124,6 +124,14 @@ def test_a_difference_is_added(models: dict[str, Tensors], tmp_path: Path) -> No
         assert out[name].dtype == torch.float32
 
 
+def test_a_merge_is_put_into_object_storage(models: dict[str, Tensors], tmp_path: Path) -> None:
+    path = write(tmp_path, merge_method="linear", models=inputs(a=1, b=1))
+    merge(path, tmp_path / "out")
+    merge(path, (tmp_path / "storage").as_uri())
+    for file in (tmp_path / "out").iterdir():
+        assert (tmp_path / "storage" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_methods_that_trim_and_elect_work_on_tables(models: dict[str, Tensors], tmp_path: Path) -> None:
     config = {"merge_method": "ties", "base_model": "c.safetensors", "parameters": {"density": 0.5}}
     merge(write(tmp_path, **config, models=inputs(a=1.0, b=1.0)), tmp_path / "out")
@@ -221,6 +229,14 @@ def test_what_cannot_be_merged_is_refused(models: dict[str, Tensors], tmp_path: 
     refused("is stored as F8_E4M3")
     save_file({"a": torch.arange(3)}, tmp_path / "b.safetensors")
     refused("holds no tensors in floating point")
+
+
+def test_stages_of_tables_are_refused_with_what_to_do(models: dict[str, Tensors], tmp_path: Path) -> None:
+    first = {"name": "half", "merge_method": "linear", "models": inputs(a=1, b=1)}
+    last = {"merge_method": "linear", "models": [{"model": "half", "parameters": {"weight": 1}}, *inputs(c=1)]}
+    (tmp_path / "stages.yaml").write_text(yaml.safe_dump_all([first, last]))
+    with pytest.raises(InputError, match=r"document 1: is one of several merges.*FOLDER/model\.safetensors"):
+        merge(tmp_path / "stages.yaml", tmp_path / "out")
 
 
 def test_language_models_take_no_rule_for_keys(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,9 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from evomerge.inference.pictures import data_url
+from evomerge.mergekit import dump_recipe
 from evomerge.raw.blocks import grouped
 from evomerge.recipes.base import read_recipe
-from evomerge.recipes.state_dict import StateDictRecipe
+from evomerge.recipes.stack import Blend, BlendStep
+from evomerge.recipes.state_dict import StateDictRecipe, TensorGroup
 from evomerge.report.drawings import drawing_grid, embedded
 from evomerge.report.status import status_of
 from evomerge.service.app import create_app
@@ -222,8 +225,51 @@ def test_folders_of_diffusers_are_searched(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "unet" / "config.json").read_text() == "{}"
     assert (tmp_path / "out" / "model_index.json").exists()
     assert torch.equal(load_file(tmp_path / "out" / vae)["decoder.x"], load_file(tmp_path / "a" / vae)["decoder.x"])
+    copy = tmp_path / "copy"
+    newest = f"c{newest_scored(tmp_path / 's').number:04d}"
+    assert evomerge("export", tmp_path / "s", copy.as_uri(), "--candidate", newest) == 0
+    files = {file.relative_to(copy).as_posix(): file for file in copy.rglob("*") if file.is_file()}
+    assert {"SHA256SUMS", "model_index.json", "unet/config.json", vae} <= files.keys()
+    assert files[vae].read_bytes() == (tmp_path / "out" / vae).read_bytes()
+    assert str(tmp_path) not in files["recipe.yaml"].read_text()
     (tmp_path / "a" / "unet" / "config.json").write_text("{ }")
     assert evomerge("resume", tmp_path / "s", "--set", "budget.candidates=12") == 2
+
+
+def test_methods_on_matrices_change_matrices_alone(tmp_path: Path) -> None:
+    """Iso-C by numpy, on the weight of a linear layer; a table that is looked up and a kernel are plain sums."""
+    random = torch.Generator().manual_seed(3)
+    shapes = {"blocks.0.proj.weight": (6, 4), "token_embedding.weight": (6, 4), "conv.weight": (2, 2, 3, 3)}
+    tensors = {name: {key: torch.randn(shape, generator=random) for key, shape in shapes.items()} for name in "abc"}
+    for name, of_name in tensors.items():
+        save_file(of_name, tmp_path / f"{name}.safetensors")
+    blend = Blend(
+        method="task_arithmetic", base="c", sources=("a", "b"), parameters={"weight": {"a": 0.5, "b": 1.0}},
+        steps=(BlendStep(name="iso", parameters={"strength": 1.0}),),
+    )  # fmt: skip
+    group = TensorGroup(name="all", patterns=("*",), blend=blend)
+    sources = {name: str(tmp_path / f"{name}.safetensors") for name in "abc"}
+    recipe = StateDictRecipe(sources=sources, tokenizer="c", groups=(group,))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert evomerge("merge", tmp_path / "recipe.yaml", tmp_path / "out") == 0
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    for name in shapes:
+        a, b, base = (tensors[key][name].double().numpy() for key in "abc")
+        change = 0.5 * (a - base) + (b - base)
+        if name.startswith("blocks"):
+            left, sizes, right = np.linalg.svd(change, full_matrices=False)
+            change = np.linalg.norm(sizes) / len(sizes) ** 0.5 * (left @ right)
+        assert np.allclose(made[name].double().numpy(), base + change, atol=1e-5), name
+
+
+def test_steps_of_a_table_are_searched(files: Path) -> None:
+    given = {"method": "task_arithmetic", "fixed": {"lambda": 1.0}, "steps": {"scale": {}}, "groups": "model"}
+    changes = space(**given) | {"base": "c", "budget": {"candidates": 10}}
+    assert evomerge("search", search_file(files, **changes), "--dir", files / "s") == 0
+    with Store.open(files / "s" / "search.db") as store:
+        recipe = read_recipe(newest_scored(files / "s").recipe, store.search().record.sources)
+    assert isinstance(recipe, StateDictRecipe)
+    assert [step.name for step in recipe.groups[0].blend.steps] == ["scale"]
 
 
 def space(**changes: Any) -> dict[str, Any]:
@@ -234,6 +280,10 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "no such tensor": (space(groups={"x": "nothing.*"}), "space.groups.x", "Blocks: IN00, IN01, MID, OUT"),
     "an empty group": (space(groups={"x": "*", "y": "MID"}), "space.groups.y", "groups before it"),
     "texts needed": (space(method="regmean"), "space.method", "runs on nothing"),
+    "texts needed by a step": ({**space(method="linear", steps={"activations": {}}), "base": "c"},
+                               "space.steps.activations", "runs on nothing"),
+    "a step without a base": (space(steps={"iso": {}}), "base", "is added to a base"),
+    "a step that there is not": (space(steps={"isso": {}}), "space.steps.isso", "iso"),
     "no base": (space(method="ties"), "base", "needs a base"),
     "a strange setting": (space(switches={"x": True}), "space.switches.x", "normalize"),
     "a language model": ({"sources": {"a": str(ROOT / "examples/miniatures/base"), "b": "b.safetensors"}}, "sources.a",

@@ -161,6 +161,7 @@ def _tables(path: Path, root: Path) -> dict[str, Any] | None:
 
 def merge_tables(config: Mapping[str, Any], path: Path, root: Path, out: str | Path, keys: str | None) -> None:
     """Merge tables of tensors, as mergekit-pytorch's configuration says."""
+    from evomerge.commands.delivering import local_folder
     from evomerge.raw.merging import read_table_merge, summary, write_table_merge
     from evomerge.recipes.state_dict import Keys
     from evomerge.report.screen import make_console
@@ -168,30 +169,28 @@ def merge_tables(config: Mapping[str, Any], path: Path, root: Path, out: str | P
     known = get_args(Keys)
     if keys is not None and keys not in known:
         raise unknown_name(keys, known, "--keys", "rule for tensors that not all have")
-    if is_url(str(out)):
-        raise InputError("OUT", "is a URL, and tables of tensors are written into a folder")
     rule = cast(Keys, keys or known[0])
     made = read_table_merge(config, root, rule, str(path))
     console = make_console()
     for line in summary(made):
         console.print(line, soft_wrap=True)
-    with progress_bar(console, "writing tensors") as update:
-        write_table_merge(made, Path(out), rule, texts={"recipe.yaml": dump_yaml(dict(config))}, progress=update)
+    with local_folder(out, console) as folder, progress_bar(console, "writing tensors") as update:
+        write_table_merge(made, folder, rule, texts={"recipe.yaml": dump_yaml(dict(config))}, progress=update)
     console.print(f"merged into {out}", style="bold")
 
 
 def merge_state_dicts(path: Path, root: Path, out: str | Path, keys: str | None) -> None:
     """Merge tables of tensors by a recipe, such as a search's export has."""
+    from evomerge.commands.delivering import local_folder
     from evomerge.merging.building.builders import BuildContext
     from evomerge.raw.builder import StateDictBuilder, table_merge
     from evomerge.raw.merging import check_alike
     from evomerge.raw.table import open_table
+    from evomerge.report.public_names import movable
     from evomerge.report.screen import make_console
 
     if keys is not None:
         raise InputError("--keys", "is said by the recipe", "Leave it out, or set `keys:` there.")
-    if is_url(str(out)):
-        raise InputError("OUT", "is a URL, and tables of tensors are written into a folder")
     recipe = load_recipe_file(path, lambda reference: {}, _Stages({}, root))
     assert isinstance(recipe, StateDictRecipe)
     named = {name: absolute_reference(ref, root) for name, ref in recipe.sources.items()}
@@ -201,13 +200,31 @@ def merge_state_dicts(path: Path, root: Path, out: str | Path, keys: str | None)
     used = {name: table for name, table in tables.items() if name in recipe.used_sources()}
     check_alike(used, recipe.keys, table_merge(recipe, used).kept, str(path))
     console = make_console()
-    with progress_bar(console, "writing tensors") as update:
-        builder.export(recipe, Path(out), texts={"recipe.yaml": dump_recipe(recipe)}, progress=update)
+    texts = {"recipe.yaml": dump_recipe(movable(recipe, stays=not is_url(str(out))))}
+    with local_folder(out, console) as folder, progress_bar(console, "writing tensors") as update:
+        builder.export(recipe, folder, texts=texts, progress=update)
     console.print(f"merged into {out}", style="bold")
+
+
+def _refuse_stages_of_tables(path: Path, root: Path) -> None:
+    """Refuse a file of several merges of which one is of tables of tensors (InputError)."""
+    from evomerge.raw.references import is_table
+
+    documents = load_documents(read_text(path, str(path)), str(path)) if path.is_file() else []
+    for number, document in enumerate(documents if len(documents) > 1 else (), 1):
+        models = document.get("models") if isinstance(document, dict) else None
+        named = [model.get("model") for model in models or () if isinstance(model, dict)]
+        if any(isinstance(reference, str) and is_table(reference, root) for reference in named):
+            problem = "is one of several merges, and tables of tensors are merged one merge a file"
+            hint = (
+                "Merge it first, with `dtype: float32`, and name what it wrote in the next: `FOLDER/model.safetensors`."
+            )
+            raise InputError(f"{path}, document {number}", problem, hint)
 
 
 def _merged_as_tables(path: Path, root: Path, out: str | Path, keys: str | None) -> bool:
     """Merge what a file says of tables of tensors; False where it is of language models."""
+    _refuse_stages_of_tables(path, root)
     if _content(path).get("kind") == StateDictRecipe.kind:
         merge_state_dicts(path, root, out, keys)
         return True

@@ -34,7 +34,8 @@ class Site:
     def is_matrix(self) -> bool:
         """Whether it is a matrix of a layer, as opposed to a vector, an embedding or a head."""
         stacked = self.name.endswith("bias")  # those of experts that are kept in one tensor
-        return len(self.shape) == 2 and self.role.layer is not None and not stacked
+        in_layer = self.role.layer is not None or self.role.kind == "matrix"
+        return len(self.shape) == 2 and in_layer and not stacked
 
     @property
     def matrices(self) -> int:

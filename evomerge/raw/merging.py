@@ -20,7 +20,7 @@ from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import Merged
 from evomerge.raw.blocks import blocks_of
 from evomerge.raw.layouts import KEPT, layout_of
-from evomerge.raw.table import ROLE, Table, open_table, rest_of, usual_dtype
+from evomerge.raw.table import ROLE, Table, open_table, rest_of, role_of, usual_dtype
 from evomerge.recipes.stack import Role, StackRecipe
 from evomerge.recipes.state_dict import Keys
 
@@ -263,10 +263,10 @@ def _add(file: TensorFile, written: str, name: str, merge: TableMerge, materiali
         tensor = holders[0].source.read(name)
         file.add(written, tensor if name in merge.kept else tensor.to(_dtype(merge, holders[0], name)))
     else:
-        merged = Merged(merge.labels[name], ROLE, name, ROLE)
-        tensor = materialiser.tensor(
-            merged, merge.recipe, holders[0].source.tensors[name].shape, _dtype(merge, holders[0], name)
-        )  # fmt: skip
+        shape = holders[0].source.tensors[name].shape
+        role = role_of(name, shape)
+        merged = Merged(merge.labels[name], role, name, role)
+        tensor = materialiser.tensor(merged, merge.recipe, shape, _dtype(merge, holders[0], name))
         file.add(written, tensor)
 
 

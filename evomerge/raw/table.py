@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +18,25 @@ from evomerge.raw.references import PICKLED
 from evomerge.recipes.stack import Role
 
 ROLE = Role("embedding")
-"""What every tensor is to a recipe: none is in a layer."""
+"""What a tensor is to a recipe: none is in a layer that is known."""
+
+_MATRIX = Role("matrix")
+_LOOKED_UP = re.compile(
+    r"(token|position|positional|word|class)_embed|embed_(tokens|positions)|relative_attention_bias"
+    r"|(^|[./])(shared|wte|wpe)\."
+)
+"""Names of tables whose rows are looked up: no matrices that meet an input."""
 
 _QUANTISED = ("F8_", "F4", "F6_")
+
+
+def role_of(name: str, shape: tuple[int, ...]) -> Role:
+    """What a tensor is: a matrix of some layer, for methods that treat these by themselves, or anything else.
+
+    Kernels of convolutions are none: what rows and columns of theirs would be nobody has said.
+    """
+    is_matrix = len(shape) == 2 and min(shape) > 1 and _LOOKED_UP.search(name) is None
+    return _MATRIX if is_matrix else ROLE
 
 
 @dataclass(frozen=True)

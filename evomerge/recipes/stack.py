@@ -29,7 +29,7 @@ from evomerge.recipes.base import STACK, DType, Frozen, Recipe, canonical_text
 from evomerge.recipes.stack_text import stack_lines
 from evomerge.vocabulary import Vocabulary
 
-RoleKind = Literal["embedding", "attention", "mlp", "norm", "head", "vision"]
+RoleKind = Literal["embedding", "attention", "mlp", "norm", "head", "vision", "matrix"]
 Scaling = Literal["stream", "update"]
 Basis = Literal["core"]
 
@@ -40,7 +40,8 @@ class Role:
 
     ``layer`` is None outside the stack of layers. A "norm" with a layer is a norm that stands in that layer outside its
     attention and its mlp; a "norm" without one is the norm before the head. "vision" is all that makes images into
-    what the layers read: tower, projector, and what else stands beside the text model.
+    what the layers read: tower, projector, and what else stands beside the text model. "matrix" is the weight of a
+    linear layer of a table of tensors, whose layers nobody knows; all else there is "embedding", whose blend it has.
     """
 
     kind: RoleKind
@@ -347,7 +348,7 @@ class StackRecipe(Recipe):
         if role.kind == "vision":
             return self.vision
         if role.layer is None:
-            return {"embedding": self.embedding, "head": self.head}.get(role.kind, self.norm)
+            return {"embedding": self.embedding, "matrix": self.embedding, "head": self.head}.get(role.kind, self.norm)
         hop = self.hops[role.layer]
         return {"attention": hop.attention, "mlp": hop.mlp}.get(role.kind, hop.norm)
 

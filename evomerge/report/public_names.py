@@ -36,8 +36,8 @@ def movable(recipe: Recipe, *, stays: bool) -> Recipe:
     """The recipe as it goes with a model: of models in the hub's cache it names the ids.
 
     Args:
-        stays: on this machine, where other folders are found by their absolute paths, wherever the model's is moved to;
-            elsewhere they have their names alone.
+        stays: on this machine, where other folders and files are found by their absolute paths, wherever the model's is
+            moved to; elsewhere they have their names alone.
     """
 
     def movable_part(part: str) -> str:
@@ -45,7 +45,7 @@ def movable(recipe: Recipe, *, stays: bool) -> Recipe:
         return with_expert(movable_folder(folder), expert)
 
     def movable_folder(part: str) -> str:
-        if not os.path.isabs(part) or not os.path.isdir(part):
+        if not os.path.isabs(part) or not os.path.exists(part):
             return part
         if match := _SNAPSHOT.search(part):
             return f"{match[1]}/{match[2]}@{Path(part).name}"

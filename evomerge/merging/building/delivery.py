@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from evomerge.errors import InputError
@@ -15,6 +15,13 @@ SUMS = "SHA256SUMS"
 LAST = "config.json"
 """Goes last: without it no loader sees a model."""
 
+_LAST = (LAST, "model_index.json", "model.safetensors")
+"""The same of a folder of diffusers, and of tensors that stand alone: the first of these that a folder has."""
+
+
+def _last(names: Collection[str]) -> str | None:
+    return next((name for name in _LAST if name in names), None)
+
 
 def check_free(storage: Storage) -> None:
     """See that a model can be put here: the place can be written, and is empty or holds an upload that was cut off.
@@ -24,7 +31,8 @@ def check_free(storage: Storage) -> None:
     """
     storage.probe()
     there = set(storage.files()) - {SUMS + PARTIAL}
-    if LAST in there:
+    told = _parsed((storage.read(SUMS) or b"").decode()) if SUMS in there else there
+    if _last(told) in there:
         raise InputError(storage.url, "holds a model already", "Choose another place, or remove it.")
     if there and SUMS not in there:
         raise InputError(storage.url, "is not empty", "Choose another place, or remove what is there.")
@@ -40,9 +48,11 @@ def upload(folder: Path, storage: Storage, progress: Callable[[int, int], None] 
         progress: called with the number of bytes that are there, and of all.
 
     Raises:
-        StorageError: the storage failed. There is no config.json then, and the same call goes on.
+        StorageError: the storage failed. What goes last is not there then, and the same call goes on.
     """
-    files = {file.name: file for file in sorted(folder.iterdir(), key=lambda file: (file.name == LAST, file.name))}
+    named = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    last = _last(named)
+    files = {name: named[name] for name in sorted(named, key=lambda name: (name == last, name))}
     sizes = {name: file.stat().st_size for name, file in files.items()}
     sums = {name: _sum(file) for name, file in files.items()}
     there = storage.files()
@@ -57,14 +67,14 @@ def upload(folder: Path, storage: Storage, progress: Callable[[int, int], None] 
         progress(done + sent, total)
 
     for name in [name for name in files if name not in kept]:
-        _put(storage, files[name], report)
+        _put(storage, files[name], name, report)
         done += sizes[name]
 
 
-def _put(storage: Storage, file: Path, progress: Callable[[int], None]) -> None:
-    storage.put(file, file.name, progress)
-    if (size := storage.size(file.name)) != file.stat().st_size:
-        problem = f"has {size:,} bytes of {file.name}, which is {file.stat().st_size:,} bytes long"
+def _put(storage: Storage, file: Path, name: str, progress: Callable[[int], None]) -> None:
+    storage.put(file, name, progress)
+    if (size := storage.size(name)) != file.stat().st_size:
+        problem = f"has {size:,} bytes of {name}, which is {file.stat().st_size:,} bytes long"
         raise StorageError(storage.url, problem, "Run the command again.")
 
 

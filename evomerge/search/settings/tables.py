@@ -48,10 +48,7 @@ def check_table_search(file: SearchFile) -> None:
             raise InputError(f"{place}.given", problem, _HINT)
     if not of_tables:
         return
-    named = {
-        "calibration": file.calibration, "fit": file.fit, "select": file.select, "proxy": file.proxy,
-        "artifacts": file.artifacts,
-    }  # fmt: skip
+    named = {"calibration": file.calibration, "fit": file.fit, "select": file.select, "proxy": file.proxy}
     for key, section in named.items():
         if section is not None:
             raise InputError(key, "is for language models, and these are tables of tensors", _HINT)

@@ -94,6 +94,10 @@ def _source_in(folder: Path, inner: Sequence[Path]) -> Found | None:
     """What a folder with these files holds; None of neither a model nor an adapter."""
     files = {path.name for path in inner if path.is_file()}
     size = sum(path.stat().st_size for path in inner if path.suffix == ".safetensors")
+    if "model_index.json" in files:  # of diffusers, whose components are folders within
+        kind = _config_text(folder / "model_index.json", "_class_name")
+        held = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
+        return Found(name=folder.name, reference=str(folder), model_type=kind, bytes=held)
     if "config.json" in files:
         kind = _config_text(folder / "config.json", "model_type")
         return Found(name=folder.name, reference=str(folder), model_type=kind, bytes=size)

@@ -137,6 +137,17 @@ _OWN_SPACES = (
         ),
     ),
     Group(
+        "state_dict", "Tensors of any network", "image models and other files of tensors, block by block",
+        (
+            replace(_METHOD, default="linear", options=_METHOD.options[1:], hint="any that goes by weights alone"),
+            Field("groups", "Numbers for", "pairs", default="blocks", suggestions=("blocks", "model"),
+                  example="text=TEXT, in=IN*, attention=*attn*",
+                  hint="each named block, the whole model, or groups by patterns of names and blocks"),
+            Field("keys", "Tensors not in all", options=("", "union", "intersection"),
+                  labels=("refused", "copied from the first that has them", "left out")),
+        ),
+    ),
+    Group(
         "prompts", "Prompts", "which soft prompts or prefixes stand before every text",
         (
             Field("tokens", "Most tokens", "number", hint="before a text; all prompts together unless given"),
@@ -217,6 +228,21 @@ _OWN_EVALUATORS = (
         (
             _FILE, _metric("reward"), Field("model", "Reward model", example="org/name", required=True), _PROMPT,
             _HELD_OUT, _TOKENS, *_CHAT,
+        ),
+    ),
+    Group(
+        "python", "a Python function of yours",
+        "A file on this machine. It is code, so the search is started from the command line: copy the search file.",
+        (
+            Field("file", "File of the function", example="score.py", required=True),
+            Field("given", "Is given", options=("generate", "weights"),
+                  labels=("the model, to ask it", "where the candidate's tensors lie"), default="generate",
+                  hint="tensors of any network are given as files"),
+            Field("items_file", "File of items", example="items.jsonl", hint=_FILE.hint, required=True),
+            Field("metrics", "Metrics", "pairs", example="reward=maximize", required=True),
+            Field("metric", _METRIC, example="reward", required=True),
+            _HELD_OUT,
+            Field("allow_task_code", "It may run", "switch", hint="read it first"),
         ),
     ),
     Group(

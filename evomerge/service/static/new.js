@@ -116,7 +116,7 @@ function said(place) {
     const text = /(^|\.)(prompt|answer)$/.test(key) ? input.value.replaceAll("\\n", "\n") : input.value.trim();
     if (text === "") continue;
     if (kind === "numbers") values[key] = text.split(/[\s,]+/).filter(Boolean).map(number);
-    else if (kind === "pairs") values[key] = pairs(text);
+    else if (kind === "pairs") values[key] = text.includes("=") ? pairs(text) : text;
     else values[key] = kind === "number" || /^-?\d+(\.\d+)?$/.test(text) && kind !== "text" ? number(text) : text;
   }
   return values;
@@ -131,7 +131,7 @@ function nested(values, content = {}) {
   }
   return content;
 }
-/** "a=one, b=two" as an object; what has no "=" is kept under its own name, for the check to say what is wrong. */
+/** "a=one, b=two" as an object; a part that has no "=" is kept under its own name, for the check to say what is wrong. */
 function pairs(text) {
   return Object.fromEntries(text.split(",").map((pair) => pair.trim()).filter(Boolean).map((pair) => {
     const [name, ...rest] = pair.split("=");
