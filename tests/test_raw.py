@@ -263,3 +263,86 @@ def test_what_a_killed_process_left_goes_away(models: dict[str, Tensors], tmp_pa
     merge(write(tmp_path, merge_method="linear", models=inputs(a=1, b=1)), tmp_path / "out")
     assert not stale.exists()
     shutil.rmtree(tmp_path / "out")
+
+
+# ---- folders of diffusers that cannot be merged, or only by parts ----------------------------------------------------
+
+
+def diffusers_refused(folder: Path, words: str, keys: str | None = None) -> None:
+    """Merging the folders a and b says these words, and leaves nothing."""
+    models = [{"model": name, "parameters": {"weight": 1}} for name in "ab"]
+    before = {path for path in folder.iterdir() if path.name != "merge.yaml"}
+    with pytest.raises(InputError, match=words):
+        merge(write(folder, merge_method="linear", models=models), folder / "out", keys=keys)
+    assert {path for path in folder.iterdir() if path.name != "merge.yaml"} == before
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    for seed, name in enumerate("ab"):
+        folder_of(tmp_path / name, seed)
+    return tmp_path
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def test_components_that_are_pickled_or_gone_or_elsewhere_are_refused(folders: Path) -> None:
+    safe, index = folders / "b" / "vae" / WEIGHTS, folders / "b" / "model_index.json"
+    content = safe.read_bytes()
+    safe.unlink()
+    safe.with_name("diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    diffusers_refused(folders, r"b/vae is pickled, which can run code.*save_pretrained")
+    safe.with_name("diffusion_pytorch_model.bin").unlink()
+    safe.write_bytes(content)
+    for name in ("unet_2", "../a", "/etc"):
+        index.write_text(json.dumps({"_class_name": "X", name: ["diffusers", "UNet2DConditionModel"]}))
+        diffusers_refused(folders, f"model_index.json names '{name}', which is no folder beside it")
+    index.write_text(json.dumps({"_class_name": "X", "safety_checker": [None, None], "vae": ["diffusers", "Y"]}))
+    (folders / "b" / "vae" / "link.json").symlink_to("/etc/hostname")
+    diffusers_refused(folders, "link.json is a link that leaves the folder")
+
+
+def test_components_of_another_architecture_or_with_nan_are_refused(folders: Path) -> None:
+    unet = folders / "b" / "unet" / WEIGHTS
+    tensors = load_file(unet)
+    save_file({**tensors, "conv_in.weight": torch.ones(4, 9)}, unet)
+    diffusers_refused(folders, r"unet/conv_in.weight is \[4, 4\] in .* and \[4, 9\] in")
+    save_file({**tensors, "mid_block.x": torch.full((3,), torch.nan)}, unet)
+    diffusers_refused(folders, "has NaN or Inf")
+    save_file({"conv_in.weight": tensors["conv_in.weight"]}, unet)
+    diffusers_refused(folders, r"has no unet/mid_block.x, which .*--keys union")
+
+
+def test_models_that_predict_different_things_are_refused(folders: Path) -> None:
+    for name, kind in (("a", "epsilon"), ("b", "v_prediction")):
+        (folders / name / "scheduler").mkdir()
+        (folders / name / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": kind}))
+    diffusers_refused(folders, r"predict different things \(.*epsilon.*v_prediction\)")
+
+
+def test_a_folder_that_a_full_disk_cuts_off_is_not_there(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TensorFile, "add_bytes", full)
+    diffusers_refused(folders, "the disk is full")
+
+
+def test_an_index_of_several_files_names_what_is_there(folders: Path) -> None:
+    """A transformer in two files, of which one source lacks a tensor that is left out."""
+    for name in "ab":
+        files = {"m-00001-of-00002.safetensors": "transformer_blocks.0.x", "m-00002-of-00002.safetensors": "proj_out.y"}
+        (folders / name / "transformer").mkdir()
+        for file, tensor in files.items():
+            extra = {"norm_out.z": torch.ones(2)} if name == "a" and tensor == "proj_out.y" else {}
+            save_file({tensor: torch.ones(2), **extra}, folders / name / "transformer" / file)
+        weight_map = {tensor: file for file, tensor in files.items()} | ({"norm_out.z": file} if name == "a" else {})
+        index = folders / name / "transformer" / "m.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {"total_size": 24}, "weight_map": weight_map}))
+    models = [{"model": name, "parameters": {"weight": 1}} for name in "ab"]
+    merge(write(folders, merge_method="linear", models=models), folders / "out", keys="intersection")
+    made = folders / "out" / "transformer"
+    told = json.loads((made / "m.safetensors.index.json").read_text())["weight_map"]
+    assert told == {name: file.name for file in made.glob("*.safetensors") for name in load_file(file)}
+    assert told.keys() == {"transformer_blocks.0.x", "proj_out.y"}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from evomerge.checkpoints.headers import TORCH_DTYPES, map_file
 from evomerge.checkpoints.tensor_file import TensorFile
 from evomerge.checkpoints.whole import whole_folder
 from evomerge.errors import InputError
-from evomerge.files import open_file
+from evomerge.files import open_file, read_json
 from evomerge.mergekit.reading import from_mergekit
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import Merged
+from evomerge.printable import printable
 from evomerge.raw.blocks import blocks_of
 from evomerge.raw.layouts import KEPT, layout_of
 from evomerge.raw.table import ROLE, Table, open_table, rest_of, role_of, usual_dtype
@@ -117,6 +119,7 @@ def check_alike(tables: Mapping[str, Table], keys: Keys, kept: Collection[str], 
         InputError: naming the tensor and both tables.
     """
     _check_layouts(tables, place)
+    _check_predictions(tables, place)
     _check_keys(tables, keys, kept, place)
     _check_shapes(tables, kept, place)
 
@@ -131,6 +134,19 @@ def _check_layouts(tables: Mapping[str, Table], place: str) -> None:
     problem = f"{first} is {known[first]}, and {other} is {known[other]}"
     hint = "Merge models of one architecture; one in the other layout is converted by diffusers: "
     raise InputError(place, problem, f"{hint}`Pipeline.from_single_file(FILE).save_pretrained(FOLDER)`.")
+
+
+def _check_predictions(tables: Mapping[str, Table], place: str) -> None:
+    """Refuse folders of diffusers whose models predict different things of the noise: a mean of these is of neither."""
+    said = {}
+    for name, table in tables.items():
+        file = table.root / "scheduler" / "scheduler_config.json"
+        if table.is_folder and file.is_file():
+            content = read_json(file, place)
+            said[name] = str(content.get("prediction_type", "epsilon")) if isinstance(content, dict) else "epsilon"
+    if len({*said.values()}) > 1:
+        told = ", ".join(f"{name} {printable(kind, 40)}" for name, kind in said.items())
+        raise InputError(place, f"models predict different things ({told})", "Merge models that predict the same.")
 
 
 def _check_keys(tables: Mapping[str, Table], keys: Keys, kept: Collection[str], place: str) -> None:
@@ -218,6 +234,19 @@ def fill_folder(
                 _add(file, name.removeprefix(prefix), name, merge, materialiser)
                 done += 1
                 progress(done, total)
+    if first.is_folder and keys != "same":
+        _write_indices(folder, files)
+
+
+def _write_indices(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
+    """Have the indices of components whose weights lie in several files name the tensors that there are."""
+    for index in folder.glob("*/*.safetensors.index.json"):
+        component = index.parent.name
+        of_component = {Path(path).name: names for path, names in files.items() if Path(path).parent.name == component}
+        places = ((name.removeprefix(f"{component}/"), file) for file, names in of_component.items() for name in names)
+        size = sum((index.parent / file).stat().st_size for file in of_component)
+        content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places))}
+        index.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def _with_others(files: dict[str, tuple[str, ...]], merge: TableMerge, keys: Keys) -> dict[str, tuple[str, ...]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from evomerge.files import is_path
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
-_INDEX = "model_index.json"  # of a folder of diffusers
+INDEX = "model_index.json"
+"""Names the components of a folder of diffusers."""
 
 
 def is_table(reference: str, root: Path) -> bool:
@@ -18,4 +19,4 @@ def is_table(reference: str, root: Path) -> bool:
     path = os.path.join(root, os.path.expanduser(reference))
     if path.endswith((".safetensors", *PICKLED)):
         return not os.path.isdir(path)
-    return os.path.isfile(os.path.join(path, _INDEX))
+    return os.path.isfile(os.path.join(path, INDEX))

@@ -14,7 +14,9 @@ from evomerge.checkpoints.headers import TORCH_DTYPES, TensorEntry, read_header
 from evomerge.checkpoints.parts import Part
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.raw.references import PICKLED
+from evomerge.files import read_json
+from evomerge.printable import printable
+from evomerge.raw.references import INDEX, PICKLED
 from evomerge.recipes.stack import Role
 
 ROLE = Role("embedding")
@@ -73,8 +75,7 @@ def open_table(name: str, reference: str, root: Path, place: str) -> Table:
         raise InputError(place, f"there is no file {path}")
     if is_folder:
         check_files(path, place)
-        for component in (inner for inner in path.iterdir() if inner.is_dir()):
-            check_files(component, place)
+        _check_components(path, place)
     held = sorted(path.glob("*/*.safetensors")) if is_folder else [path]
     if not held:
         raise InputError(place, f"{path} has no component with weights in safetensors")
@@ -98,6 +99,27 @@ def open_table(name: str, reference: str, root: Path, place: str) -> Table:
     files_of_all = (*held, *(rest_of(path) if is_folder else ()))
     source = _source(name, reference, place, path, mergeable, files_of_all)
     return Table(source, others, files, path if is_folder else path.parent, is_folder)
+
+
+def _check_components(folder: Path, place: str) -> None:
+    """Refuse a folder of diffusers that would not load again where its weights are merged.
+
+    Raises:
+        InputError: a component that it names is not there, or lies elsewhere; or has pickled weights alone.
+    """
+    for component in (inner for inner in folder.iterdir() if inner.is_dir()):
+        check_files(component, place)
+        if any(component.glob("*.bin")) and not any(component.glob("*.safetensors")):
+            hint = "Save it as safetensors where you trust it: `Pipeline.from_pretrained(old).save_pretrained(new)`."
+            raise InputError(place, f"{component} is pickled, which can run code", hint)
+    index = read_json(folder / INDEX, place)
+    for name, of_class in index.items() if isinstance(index, dict) else ():
+        if name.startswith("_") or not isinstance(of_class, list) or of_class[:1] == [None]:
+            continue
+        if Path(name).name != name or not (folder / name).is_dir():
+            raise InputError(
+                place, f"{INDEX} names {printable(name, 100)!r}, which is no folder beside it", "Copy it whole."
+            )
 
 
 def rest_of(folder: Path) -> list[Path]:
