@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.errors import InputError
-from evomerge.method import Need, check_blend, check_needs, find_method, method_shares
+from evomerge.method import Need, check_blend, check_needs, find_method, method_shares, plan_of
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
 from evomerge.step import check_step, find_step, needs_of_steps
@@ -75,7 +75,7 @@ def _needs_of(recipe: StackRecipe, source: str) -> set[Need]:
 
 def planned(facts: Facts, blend: Blend) -> Pass:
     """How a tensor is made by a blend that ``check_whole`` let through."""
-    return stepped(facts, blend, find_method(blend.method, "blend").plan(facts, blend), blend.steps)
+    return stepped(facts, blend, plan_of(find_method(blend.method, "blend"), facts, blend), blend.steps)
 
 
 def stepped(facts: Facts, blend: Blend, made: Pass, steps: Sequence[BlendStep]) -> Pass:

@@ -240,6 +240,28 @@ def check_needs(part: Needing, place: str, *, has_texts: bool, has_fit: bool) ->
         raise InputError(place, problem, "Name some texts: `calibration:`.")
 
 
+def plan_of(method: Method, facts: Facts, blend: Blend) -> Pass:
+    """How a method makes a tensor by a blend that ``check_blend`` let through; what that leaves out has its default.
+
+    Raises:
+        TypeError: the method gives something else than a pass.
+        ValueError: the pass reads what the blend has not.
+    """
+    defaults = dict(method.switches) | {p.name: p.default for p in method.parameters if p.scope == "blend"}
+    if not defaults.keys() <= blend.parameters.keys():
+        blend = blend.model_copy(update={"parameters": defaults | blend.parameters})
+    made = method.plan(facts, blend)
+    inputs = getattr(made, "inputs", None)
+    if inputs is None:
+        kind = type(made).__name__
+        raise TypeError(f"{method.name} planned a {kind}, not a pass such as Combine, Elementwise or Whole")
+    if None in inputs:
+        raise ValueError(f"{method.name} reads a base, and there is none: let it say needs_base=True")
+    if unknown := [name for name in inputs if name not in facts.site.refs]:
+        raise ValueError(f"{method.name} reads {unknown[0]!r}; the blend has {', '.join(facts.site.refs)}")
+    return made
+
+
 def default_parameters(method: Method, sources: Sequence[str]) -> dict[str, bool | Value | dict[str, Value]]:
     """The method's own defaults, in the form of ``Blend.parameters``."""
     values: dict[str, bool | Value | dict[str, Value]] = dict(method.switches)

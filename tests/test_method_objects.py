@@ -7,15 +7,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from evomerge.errors import InputError
 from evomerge.mergekit import grammar
 from evomerge.mergekit.grammar import Grammar
-from evomerge.merging.arithmetic.passes import Combine, Pass
+from evomerge.merging.arithmetic.passes import Combine, Elementwise, Pass, Whole
 from evomerge.method import (
     Method,
     MethodParameter,
@@ -29,6 +31,7 @@ from evomerge.method import (
 )
 from evomerge.recipes.base import read_recipe
 from evomerge.recipes.stack import Blend
+from evomerge.testing.methods import merge
 from search_spaces.base import SpaceContext
 from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
 
@@ -310,3 +313,53 @@ def test_the_method_of_the_docs_is_searched() -> None:
     made = space(namespace["MEDIAN"], ("a", "b"))
     assert [(p.name, p.kind) for p in made.parameters] == [("model.weight", "real"), ("model.middle", "choice")]
     assert made.decode(np.array([1.0, 1.0])).blends[0].parameters == {"weight": 1.0, "middle": "mean"}
+
+
+# ---- methods of packages that are wrong ------------------------------------------------------------------------------
+
+
+def merged_by(plan: Any, scope: Literal["blend", "source"] = "blend", **of_method: Any) -> Tensor:
+    """A tensor of two sources and a base, by a method with a number that the blend leaves out where it may."""
+    method = Method("mine", plan, (MethodParameter("weight", scope, default=0.5),), **{"needs_base": True, **of_method})
+    base = "b" if method.needs_base else None
+    parameters: dict[str, Any] = {} if scope == "blend" else {"weight": {"s0": 1.0, "s1": 1.0}}
+    return merge(method, *_ORIGIN, Blend(method="mine", sources=("s0", "s1"), base=base, parameters=parameters))
+
+
+_ORIGIN = torch.zeros(4, 3), [torch.ones(4, 3), torch.full((4, 3), 2.0)]
+
+
+def test_what_a_blend_leaves_out_is_at_its_default() -> None:
+    made = merged_by(lambda facts, blend: Combine({"s1": blend.value("weight")}))
+    assert torch.equal(made, torch.ones(4, 3))
+    made = merged_by(lambda facts, blend: Combine({"s1": blend.value("half")}), switches={"half": True})
+    assert torch.equal(made, torch.full((4, 3), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("plan", "of_method", "said"),
+    [
+        (lambda facts, blend: torch.zeros(4, 3), {}, "mine planned a Tensor, not a pass"),
+        (
+            lambda facts, blend: Combine({blend.base: 1.0}),
+            {"needs_base": False},
+            "there is none: let it say needs_base",
+        ),
+        (lambda facts, blend: Combine({"s2": 1.0}), {}, "mine reads 's2'; the blend has s0, s1, b"),
+        (
+            lambda facts, blend: Combine({"s0": blend.value("wieght")}),
+            {},
+            "mine has no parameter wieght; it has: weight",
+        ),
+        (lambda facts, blend: Combine({"s0": blend.value("weight")}), {"scope": "source"}, "say which"),
+        (
+            lambda facts, blend: Elementwise(("s0",), lambda t, first: t[0].sum(0)),
+            {},
+            r"gave \[3\] of tensors \[4, 3\]",
+        ),
+        (lambda facts, blend: Whole(("s0",), lambda t: t[0].sum()), {}, r"gave \[\] of tensors \[4, 3\]"),
+    ],
+)
+def test_a_method_that_is_wrong_says_what_is(plan: Any, of_method: dict[str, Any], said: str) -> None:
+    with pytest.raises((TypeError, ValueError, KeyError), match=said):
+        merged_by(plan, **of_method)

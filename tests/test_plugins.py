@@ -22,7 +22,7 @@ from evaluators.scoring import score
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.inference.reading import Reader
-from evomerge.merging.arithmetic.passes import Elementwise, Pass, Whole
+from evomerge.merging.arithmetic.passes import Elementwise, Pass
 from evomerge.merging.building.builders import BuildContext
 from evomerge.merging.measured.facts import Facts
 from evomerge.method import Method
@@ -53,30 +53,25 @@ def _svd_by_rows(facts: Facts, blend: Blend) -> Pass:
     return Elementwise((str(blend.base), *blend.sources), rows)  # type: ignore[arg-type]
 
 
-def _svd_whole(facts: Facts, blend: Blend) -> Pass:
-    def whole(given: list[torch.Tensor]) -> torch.Tensor:
-        base, *sources = given
-        u, s, v = torch.linalg.svd(torch.stack(list(sources)).mean(0) - base, full_matrices=False)
-        return base + (u[:, :1] * s[:1]) @ v[:1]
-
-    if not facts.site.is_matrix:
-        return Whole((str(blend.base),), lambda given: given[0])
-    return Whole((str(blend.base), *blend.sources), whole)  # type: ignore[arg-type]
-
-
-class TestRankOne(MethodContract):
-    method = Method("rank_one", _svd_whole, needs_base=True)
-    tolerance: ClassVar[float] = 1e-5
-    whole = None
-
-
 def test_the_contract_catches_a_decomposition_of_pieces() -> None:
     class Wrong(MethodContract):
         method = Method("by_rows", _svd_by_rows, needs_base=True)
         tolerance: ClassVar[float] = 1e-5
 
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="is a Whole, not an Elementwise"):
         Wrong().test_large_tensors_are_made_as_the_plain_definition_makes_them_whole()
+
+
+def test_the_contract_minds_no_rounding_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a run is cut decides on the last bit of a power."""
+
+    def powers(facts: Facts, blend: Blend) -> Pass:
+        return Elementwise(blend.sources, lambda given, first: given[0].abs() ** 0.3)
+
+    class Powers(MethodContract):
+        method = Method("powers", powers)
+
+    Powers().test_pieces_do_not_show((40, 6), monkeypatch)
 
 
 def test_a_method_of_ones_own_is_searched_resumed_and_exported(tmp_path: Path) -> None:

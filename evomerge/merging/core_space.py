@@ -36,7 +36,7 @@ from evomerge.merging.measured.evidence import Evidence, Tensors
 from evomerge.merging.measured.facts import Facts, Weights
 from evomerge.merging.path import Merged
 from evomerge.merging.site import Ref, Site
-from evomerge.method import find_method
+from evomerge.method import find_method, plan_of
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.step import find_step
 
@@ -94,7 +94,7 @@ class CoreSpace:
     def plan(self, core: Core, blend: Blend, seed: int) -> Pass:
         """How the method makes that."""
         facts = Facts(core.site, self._weights, self._evidence, seed)
-        made_so_far = find_method(blend.method, "recipe.blends").plan(facts, blend)
+        made_so_far = plan_of(find_method(blend.method, "recipe.blends"), facts, blend)
         return stepped(facts, blend, made_so_far, blend.steps[: steps_in_core(blend)])
 
     def read(self, core: Core, plan: Pass) -> list[Tensor]:

@@ -113,6 +113,8 @@ class Blend(Frozen):
         return str(self._value(name, source))
 
     def _value(self, name: str, source: str | None) -> bool | float | str:
+        if name not in self.parameters:
+            raise KeyError(f"{self.method} has no parameter {name}; it has: {', '.join(self.parameters) or 'none'}")
         value = self.parameters[name]
         if isinstance(value, dict):
             if source is None:

@@ -26,7 +26,7 @@ from evomerge.merging.measured.evidence import Evidence
 from evomerge.merging.measured.facts import Facts, Weights
 from evomerge.merging.measured.inputs import LayerInput
 from evomerge.merging.site import Ref, Site
-from evomerge.method import Method, MethodParameter, Point, Value, check_blend, default_parameters, value_at
+from evomerge.method import Method, MethodParameter, Point, Value, check_blend, default_parameters, plan_of, value_at
 from evomerge.recipes.stack import Blend, Role
 
 SEED, TENSOR, ROLE = 7, "model.layers.0.mlp.up_proj.weight", Role("mlp", 0)
@@ -56,7 +56,7 @@ def plan(
     known = beside | held
     weights = Weights(known.__getitem__, THREADS, lambda source: [tensor for name, tensor in known if name == source])
     fitted = MadeUpCoefficients() if "fit" in method.needs else None
-    planned = method.plan(Facts(site, weights, Evidence(), SEED, own, merged, fitted), blend)
+    planned = plan_of(method, Facts(site, weights, Evidence(), SEED, own, merged, fitted), blend)
     return planned, [held[refs[name]] for name in planned.inputs]
 
 
@@ -124,6 +124,13 @@ def any_value(parameter: MethodParameter) -> st.SearchStrategy[Value]:
     low, high = parameter.limits or (parameter.low, parameter.high)
     between = st.integers(int(low), int(high)).map(float) if parameter.kind == "int" else st.floats(low, high)
     return st.one_of(st.sampled_from([low, high, parameter.default]), between)
+
+
+_WHOLE = "a large tensor is made in pieces of whole rows, so what needs more than a row is a Whole, not an Elementwise"
+
+
+def _far(one: Tensor, other: Tensor) -> str:
+    return f"elements differ by up to {float((one - other).abs().max()):.3g}"
 
 
 class MethodContract:
@@ -198,8 +205,12 @@ class MethodContract:
     def test_pieces_do_not_show(self, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
         base, *sources = tensors(1 + self.count, shape)
         whole = self.merge(base, sources, self.blend())
+        planned, _ = plan(self.method, base, sources, self.blend())
         monkeypatch.setattr(jobs, "PIECE", 4)
-        assert torch.equal(self.merge(base, sources, self.blend()), whole)
+        cut = self.merge(base, sources, self.blend())
+        # Torch's powers, sigmoids and long sums round the last elements of a run otherwise, what is compiled does not.
+        same = self.near(cut, whole) if planned.kernel() is None else torch.equal(cut, whole)
+        assert same, f"{_far(cut, whole)}: {_WHOLE}"
 
     def test_large_tensors_are_made_as_the_plain_definition_makes_them_whole(self) -> None:
         """Tensors above ``jobs.PIECE`` are cut: what needs whole rows or the whole tensor must say so."""
@@ -208,7 +219,7 @@ class MethodContract:
         planned, read = plan(self.method, base, sources, self._graded(self.blend()))
         whole = planned.run([in_grain(planned.grain, x.view(-1), shape) for x in read], 0, call).reshape(shape)
         merged = merge(self.method, base, sources, self._graded(self.blend()))
-        assert self.near(merged, whole)
+        assert self.near(merged, whole), f"{_far(merged, whole)}: {_WHOLE}"
 
     @pytest.mark.parametrize("shape", [(7,), (6, 8), (9, 5)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -228,13 +239,17 @@ class MethodContract:
         if not self.method.needs_base or "weight" not in {p.name for p in self.method.parameters}:
             pytest.skip("the method has no weights, or no base")
         base, *sources = tensors(1 + self.count)
-        assert torch.equal(self.merge(base, sources, self.blend({"weight": 0.0})), base)
+        merged = self.merge(base, sources, self.blend({"weight": 0.0}))
+        assert torch.equal(merged, base), (
+            f"{_far(merged, base)}; what is named weight says how much of a change is taken"
+        )
 
     def test_is_a_function_of_its_arguments(self) -> None:
         base, *sources = tensors(1 + self.count)
         first = self.merge(base, sources, self.blend())
         torch.rand(3)  # the global generator has no part in it
-        assert torch.equal(first, self.merge(base, sources, self.blend()))
+        again = self.merge(base, sources, self.blend())
+        assert torch.equal(first, again), f"{_far(first, again)}: what is random follows from `facts.stream(source)`"
 
     def test_order_of_sources_does_not_matter(self) -> None:
         if not self.symmetric:
@@ -244,7 +259,7 @@ class MethodContract:
         order = list(reversed(range(self.count)))
         turned = blend.model_copy(update={"sources": tuple(blend.sources[i] for i in order)})
         merged, other = self.merge(base, sources, blend), self.merge(base, [sources[i] for i in order], turned)
-        assert self.near(merged, other)
+        assert self.near(merged, other), f"{_far(merged, other)}; where it should matter: symmetric = False"
 
     def _graded(self, blend: Blend) -> Blend:
         """Different numbers for different sources: quarters of the range of each parameter, where those are exact."""
@@ -259,7 +274,8 @@ class MethodContract:
         if self.method.min_sources > 1 or self.whole is None:
             pytest.skip("the method mixes several sources, or takes none whole")
         base, source = tensors(2)
-        assert torch.equal(self.merge(base, [source], self.blend(self.whole, count=1)), source)
+        merged = self.merge(base, [source], self.blend(self.whole, count=1))
+        assert torch.equal(merged, source), f"{_far(merged, source)} at {self.whole}; without such values: whole = None"
 
     def at(self, point: Point) -> Blend:
         """A blend with the values of a point, and the method's defaults where it has none."""
@@ -280,23 +296,26 @@ class MethodContract:
         base, *sources = tensors(1 + self.count)
         names = self.blend().sources
         for name, source in zip(names, sources, strict=True):
-            assert self.near(self.merge(base, sources, self.at(self.method.alone(names, name))), source)
+            self._is(self.merge(base, sources, self.at(self.method.alone(names, name))), source)
         if self.method.needs_base:
-            assert self.near(self.merge(base, sources, self.at(self.method.alone(names, None))), base)
+            self._is(self.merge(base, sources, self.at(self.method.alone(names, None))), base)
+
+    def _is(self, merged: Tensor, wanted: Tensor) -> None:
+        assert self.near(merged, wanted), f"{_far(merged, wanted)}; rounding alone gives {self.tolerance:g}"
 
     def test_where_it_says_that_it_is_the_average_it_is(self) -> None:
         if self.method.uniform is None:
             pytest.skip("the method has no such point")
         base, *sources = tensors(1 + self.count)
         merged = self.merge(base, sources, self.at(self.method.uniform(self.blend().sources)))
-        assert self.near(merged, torch.stack(sources).mean(dim=0))
+        self._is(merged, torch.stack(sources).mean(dim=0))
 
     def test_where_it_says_that_it_is_task_arithmetic_it_is(self) -> None:
         if self.method.arithmetic is None:
             pytest.skip("the method has no such point")
         base, *sources = tensors(1 + self.count)
         merged = self.merge(base, sources, self.at(self.method.arithmetic(self.blend().sources, 0.7)))
-        assert self.near(merged, base + 0.7 * sum(source - base for source in sources))
+        self._is(merged, base + 0.7 * sum(source - base for source in sources))
 
     def test_derivatives_are_what_differences_say(self) -> None:
         """Of a loss that is a random mean of the elements, where the method says that there are any."""

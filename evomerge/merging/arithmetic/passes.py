@@ -549,7 +549,8 @@ class Elementwise:
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
         """``tensors`` are whole rows [rows, length] from element ``first`` of the whole."""
-        return self.function([tensor.float() for tensor in tensors], first // max(tensors[0].shape[-1], 1))
+        made = self.function([tensor.float() for tensor in tensors], first // max(tensors[0].shape[-1], 1))
+        return _of_shape(made, tensors[0])
 
     def kernel(self) -> None:
         return None
@@ -572,7 +573,14 @@ class Whole:
         return "tensor"
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
-        return self.function([tensor.float() for tensor in tensors])
+        return _of_shape(self.function([tensor.float() for tensor in tensors]), tensors[0])
 
     def kernel(self) -> None:
         return None
+
+
+def _of_shape(made: Tensor, given: Tensor) -> Tensor:
+    """What a function made, which else would be spread over the elements, or fail far from it."""
+    if made.shape != given.shape:
+        raise ValueError(f"the function of a pass gave {list(made.shape)} of tensors {list(given.shape)}")
+    return made
