@@ -53,6 +53,8 @@ def check_genome(genome: Genome, parameters: Sequence[Parameter], place: str) ->
         InputError: naming ``place``, which is what gave it, and the first parameter that has no such value.
     """
     hint = "Repair what gave it: float64 [parameters], within the bounds, whole numbers for int and choice."
+    if not isinstance(genome, np.ndarray):
+        raise InputError(place, f"gave a {type(genome).__name__} for a genome", hint)
     if genome.dtype != np.float64 or genome.shape != (len(parameters),):
         problem = f"gave a genome of {genome.dtype} {list(genome.shape)} for {len(parameters)} parameters"
         raise InputError(place, problem, hint)

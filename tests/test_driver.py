@@ -509,3 +509,36 @@ def test_an_optimizer_that_leaves_the_space_is_refused_by_name(
     assert said in refused.value.problem
     with Store.open(tmp_path / "search.db") as store:
         assert not store.candidates(step=1)
+
+
+class GivingSettings(Settings):
+    """An optimizer of a package that gives one less than it is asked for, or lists, or lacks what it must have."""
+
+    name: Literal["giving"] = "giving"
+    gives: Literal["one less", "lists", "nothing"]
+
+    def build(
+        self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
+    ) -> Optimizer:
+        members = {"population": 2, "favourite": None, "stopped": None, "wants_items": False, "keeps": "all"}
+        if self.gives == "nothing":
+            return cast(Optimizer, mock.Mock(spec=[*members, "ask", "tell"], **members))
+        optimizer, point = mock.Mock(refined=(), **members), np.full(len(parameters), 0.5)
+        optimizer.ask = lambda n: [point] * (n - 1) if self.gives == "one less" else [point.tolist()] * n
+        return cast(Optimizer, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        ("one less", "optimizer giving: gave 1 genomes, and was asked for 2"),
+        ("lists", "optimizer giving: gave a list for a genome"),
+        ("nothing", "optimizer: Mock of giving has no refined, replay"),
+    ],
+)
+def test_an_optimizer_that_gives_something_else_is_refused_by_name(
+    tmp_path: Path, gives: Literal["one less", "lists", "nothing"], said: str
+) -> None:
+    """The store would refuse a generation of none, far from its cause."""
+    with pytest.raises(InputError, match=said):
+        drive(tmp_path, make_setup(space=FakeSpace(2), optimizer=GivingSettings(gives=gives)))

@@ -136,6 +136,10 @@ class Optimizer(Protocol):
         ...
 
 
+OPTIMIZER_MEMBERS = tuple(name for name in vars(Optimizer) if not name.startswith("_"))
+"""What an optimizer must have."""
+
+
 class Settings(BaseModel):
     """What the search file says of an optimizer."""
 

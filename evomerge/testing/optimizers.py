@@ -24,7 +24,7 @@ from hypothesis import given, strategies
 from hypothesis import settings as hypothesis_settings
 
 from evomerge.genome import Genome, Parameter
-from evomerge.optimizers.base import Best, Observation, Optimizer, Settings
+from evomerge.optimizers.base import OPTIMIZER_MEMBERS, Best, Observation, Optimizer, Settings
 from evomerge.optimizers.elites import Feature
 
 SPACE = (
@@ -82,7 +82,8 @@ def bits(history: Sequence[Sequence[Observation]]) -> list[list[str]]:
 def inside(genome: Genome, parameters: Sequence[Parameter]) -> bool:
     """Whether a genome is a point of the space of these parameters."""
     return (
-        genome.dtype == np.float64
+        isinstance(genome, np.ndarray)
+        and genome.dtype == np.float64
         and genome.shape == (len(parameters),)
         and all(p.holds(value) for p, value in zip(parameters, genome, strict=True))
     )
@@ -165,6 +166,7 @@ class OptimizerContract:
 
     def test_asks_for_as_many_as_told(self, make: Callable[..., Optimizer]) -> None:
         optimizer = make()
+        assert not [name for name in OPTIMIZER_MEMBERS if not hasattr(optimizer, name)], "it lacks these members"
         assert optimizer.population >= 2
         assert optimizer.stopped is None
         for n in (0, 1, optimizer.population + 3, 2):

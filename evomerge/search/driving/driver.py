@@ -153,8 +153,12 @@ class Driver:
         Beside them the optimizer's favourite, with racing, and the points that the proxy leads to.
         """
         room = self._room()
+        wanted = min(count, room)
         name: str = self._setup.optimizer.name
-        points = [(name, genome) for genome in self.optimizer.ask(min(count, room))]
+        points = [(name, genome) for genome in self.optimizer.ask(wanted)]
+        if len(points) != wanted:
+            problem = f"gave {len(points)} genomes, and was asked for {wanted}"
+            raise InputError(f"optimizer {name}", problem, "Let it give as many as it is asked for.")
         self._asked_since_favourite += len(points)
         if len(points) < room and (favourite := self._favourite()) is not None:
             points.append((FAVOURITE, favourite))

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.base import ItemScores, Split
+from evomerge.errors import InputError
 from evomerge.genome import Genome, SearchSpace
 from evomerge.optimizers import Feature, Optimizer, OptimizerSettings
+from evomerge.optimizers.base import OPTIMIZER_MEMBERS
 from evomerge.prices import Prices
 from evomerge.search.settings.early import UNMEASURED
 from evomerge.search.settings.sections import Budget, Confirm, KeptAnswers, Mode, Racing
@@ -160,8 +162,16 @@ class Setup:
         return tuple(feature.axis for feature in self.features)
 
     def build_optimizer(self) -> Optimizer:
-        """The optimizer, as it is before its first ask."""
-        return self.optimizer.build(self.space.parameters, len(self.objectives), self.seed, self.axes)
+        """The optimizer, as it is before its first ask.
+
+        Raises:
+            InputError: it lacks what every optimizer has.
+        """
+        made = self.optimizer.build(self.space.parameters, len(self.objectives), self.seed, self.axes)
+        if missing := [name for name in OPTIMIZER_MEMBERS if not hasattr(made, name)]:
+            problem = f"{type(made).__name__} of {self.optimizer.name} has no {', '.join(missing)}"
+            raise InputError("optimizer", problem, "evomerge/optimizers/base.py says what each is.")
+        return made
 
     def feature_values(self, objectives: Mapping[str, Estimate]) -> list[float]:
         """A candidate's value of each feature by its estimates; NaN where there is none."""
