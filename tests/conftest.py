@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, settings
 from evomerge.starting import collect_rarely
 
 collect_rarely()  # as our programs do; and evomerge, imported before peft, keeps scikit-learn out of transformers
-pytest.register_assert_rewrite("evomerge.testing")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # miniature matrices gain nothing from threads, and lose much
 os.environ.setdefault("MKL_NUM_THREADS", "1")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,4 +22,11 @@ exec(_TESTS)  # of this project: the classes are collected as if they stood here
 
 
 def test_every_part_of_the_page_is_tested() -> None:
-    assert {"TestMedian", "TestClip", "TestHillClimber", "TestDigits", "TestLetters"} <= set(globals())
+    tested = {"TestMedian", "TestLowRank", "TestClip", "TestHillClimber", "TestMatches", "TestLetters"}
+    assert tested <= set(globals())
+
+
+def test_a_contract_that_fails_tells_values() -> None:
+    """pytest rewrites assertions of test files alone, and of what is registered."""
+    for part in ("methods", "steps", "evaluators", "optimizers"):
+        assert "@pytest_ar" in vars(import_module(f"evomerge.testing.{part}"))
