@@ -1,4 +1,4 @@
-"""`evomerge merge` in a process of its own: the memory it takes, and what is left of it when it is killed."""
+"""Commands that write models, in processes of their own: their memory, and what is left when they are killed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from helpers_checkpoints import save_model, tiny_config
+from helpers_checkpoints import WORDS, save_model, save_tokenizer, tiny_config
 from helpers_miniature import environment
 
 from evomerge.checkpoints.source import Source, open_source
+from evomerge.checkpoints.tensor_file import TensorFile
+from evomerge.checkpoints.writer import FolderWriter
+from evomerge.commands.extract import Wanted, extract
+from evomerge.commands.merge import merge
+from evomerge.commands.transplant import transplant
 from evomerge.merging.building.export import write_model
 from evomerge.recipes.stack import Blend, StackRecipe
 
@@ -57,18 +64,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import sys
 from pathlib import Path
-from test_merge_process import make, opened
-from evomerge.checkpoints.writer import FolderWriter
-write, left = FolderWriter.write, iter(range(int(sys.argv[2])))
-def die_soon(self, name, tensor):
-    write(self, name, tensor)
-    if next(left, None) is None:
-        os.kill(os.getpid(), signal.SIGKILL)
-FolderWriter.write = die_soon
-make(opened(Path(sys.argv[1])), Path(sys.argv[1]) / "out")
+from test_merge_process import MADE, die_half_way
+for kind in MADE:
+    die_half_way(kind, Path(sys.argv[1]))
 """
+SHARD = 20_000
 
 
 def opened(folder: Path) -> dict[str, Source]:
@@ -81,29 +83,136 @@ def make(sources: dict[str, Source], out: Path) -> list[tuple[int, int]]:
     references = {name: source.reference for name, source in sources.items()}
     recipe = StackRecipe.uniform(blend, sources=references, tokenizer="base", layers=4)
     told: list[tuple[int, int]] = []
-    write_model(recipe, sources, out, texts={}, shard_bytes=20_000, progress=lambda *done: told.append(done))
+    write_model(recipe, sources, out, texts={}, shard_bytes=SHARD, progress=lambda *done: told.append(done))
     return told
 
 
-def test_a_killed_merge_goes_on_from_its_complete_files(tmp_path: Path) -> None:
-    configuration(tmp_path / "models", 4, 64)
-    folder = tmp_path / "models"
-    make(opened(folder), tmp_path / "whole")
+def make_adapter(folder: Path, out: Path) -> None:
+    extract(str(folder / "one"), str(folder / "base"), out, Wanted(rank="4"))
+
+
+def make_transplant(folder: Path, out: Path, method: str = "omp") -> None:
+    transplant(str(folder / "one"), str(folder / "words"), out, method, 4, None)
+
+
+def make_stages(folder: Path, out: Path, density: float = 0.4) -> None:
+    """The first of two stages is kept beside the model."""
+    one, two, base = (str(folder / name) for name in ("one", "two", "base"))
+    weighted = [{"model": model, "parameters": {"weight": 0.5, "density": density}} for model in (one, two)]
+    first = {"name": "pair", "merge_method": "ties", "base_model": base, "models": weighted}
+    last = {"merge_method": "slerp", "base_model": "pair", "models": [{"model": "pair"}, {"model": one}]}
+    file = folder / "stages.yaml"
+    file.write_text("---\n".join(yaml.safe_dump(d) for d in (first, {**last, "parameters": {"t": 0.3}})))
+    merge(file, out, keep=out.parent / "kept")
+
+
+MADE: dict[str, tuple[Callable[[Path, Path], object], int]] = {
+    "merge": (lambda folder, out: make(opened(folder), out), 20),
+    "extract": (make_adapter, 20),
+    "transplant": (make_transplant, 20),
+    "first stage": (make_stages, 20),
+    "last stage": (make_stages, 60),
+}
+"""What is made of the models of a folder, and how many tensors are written before the process dies."""
+
+
+def die_half_way(kind: str, folder: Path) -> None:
+    """Make something in a child of this process that SIGKILL ends after some tensors."""
+    if (child := os.fork()) != 0:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, kind
+        return
+    run, tensors = MADE[kind]
+    left = iter(range(tensors))
+
+    def dying(write: Callable[..., None]) -> Callable[..., None]:
+        def one(*given: object) -> None:
+            write(*given)
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return one
+
+    FolderWriter.write, TensorFile.add = dying(FolderWriter.write), dying(TensorFile.add)  # type: ignore[method-assign]
+    write_model.__kwdefaults__["shard_bytes"] = SHARD
+    out = folder / kind / "out"
+    out.parent.mkdir()
+    run(folder, out)
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, and for each of ``MADE`` a folder with what a killed process left there."""
+    folder = tmp_path_factory.mktemp("killed") / "models"
+    configuration(folder, 4, 64)
+    save_model(tiny_config(num_hidden_layers=1), folder / "words", seed=9)
+    save_tokenizer(folder / "words", [*WORDS[:-1], "new"])
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", KILLED, str(folder), "20"]
+    command = [sys.executable, "-c", KILLED, str(folder)]
     done = subprocess.run(
         command, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (folder / "out").exists()
-    (left,) = folder.glob(".out.partial-*")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in files of a few tensors, as the killed processes wrote them."""
+    monkeypatch.setitem(write_model.__kwdefaults__, "shard_bytes", SHARD)
+
+
+def same(one: Path, other: Path) -> None:
+    assert {file.name for file in one.iterdir()} == {file.name for file in other.iterdir()}
+    for file in one.iterdir():
+        assert file.read_bytes() == (other / file.name).read_bytes(), file.name
+
+
+def test_a_killed_merge_goes_on_from_its_complete_files(killed: Path, tmp_path: Path) -> None:
+    make(opened(killed), tmp_path / "whole")
+    out = killed / "merge" / "out"
+    assert not out.exists()
+    (left,) = out.parent.glob(".out.partial-*")
     complete = {file.name: file.stat().st_mtime_ns for file in left.glob("*.safetensors")}
     assert complete
-    told = make(opened(folder), folder / "out")
+    told = make(opened(killed), out)
     assert 1 < told[0][0] <= 21  # did not begin anew
     assert told[-1][0] == told[-1][1]
-    assert not list(folder.glob(".out.*"))
-    for file in (tmp_path / "whole").iterdir():
-        assert (folder / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert not list(out.parent.glob(".out.*"))
+    same(tmp_path / "whole", out)
     for name, time in complete.items():
-        assert (folder / "out" / name).stat().st_mtime_ns == time
+        assert (out / name).stat().st_mtime_ns == time
+
+
+Make = Callable[..., object]
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize(
+    ("kind", "run", "otherwise"),
+    [
+        ("extract", make_adapter, {}),
+        ("transplant", make_transplant, {"method": "mean"}),
+        ("first stage", make_stages, {"density": 0.9}),
+        ("last stage", make_stages, {}),
+    ],
+)
+def test_what_a_killed_process_left_is_never_taken_for_whole(
+    killed: Path, tmp_path: Path, kind: str, run: Make, otherwise: dict[str, Any]
+) -> None:
+    """Also where the same folder is made otherwise now."""
+    out = killed / kind / "out"
+    assert not out.exists()
+    assert list(out.parent.rglob(".*.partial-*"))
+    kept = list(out.parent.glob("kept/[!.]*"))
+    assert bool(kept) == (kind == "last stage")
+    times = [file.stat().st_mtime_ns for folder in kept for file in folder.iterdir()]
+    (tmp_path / kind).mkdir()
+    for place in (out, tmp_path / kind / "out"):
+        run(killed, place, **otherwise)
+    same(tmp_path / kind / "out", out)
+    assert not list(out.parent.glob(".out.*"))
+    assert times == [file.stat().st_mtime_ns for folder in kept for file in folder.iterdir()]
+    stages = [sorted((place / "kept").glob("[!.]*")) for place in (out.parent, tmp_path / kind)]
+    for ours, theirs in zip(*stages, strict=True):
+        same(ours, theirs)

@@ -118,15 +118,23 @@ def check_finite(source: Source) -> None:
         InputError: naming the tensor.
     """
     for name in source.tensors:
-        tensor = source.read(name)
-        if not all_finite(tensor):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise InputError(
-                source.place,
-                f"{name} in {source.tensors[name].file.name} has NaN or Inf in {bad:,} of {tensor.numel():,} elements",
-                "The model is broken; download or train it again.",
-            )
+        check_tensor(source, name, source.read(name))
         source.release(name)
+
+
+def check_tensor(source: Source, name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor of a source that holds NaN or an infinity.
+
+    Raises:
+        InputError: naming it.
+    """
+    if not all_finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise InputError(
+            source.place,
+            f"{name} in {source.tensors[name].file.name} has NaN or Inf in {bad:,} of {tensor.numel():,} elements",
+            "The model is broken; download or train it again.",
+        )
 
 
 def _same(one: Source, other: Source, field: str, mine: Any, theirs: Any, hint: str = _SAME_SHAPE) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from evomerge.checkpoints.checks import check_tensor
 from evomerge.checkpoints.folder import has, load_json, tokenizer_files
 from evomerge.checkpoints.layered import with_text_settings
 from evomerge.checkpoints.pursuit import pursue
@@ -97,6 +98,7 @@ class RowPlan:
             return torch.stack([stored[list(row)].float().mean(0) if row else mean for row in rows])
         assert beside is not None
         theirs = self.donor.read(beside)
+        check_tensor(self.donor, beside, theirs)
         atoms = theirs[self.shared].float()
         there = atoms.norm(dim=1) > 0
         chosen, shares = pursue(

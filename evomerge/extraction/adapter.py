@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from evomerge.checkpoints.adapter_settings import CONFIG
 from evomerge.checkpoints.adapters import WEIGHTS
-from evomerge.checkpoints.checks import check_compatible
+from evomerge.checkpoints.checks import check_compatible, check_tensor
 from evomerge.checkpoints.folder import tokenizer_files
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.tensor_file import TensorFile
@@ -216,13 +216,14 @@ class _Maker:
                 self.losses.append(Loss(target.tensor, "left as in the base", energy, energy))
         self._write_experts(module[0].module)
 
-    def _change(self, target: Target) -> tuple[Tensor, float]:
-        """What is added to a tensor, and the sum of its squares."""
-        change = read_change(self._model, self._base, target)
+    def _change(self, target: Target, expert: int | None = None) -> tuple[Tensor, float]:
+        """What is added to a tensor, or to one expert's matrix of it, and the sum of its squares."""
+        change = read_change(self._model, self._base, target, expert)
         energy = float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
         if not math.isfinite(energy):
-            hint = "A model is broken; `evomerge inspect` names it."
-            raise InputError(self._model.place, f"{target.tensor}: the change has NaN or infinities", hint)
+            for source, (name, _) in itertools.product((self._model, self._base), target.pieces):
+                check_tensor(source, name, source.read(name))
+            raise InputError(self._model.place, f"{target.tensor}: the change has numbers beyond those of float32")
         return change, energy
 
     def _way(self, target: Target) -> str:
@@ -284,10 +285,10 @@ class _Maker:
         made: list[Factors] = []
         energy = lost = 0.0
         for expert in range(target.shape[0]):
-            change = read_change(self._model, self._base, target, expert)
+            change, of_expert = self._change(target, expert)
             wanted = change.T if target.turned else change
             made.append(factorised(wanted, self._how.rule, name=target.tensor))
-            energy += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+            energy += of_expert
             lost += lost_energy(wanted, made[-1])
         rank = max(factors.rank for factors in made)
         if rank == 0:
