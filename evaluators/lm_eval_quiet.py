@@ -38,14 +38,15 @@ def undisturbed() -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Silence the logs of lm-eval and datasets, and the bars of datasets."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
-    levels, bars = [logger.level for logger in loggers], not datasets.are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)  # what goes wrong is raised as well
+    ends = [(logger.handlers, logger.propagate) for logger in loggers]
+    bars = not datasets.are_progress_bars_disabled()
+    for logger in loggers:  # no levels: each that is set clears what all loggers of the process know of theirs
+        logger.handlers, logger.propagate = [logging.NullHandler()], False  # what goes wrong is raised as well
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for logger, (handlers, propagate) in zip(loggers, ends, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
         if bars:
             datasets.enable_progress_bars()

@@ -31,9 +31,9 @@ def search_file(folder: Path, **changes: Any) -> Path:
         "base": "base",
         "space": {"method": "task_arithmetic"},
         "objectives": {
-            "mini_math_ja": {
-                "task": "mini_math_ja",
-                "metric": "acc_ja",
+            "mini_translate_ja": {
+                "task": "mini_translate_ja",  # whose answers are the shortest
+                "metric": "acc",
                 "search": "validation[:24]",
                 "held_out": "test[:40]",
             }
@@ -48,10 +48,16 @@ def search_file(folder: Path, **changes: Any) -> Path:
     return path
 
 
+SHORT_MATHS = {
+    "mini_math_ja": {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
+}
+"""Objectives of a short search whose fit or proxy is of sums in Japanese."""
+
+
 def short_search_file(folder: Path, **changes: Any) -> Path:
     """The shortest search file with items to confirm on: eight candidates, four items, one model confirmed."""
-    items = {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
-    short = {"objectives": {"mini_math_ja": items}, "budget": {"candidates": 8}, "confirm": {"top": 1}}
+    items = {"task": "mini_translate_ja", "metric": "acc", "search": "validation[:4]", "held_out": "test[:4]"}
+    short = {"objectives": {"mini_translate_ja": items}, "budget": {"candidates": 8}, "confirm": {"top": 1}}
     return search_file(folder, **short | changes)
 
 

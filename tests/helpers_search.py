@@ -199,6 +199,25 @@ def dying(after_commits: int) -> mock._patch[object]:
     return mock.patch.multiple(Store, **{name: wrap(name) for name in names})
 
 
+def drive_dying(
+    folder: Path, setup: Setup, *, lives: tuple[int, int], simulation: Simulation = simulate, workers: int = 3
+) -> int:
+    """Drive a search that dies and is resumed until it ends; how often it died.
+
+    Args:
+        lives: it dies after so many transactions, from the first number to the second in turn.
+    """
+    shortest, longest = lives
+    deaths = 0
+    while True:
+        try:
+            with dying(after_commits=shortest + deaths % (longest - shortest + 1)):
+                drive(folder, setup, simulation=simulation, workers=workers)
+            return deaths
+        except Killed:
+            deaths += 1
+
+
 def killed_after(writes: int, kind: str = "select scored") -> mock._patch[object]:
     """Let the n-th next write of a stage commit, which records such events, and then die."""
     left = [writes]

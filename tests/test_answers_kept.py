@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers_search import Killed, drive, dying, make_setup, scores_of, simulate
+from helpers_search import drive, drive_dying, make_setup, scores_of, simulate
 
 from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings, OptunaSettings
@@ -60,15 +60,7 @@ def test_the_best_keep_their_answers_and_no_others(tmp_path: Path, best: int, ob
 
 def test_it_is_the_same_however_often_the_driver_dies(tmp_path: Path) -> None:
     drive(tmp_path / "whole", keeping(4), simulation=answering)
-    deaths = 0
-    while True:
-        try:
-            with dying(after_commits=3 + deaths % 5):
-                drive(tmp_path / "killed", keeping(4), simulation=answering)
-            break
-        except Killed:
-            deaths += 1
-    assert deaths > 4
+    assert drive_dying(tmp_path / "killed", keeping(4), lives=(3, 7), simulation=answering) > 4
     assert answered(tmp_path / "killed") == answered(tmp_path / "whole")
 
 

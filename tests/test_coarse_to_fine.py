@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_search import FakeSpace, Killed, drive, dying, make_setup, table
+from helpers_search import FakeSpace, drive, drive_dying, make_setup, table
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
@@ -283,15 +283,7 @@ def test_killed_at_every_write_it_is_the_same_search(tmp_path: Path, mode: str) 
         mode=mode,  # type: ignore[arg-type]
     )
     drive(tmp_path / "whole", setup, workers=1)
-    deaths = 0
-    while True:
-        try:
-            with dying(after_commits=1 + deaths % 5):
-                drive(tmp_path / "killed", setup, workers=1)
-            break
-        except Killed:
-            deaths += 1
-    assert deaths > 12
+    assert drive_dying(tmp_path / "killed", setup, lives=(1, 5), workers=1) > 12
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
     assert [step.numbers for step in refinements(tmp_path / "whole")] == [2, 4]
     assert refinements(tmp_path / "killed") == refinements(tmp_path / "whole")

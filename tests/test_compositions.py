@@ -52,9 +52,9 @@ def test_what_is_no_share_has_no_product_and_what_is_not_scored_no_row() -> None
 @pytest.mark.parametrize(
     ("compositions", "words"),
     [
-        ({"both": ["mini_math_ja"]}, "compositions.both: there is no objective 'both'"),
-        ({"mini_math_ja": ["mini_math_ja"]}, "needs other objectives as its parts"),
-        ({"mini_math_ja": []}, "compositions"),
+        ({"both": ["mini_translate_ja"]}, "compositions.both: there is no objective 'both'"),
+        ({"mini_translate_ja": ["mini_translate_ja"]}, "needs other objectives as its parts"),
+        ({"mini_translate_ja": []}, "compositions"),
     ],
 )
 def test_refuses_what_is_no_composition(compositions: dict[str, list[str]], words: str, tmp_path: Path) -> None:

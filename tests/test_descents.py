@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_miniature import ROOT, short_search_file
-from helpers_search import FakeSpace, Killed, drive, dying, make_setup, simulate, table
+from helpers_miniature import ROOT, SHORT_MATHS, short_search_file
+from helpers_search import FakeSpace, drive, drive_dying, make_setup, simulate, table
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome
@@ -146,13 +146,7 @@ def test_a_search_that_is_killed_at_any_write_is_the_same(tmp_path: Path, object
     setup = proxied(candidates=40, objectives=objectives)
     simulation = towards(-1.0 if contrary else BEST)
     drive(tmp_path / "whole", setup, simulation=simulation)
-    for deaths in range(200):
-        try:
-            with dying(after_commits=1 + deaths % 5):
-                drive(tmp_path / "killed", setup, simulation=simulation)
-        except Killed:
-            continue
-        break
+    assert drive_dying(tmp_path / "killed", setup, lives=(1, 5), simulation=simulation) > 20
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
 
 
@@ -247,7 +241,7 @@ def test_what_cannot_have_a_proxy_is_told(tmp_path: Path, changes: dict[str, obj
 def test_a_proxy_by_what_an_objective_is_confirmed_on_is_told(tmp_path: Path, split: str, shared: int) -> None:
     data = ROOT / "evaluators" / "tasks" / "data"
     proxy = {"file": f"{data}/mini_math_ja.{split}.jsonl", "held_out_file": f"{data}/mini_math_en.search.jsonl"}
-    warnings = prepare(load_search_file(short_search_file(tmp_path, proxy=proxy))).warnings
+    warnings = prepare(load_search_file(short_search_file(tmp_path, objectives=SHORT_MATHS, proxy=proxy))).warnings
     told = f"proxy: asks {shared} held-out items of objectives.mini_math_ja in the search, which confirm nothing then"
     assert [told] * bool(shared) == [warning for warning in warnings if "held-out items of" in warning]
 

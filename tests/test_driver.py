@@ -17,7 +17,7 @@ from helpers_search import (
     Killed,
     create_store,
     drive,
-    dying,
+    drive_dying,
     make_setup,
     numbers,
     scores_of,
@@ -295,15 +295,7 @@ def test_killed_at_every_write_and_resumed_it_is_the_same_search(
     """Death before or after each transaction of a short search; each time a new driver goes on from the store."""
     setup = make_setup(space=space, optimizer=optimizer, candidates=21)
     drive(tmp_path / "whole", setup)
-    deaths = 0
-    while True:
-        try:
-            with dying(after_commits=1 + deaths % 4):
-                drive(tmp_path / "killed", setup)
-            break
-        except Killed:
-            deaths += 1
-    assert deaths > 12
+    assert drive_dying(tmp_path / "killed", setup, lives=(1, 4)) > 12
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
 
 

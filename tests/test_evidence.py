@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +149,21 @@ def _compute_slowly(folder: Path, gate: Any, entered: Any) -> None:
 
 
 def test_two_processes_compute_one_thing_once_between_them(tmp_path: Path) -> None:
+    """This process is the other one."""
     context = multiprocessing.get_context("spawn")
     gate, entered = context.Event(), context.Value("i", 0)
-    workers = [context.Process(target=_compute_slowly, args=(tmp_path, gate, entered)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    while not entered.value:  # one of them is computing; the other can only wait
-        assert any(worker.is_alive() for worker in workers)
-    gate.set()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    worker = context.Process(target=_compute_slowly, args=(tmp_path, gate, entered))
+    worker.start()
+    while not entered.value:  # it is computing; the other can only wait
+        assert worker.is_alive()
+        time.sleep(0.01)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(_compute_slowly, tmp_path, gate, entered)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
+        gate.set()
+        waiting.result(60)
+    worker.join(60)
+    assert worker.exitcode == 0
     assert entered.value == 1
     assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers_miniature import MINIATURES, ROOT, evomerge, export_of, short_search_file
+from helpers_miniature import MINIATURES, ROOT, SHORT_MATHS, evomerge, export_of, short_search_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -229,7 +229,7 @@ def fitting_file(folder: Path, method: str = "task_arithmetic") -> Path:
     """A search with a fit of three steps."""
     write_items(folder / "fit.jsonl", slice(100, 124))
     fit = {"file": "fit.jsonl", "steps": 3, "drawn": 4}
-    return short_search_file(folder, space={"method": method}, fit=fit, confirm={"top": 1})
+    return short_search_file(folder, objectives=SHORT_MATHS, space={"method": method}, fit=fit, confirm={"top": 1})
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers_search import FakeSpace, Killed, drive, dying, luck, make_setup, table, weights_of
+from helpers_search import FakeSpace, drive, drive_dying, luck, make_setup, table, weights_of
 
 from evomerge.optimizers import CmaSettings, Observation, OptimizerSettings, OptunaSettings
 from evomerge.optimizers.cma_es import Cma
@@ -280,15 +280,7 @@ def test_two_objectives_race_by_dominance(tmp_path: Path) -> None:
 )
 def test_killed_at_every_write_of_a_race_and_resumed_it_is_the_same_search(tmp_path: Path, setup: Setup) -> None:
     drive(tmp_path / "whole", setup, simulation=simulate)
-    deaths = 0
-    while True:
-        try:
-            with dying(after_commits=1 + deaths % 5):
-                drive(tmp_path / "killed", setup, simulation=simulate)
-            break
-        except Killed:
-            deaths += 1
-    assert deaths > 20
+    assert drive_dying(tmp_path / "killed", setup, lives=(1, 5), simulation=simulate) > 20
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
 
 

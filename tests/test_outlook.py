@@ -70,7 +70,7 @@ def _outlook(folder: Path, *settings: str) -> Outlook:
 
 
 SHIPPED = Path(__file__).parents[1] / "evaluators" / "tasks" / "data"
-LARGE = ("objectives.mini_math_ja.search=validation[:200]", "budget.candidates=205")
+LARGE = ("objectives.mini_translate_ja.search=validation[:200]", "budget.candidates=205")
 
 
 @pytest.mark.parametrize(

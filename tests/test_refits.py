@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_search import FakeSpace, Killed, drive, dying, make_setup, simulate, table
+from helpers_search import FakeSpace, drive, drive_dying, make_setup, simulate, table
 
 from evomerge.optimizers import CmaSettings
 from evomerge.recipes.base import Recipe
@@ -69,15 +69,7 @@ def test_the_best_are_fitted_anew_within_the_budget(tmp_path: Path, mode: str) -
 def test_killed_at_any_transaction_it_is_the_search_that_was_not(tmp_path: Path, mode: str, racing: bool) -> None:
     setup = setup_of(22, mode, racing)
     drive(tmp_path / "whole", setup, workers=1)
-    deaths = 0
-    while True:
-        try:
-            with dying(after_commits=1 + deaths % 4):
-                drive(tmp_path / "killed", setup, workers=1)
-            break
-        except Killed:
-            deaths += 1
-    assert deaths > 10
+    assert drive_dying(tmp_path / "killed", setup, lives=(1, 4), workers=1) > 10
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
     assert len(refits_of(rows_of(tmp_path / "killed"))) == 3
 

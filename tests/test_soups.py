@@ -183,7 +183,7 @@ def test_a_search_from_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
         if row["genome"] is not None:
             weight = np.array(list(row["genome"].values()))
             if row["origin"] == "greedy_soup" or row["label"] != "linear defaults":
-                scores.setdefault(members(weight), row["scores"]["mini_math_ja"]["mean"])
+                scores.setdefault(members(weight), row["scores"]["mini_translate_ja"]["mean"])
     soup, scored = recipe_1(3, scores.__getitem__)
     assert scored <= scores.keys()
     names = [name.removeprefix("model.weight.") for name in rows[0]["genome"]]

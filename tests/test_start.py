@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers_miniature import MINIATURES, evomerge, short_search_file
-from helpers_search import Killed, drive, dying, make_setup, table
+from helpers_search import drive, drive_dying, make_setup, table
 
 from evomerge.optimizers import CatCmaSettings, CmaSettings, LqCmaSettings
 from evomerge.search.driving.candidates import START
@@ -68,15 +68,7 @@ def test_a_budget_that_ends_among_them_is_kept_and_can_be_raised(tmp_path: Path)
 @pytest.mark.parametrize("mode", ["generational", "asynchronous"])
 def test_killed_at_every_write_it_is_the_same_search(mode: Mode, tmp_path: Path) -> None:
     drive(tmp_path / "whole", starting(mode, 12), workers=1)
-    deaths = 0
-    while True:
-        try:
-            with dying(after_commits=1 + deaths % 3):
-                drive(tmp_path / "killed", starting(mode, 12), workers=1)
-            break
-        except Killed:
-            deaths += 1
-    assert deaths > 6
+    assert drive_dying(tmp_path / "killed", starting(mode, 12), lives=(1, 3), workers=1) > 6
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
 
 
@@ -154,8 +146,8 @@ def test_it_has_what_it_took_before_anything_is_scored(coarse: Path, tmp_path: P
         (["sources.maths={sources}/japanese"], "the source maths is not the model that it was"),
         (["space={{kind: data_flow_space}}"], "no candidate of"),
         (
-            ["objectives.mini_math_ja.search=test[:4]", "objectives.mini_math_ja.held_out=validation[:4]"],
-            "4 held-out items of mini_math_ja are search items of",
+            ["objectives.mini_translate_ja.search=test[:4]", "objectives.mini_translate_ja.held_out=validation[:4]"],
+            "4 held-out items of mini_translate_ja are search items of",
         ),
     ],
 )

@@ -17,9 +17,7 @@ __all__ = ["database", "postgres"]  # fixtures
 def everything(store: Store) -> list[tuple[object, ...]]:
     found = []
     for row in store.candidates():
-        scores = [
-            (s.split, s.items.tobytes(), s.metrics["acc_ja"].tobytes()) for s in store.scores(row.number, "search")
-        ]
+        scores = [(s.split, s.items.tobytes(), s.metrics["acc"].tobytes()) for s in store.scores(row.number, "search")]
         genome = None if row.genome is None else row.genome.tobytes()
         found.append((row.number, row.recipe_hash, genome, row.status, row.losses, row.on_front, scores))
     return found
