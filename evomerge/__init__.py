@@ -1,7 +1,7 @@
 """Evomerge: evolutionary search for the best way to merge language models that already exist."""
 
-from evomerge.transformers_imports import leave_out_sklearn
+from evomerge.transformers_imports import leave_out_unused
 
 __version__ = "0.1.0"
 
-leave_out_sklearn()
+leave_out_unused()

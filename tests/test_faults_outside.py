@@ -3,6 +3,7 @@ winner."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -197,15 +198,22 @@ def test_a_search_goes_on_without_its_output(shell: str, tmp_path: Path) -> None
         assert store.events(kinds=("winner",))
 
 
-def test_every_table_can_be_printed_in_any_encoding(tmp_path: Path) -> None:
+def test_every_table_can_be_printed_in_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = with_function(tmp_path, "pass", budget={"candidates": 5}, confirm={"top": 1})
     assert evomerge("search", file, "--dir", tmp_path / "of" / "s") == 0
-    commands = (["status", "of/s"], ["top", "of/s"], ["show", "of/s", "best"], ["list", "of"])
-    for command, encoding in zip(commands, ("latin-1", "ascii", "cp1252", "koi8-r"), strict=True):
-        surroundings = environment() | {"PYTHONIOENCODING": encoding}
-        done = subprocess.run([*COMMAND, *command], cwd=tmp_path, env=surroundings, capture_output=True)
-        assert (done.returncode, done.stderr) == (0, b""), command
-        assert done.stdout
+    surroundings = environment() | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([*COMMAND, "status", "of/s"], cwd=tmp_path, env=surroundings, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout
+    monkeypatch.chdir(tmp_path)
+    commands = (["top", "of/s"], ["show", "of/s", "best"], ["list", "of"])
+    for command, encoding in zip(commands, ("ascii", "cp1252", "koi8-r"), strict=True):
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", out)
+            patch.setattr("sys.stderr", err)
+            assert evomerge(*command) == 0
+        assert (out.tell() > 0, err.tell()) == (True, 0), command
 
 
 def test_a_command_whose_output_cannot_be_written_says_so(tmp_path: Path) -> None:
