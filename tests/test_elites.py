@@ -217,7 +217,7 @@ TASK_KEYS = {"task": "mini_math_ja", "search": "validation[:10]", "held_out": "t
         ({"size": {**TASK_KEYS, "metric": "acc", "range": [0, 1], "bins": 1}}, {}, "features.size.bins"),
         ({"size": {**TASK_KEYS, "metric": "acc"}}, {}, "features.size.range"),
         ({"size": {**TASK_KEYS, "metric": "accc", "range": [0, 1]}}, {}, "features.size.metric"),
-        ({"mini_math_ja": {**TASK_KEYS, "metric": "acc", "range": [0, 1]}}, {}, "features"),
+        ({"mini_translate_ja": {**TASK_KEYS, "metric": "acc", "range": [0, 1]}}, {}, "features"),
         ({"size": {"evaluator": "cost", "metric": "layers", "range": [0, 9]}}, {}, "features.size"),
         ({"size": {"evaluator": "cost", "metric": "parameters", "range": [0, 9]}}, {}, "features.size"),
         ({"size": {**TASK_KEYS, "metric": "acc", "range": [0, 1], "itemz": 4}}, {}, "features.size.itemz"),

@@ -19,7 +19,7 @@ import yaml
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
-from helpers_miniature import MINIATURES, evomerge, search_file, short_search_file
+from helpers_miniature import MINIATURES, SHORT_MATHS, evomerge, search_file, short_search_file
 from helpers_search import Killed, create_store, drive, dying, make_setup, table
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
@@ -527,8 +527,9 @@ def test_from_a_search_to_another_machine_and_a_model_over_http(
     monkeypatch.chdir(tmp_path)
     url = f"{s3}/searches/small"
     file = short_search_file(
-        tmp_path, artifacts=f"{s3}/searches", observers=[{"kind": "logs"}], budget={"candidates": 9}
-    )
+        tmp_path, objectives=SHORT_MATHS, artifacts=f"{s3}/searches", observers=[{"kind": "logs"}],
+        budget={"candidates": 9},
+    )  # fmt: skip
     assert evomerge("search", file) == 0
     assert set(Storage(url).files()) == {"search.yaml", "search.db", "logs/search.jsonl", RECORD}
     shutil.move("searches/small", "gone")

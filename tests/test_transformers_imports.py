@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 _CODE = """
-import sys
+import gc, sys
+gc.disable()
 import evomerge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_scipy_available, is_sklearn_available
@@ -15,7 +16,7 @@ from transformers.loss import loss_for_object_detection
 print(sorted({"sklearn", "scipy.stats", "scipy.optimize", "pandas"} & set(sys.modules)))
 print(is_sklearn_available(), candidate_generator.is_sklearn_available())
 print(is_scipy_available(), loss_for_object_detection.is_scipy_available())
-from sklearn.metrics import roc_curve
+import sklearn
 """
 
 
