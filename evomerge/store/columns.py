@@ -10,8 +10,8 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -58,10 +58,15 @@ class Json(TypeDecorator[Any]):
             return None
         with damage_said("JSON"):
             content = parse_json(value)
-            parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
-            if not isinstance(content, self.whole) or not all(isinstance(part, self.parts) for part in parts):
+            if not isinstance(content, self.whole) or not self._has_its_parts(content):
                 raise ValueError(f"it is no {self.whole.__name__} of its kind")
         return content
+
+    def _has_its_parts(self, content: Any) -> bool:
+        if self.parts is object:
+            return True
+        parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+        return all(isinstance(part, self.parts) for part in parts)
 
 
 class Array(TypeDecorator[NDArray[Any]]):
@@ -155,17 +160,31 @@ def _without_surrogates(value: Any) -> Any:
     return [_without_surrogates(inner) for inner in value] if isinstance(value, list) else value
 
 
-@contextmanager
-def damage_said(what: str) -> Iterator[None]:
-    """Name a value that cannot be read as what it is kept as.
+def damage_said(what: str) -> _DamageSaid:
+    """Within it, a value that cannot be read is named as what it is kept as.
 
     Raises:
         DamagedValueError: for whatever is raised because of it.
     """
-    try:
-        yield
-    except (ValueError, TypeError, RecursionError, zlib.error) as error:
-        raise DamagedValueError(f"a value that should be {what} cannot be read") from error
+    return _DamageSaid(what)
+
+
+class _DamageSaid:
+    """A class, because thousands of values are read for a page: a generator here takes as long as the reading."""
+
+    __slots__ = ("_what",)
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, ValueError | TypeError | RecursionError | zlib.error):
+            raise DamagedValueError(f"a value that should be {self._what} cannot be read") from error
 
 
 def _dump(value: Any) -> str:

@@ -552,14 +552,14 @@ def event_rows(rows: Iterable[Sequence[Any]]) -> list[EventRow]:
 
 
 def _event_row(row: Sequence[Any]) -> EventRow:
-    event = EventRow(*row)
-    if event.kind in _OF_A_CANDIDATE and event.candidate is None:
-        raise DamagedValueError(f"event {event.seq}, {event.kind!r}, names no candidate")
-    if (kind := READ.get(event.kind)) is None:
-        return event
+    seq, time, name, candidate, attempt, payload = row
+    if name in _OF_A_CANDIDATE and candidate is None:
+        raise DamagedValueError(f"event {seq}, {name!r}, names no candidate")
+    if (kind := READ.get(name)) is None:
+        return EventRow(*row)
     try:
-        return EventRow(*[*row, kind.model_validate(event.payload)])
+        return EventRow(seq, time, name, candidate, attempt, payload, kind.model_validate(payload))
     except ValidationError as error:
         place = ".".join(str(part) for part in error.errors()[0]["loc"]) or "payload"
-        problem = f"event {event.seq}, {event.kind!r}, has another {place} than it was given"
+        problem = f"event {seq}, {name!r}, has another {place} than it was given"
         raise DamagedValueError(problem) from error

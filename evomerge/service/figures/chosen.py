@@ -21,6 +21,7 @@ from evomerge.service.figures.style import (
     markers,
     safe,
     stacked,
+    texts,
 )
 from evomerge.service.reading import columns_of, thinned, value_text
 from evomerge.store import Store
@@ -93,7 +94,7 @@ def _points(name: str, mark: Mark, points: list[SplitScores]) -> go.Scatter:
         name=name,
         marker=markers(mark),
         customdata=[int(p.id.removeprefix("c")) for p in points],
-        hovertext=[_words(p) for p in points],
+        hovertext=texts(map(_words, points)),
         hoverinfo="text",
     )
 
@@ -130,7 +131,7 @@ def constraints(store: Store) -> go.Figure:
             points = go.Scatter(
                 x=columns.numbers[mask], y=means[mask], mode="markers", name=title, legendgroup=title,
                 showlegend=row == 1, marker=markers(mark, opacity=0.7), customdata=columns.numbers[mask],
-                hovertext=words, hoverinfo="text",
+                hovertext=texts(words), hoverinfo="text",
             )  # fmt: skip
             rows.add_trace(points, row=row, col=1)
         rows.update_yaxes(title={"text": safe(f"{name} {limit.text}")}, row=row, col=1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 
 from evomerge.report.entries import measure_text
 from evomerge.service.figures.style import (
@@ -22,6 +23,7 @@ from evomerge.service.figures.style import (
     markers,
     outside_note,
     safe,
+    texts,
 )
 from evomerge.service.reading import (
     Columns,
@@ -135,16 +137,16 @@ class _Front:
         if len(self._columns.objectives) > 2:
             yield f"The front is that of all {len(self._columns.objectives)} objectives, of which two are drawn."
 
-    def _hover(self, mask: Mask) -> list[str]:
-        texts = []
+    def _hover(self, mask: Mask) -> NDArray[np.str_]:
+        words = []
         measures = [(m.name, m.items, *self._columns.measured(self._store, m.name)) for m in self._columns.measures]
         for at in np.flatnonzero(mask).tolist():
             lines = [f"<b>{safe(self._columns.names[at])}</b>"]
             for name, wanted, means, errors, items in measures:
                 if np.isfinite(means[at]):
                     lines.append(safe(value_text(name, means[at], errors[at], items[at], wanted)))
-            texts.append("<br>".join(lines))
-        return texts
+            words.append("<br>".join(lines))
+        return texts(words)
 
     def _points(self, name: str, mask: Mask, **style: Any) -> go.Scatter:
         return go.Scatter(
@@ -222,7 +224,7 @@ class _Front:
             name="held out",
             marker=markers(MARKS["held out"]),
             customdata=list(confirmed),
-            hovertext=[self._held_out_words(n, values) for n, values in confirmed.items()],
+            hovertext=texts(self._held_out_words(n, values) for n, values in confirmed.items()),
             hoverinfo="text",
             error_y=_bars([values[names[-1]].stderr or 0.0 for values in confirmed.values()], GREEN),
         )

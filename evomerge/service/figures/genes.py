@@ -13,7 +13,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.visualization import plot_parallel_coordinate, plot_param_importances, plot_slice
 from plotly.colors import sample_colorscale
 
-from evomerge.service.figures.style import BLUE, GREY, MARK_SCALE, figure, safe
+from evomerge.service.figures.style import BLUE, GREY, MARK_SCALE, figure, safe, texts
 from evomerge.service.projection import Projection, projection_of
 from evomerge.service.reading import Mask
 from evomerge.store import Store
@@ -81,7 +81,7 @@ def slice_(store: Store, parameter: str | None = None, objective: str | None = N
     points = go.Scatter(
         x=trace.x, y=trace.y, mode="markers", customdata=projection.numbers, showlegend=False,
         marker={"color": projection.numbers, "colorscale": MARK_SCALE, "colorbar": bar, "size": 6, "opacity": 0.8},
-        hovertext=[safe(projection.columns.names[i]) for i in _places(projection)], hoverinfo="text+x+y",
+        hovertext=texts(safe(projection.columns.names[i]) for i in _places(projection)), hoverinfo="text+x+y",
     )  # fmt: skip
     notes = [note for note in projection.notes if note.startswith("From")]
     return figure(

@@ -24,6 +24,7 @@ from evomerge.service.figures.style import (
     outside_note,
     safe,
     stacked,
+    texts,
 )
 from evomerge.service.reading import Columns, Mask, Values, axis_title, columns_of, number_text, thinned, value_text
 from evomerge.store import Store
@@ -110,7 +111,7 @@ def _dots(
     ]
     return go.Scatter(
         x=where[mask], y=means[mask], mode="markers", name="candidates", customdata=columns.numbers[mask],
-        marker=markers(MARKS["candidates"], opacity=0.5), hovertext=words, hoverinfo="text",
+        marker=markers(MARKS["candidates"], opacity=0.5), hovertext=texts(words), hoverinfo="text",
     )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def _best_line(
     return go.Scatter(
         x=np.append(where[at], end), y=np.append(best[steps], best[-1]), mode="lines+markers", name="best so far",
         line={"color": BLUE, "width": 2.5, "shape": "hv"}, marker={"size": [6] * len(at) + [0], "color": BLUE},
-        customdata=np.append(columns.numbers[at], columns.numbers[at[-1]]), hovertext=[*words, words[-1]],
+        customdata=np.append(columns.numbers[at], columns.numbers[at[-1]]), hovertext=texts([*words, words[-1]]),
         hoverinfo="text",
     )  # fmt: skip
 
@@ -183,7 +184,7 @@ def hypervolume(store: Store) -> go.Figure:
         x=np.append(columns.numbers[at], columns.numbers[last]), y=np.append(volumes, volumes[-1]),
         mode="lines+markers", line={"color": BLUE, "width": 2.5, "shape": "hv"},
         marker={"size": [6] * len(at) + [0], "color": BLUE},
-        customdata=np.append(columns.numbers[at], columns.numbers[at[-1]]), hovertext=[*words, words[-1]],
+        customdata=np.append(columns.numbers[at], columns.numbers[at[-1]]), hovertext=texts([*words, words[-1]]),
         hoverinfo="text", showlegend=False,
     )  # fmt: skip
     return figure(

@@ -69,33 +69,38 @@ def figure(traces: Iterable[Any] = (), notes: Iterable[str] = (), height: int = 
         height: in pixels, without the notes.
         layout: of plotly's.
     """
-    drawn = go.Figure(list(traces))
     lines = [line for note in notes for line in textwrap.wrap(note, _WIDTH)]
-    title = {"text": "<br>".join(safe(line) for line in lines), "font": {"size": 12}}
-    drawn.update_layout(
-        template="none",
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        font={"color": GREY, "size": 12},
-        title={
-            **title,
+    look: dict[str, Any] = {
+        "template": "none",
+        "paper_bgcolor": CLEAR,
+        "plot_bgcolor": CLEAR,
+        "font": {"color": GREY, "size": 12},
+        "title": {
+            "text": "<br>".join(safe(line) for line in lines),
+            "font": {"size": 12},
             "xref": "container",
             "x": 0.01,
             "xanchor": "left",
             "yref": "paper",
             "y": 1,
             "yanchor": "bottom",
+            "pad": {"b": 8},
         },
-        title_pad={"b": 8},
-        margin={"l": 56, "r": 16, "t": _TOP + _LINE * len(lines), "b": 48},
-        legend={"orientation": "h", "x": 0, "yref": "container", "y": 0, "yanchor": "bottom"},
-        hovermode="closest",
-        height=height + _LINE * len(lines),
-    )
-    drawn.update_layout(**layout)
-    drawn.update_xaxes(automargin=True, zeroline=False)
-    drawn.update_yaxes(automargin=True, zeroline=False)
-    return drawn
+        "margin": {"l": 56, "r": 16, "t": _TOP + _LINE * len(lines), "b": 48},
+        "legend": {"orientation": "h", "x": 0, "yref": "container", "y": 0, "yanchor": "bottom"},
+        "hovermode": "closest",
+        "height": height + _LINE * len(lines),
+    }
+    for name, value in layout.items():
+        look[name] = look.get(name, {}) | value if isinstance(value, dict) else value
+    for axis in ["xaxis", "yaxis", *(name for name in layout if name.startswith(("xaxis", "yaxis")))]:
+        look[axis] = {**look.get(axis, {}), "automargin": True, "zeroline": False}
+    return go.Figure(list(traces), look)  # at once: each update of a figure takes as long as all of this
+
+
+def texts(words: Iterable[str]) -> NDArray[np.str_]:
+    """Texts of marks, as plotly takes them in one piece: it looks at each of a list, several times."""
+    return np.array(list(words), dtype=np.str_)
 
 
 def stacked(panels: Mapping[str, go.Figure], height: int) -> go.Figure:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import plotly.graph_objects as go
 
 from evomerge.report.svg import COLOURS
-from evomerge.service.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, TEAL, figure, safe
+from evomerge.service.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, TEAL, figure, safe, texts
 from evomerge.store import EventRow, Store, current_holder
 from evomerge.store.events import AttemptEnded, ConfirmFailed, Descent, Failure, State
 from evomerge.store.rows import candidate_id
@@ -171,18 +172,18 @@ def _bars(how: str, attempts: Sequence[AttemptSpan]) -> go.Bar:
     colour = _REASONS.get(reason, GREY) if failed else _COLOURS[how]
     pattern = {"shape": _PATTERNS[list(_REASONS).index(reason) % len(_PATTERNS)] if reason in _REASONS else "."}
     return go.Bar(
-        base=[_moment(attempt.begun) for attempt in attempts],
-        x=[1000.0 * attempt.seconds for attempt in attempts],
-        y=[safe(attempt.worker) for attempt in attempts],
+        base=np.array([_moment(attempt.begun) for attempt in attempts], dtype="datetime64[us]"),
+        x=np.array([1000.0 * attempt.seconds for attempt in attempts]),
+        y=texts(safe(attempt.worker) for attempt in attempts),
         orientation="h",
         name=how,
         marker={"color": colour, "line": {"width": 0.5, "color": GREY}, "pattern": pattern if failed else {}},
-        customdata=["descent" if attempt.candidate is None else attempt.candidate for attempt in attempts],
-        hovertext=[
+        customdata=np.array(["descent" if attempt.candidate is None else attempt.candidate for attempt in attempts]),
+        hovertext=texts(
             f"<b>{_attempt_name(a)}</b><br>{safe(how)}<br>{a.seconds:.1f} s on "
             f"{safe(a.worker)}<br>from {_moment(a.begun):%Y-%m-%d %H:%M:%S}"
             for a in attempts
-        ],
+        ),
         hoverinfo="text",
     )
 
@@ -227,7 +228,7 @@ def failures(store: Store) -> go.Figure:
                 name=f"{safe(cause)} ({len(group)})",
                 line={"shape": "hv", "dash": _DASHES[place % len(_DASHES)], "color": COLOURS[place % len(COLOURS)][0]},
                 customdata=numbers,
-                hovertext=[_failure_words(n, event) for n, event in zip(numbers, group, strict=True)],
+                hovertext=texts(_failure_words(n, event) for n, event in zip(numbers, group, strict=True)),
                 hoverinfo="text",
             )
         )
