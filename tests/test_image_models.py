@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from helpers_miniature import ROOT, evomerge, export_of, newest_scored
+from helpers_search import table
 from safetensors.torch import save_file
 
 from evomerge.commands.merge import merge
 from evomerge.errors import InputError
 from evomerge.raw.blocks import blocks_of, grouped
 from evomerge.raw.layouts import KEPT, LAYOUTS, layout_of
+from evomerge.recipes.base import read_recipe
+from evomerge.recipes.state_dict import StateDictRecipe
+from evomerge.report.drawings import drawing_grid, embedded
+from evomerge.report.status import status_of
+from evomerge.store import Store
 
 UNET = "model.diffusion_model."
 
@@ -137,3 +146,76 @@ def test_models_in_two_layouts_are_refused(tmp_path: Path) -> None:
     for keys in (None, "union"):
         with pytest.raises(InputError, match=r"a\S* is Stable Diffusion 1 or 2 in one file, and b\S* is Flux in one"):
             merge(tmp_path / "m.yaml", tmp_path / "out", keys=keys)
+
+
+# ---- the example -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of examples/image.yaml with its models made, and hardly trained: the folder that it lies in."""
+    folder = tmp_path_factory.mktemp("image")
+    (folder / "diffusers").mkdir()
+    for script in ("make.py", "draw.py"):
+        shutil.copy(ROOT / "examples" / "diffusers" / script, folder / "diffusers")
+    shutil.copy(ROOT / "examples" / "image.yaml", folder)
+    spec = importlib.util.spec_from_file_location("make_diffusers", folder / "diffusers" / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    make.make(2, 2, 2, 2)
+    return folder
+
+
+@pytest.mark.nightly
+def test_the_example_runs_to_a_verified_export_that_diffusers_loads(
+    example: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    folder, out = example / "s", example / "out"
+    assert evomerge("search", example / "image.yaml", "--dir", folder, "--set", "budget.candidates=14") == 0
+    newest = newest_scored(folder)
+    assert export_of(newest, folder, out) == 0
+    assert "score exactly as recorded" in capsys.readouterr().out
+    with Store.open(folder / "search.db") as store:
+        grid = drawing_grid(store, status_of(store), embedded(store))
+        recipe = read_recipe(newest.recipe, store.search().record.sources)
+    assert grid is not None
+    assert grid.held_out
+    assert [row.label for row in grid.rows][:4] == ["base", "warm", "cool", "uniform average"]
+    assert all(item.address for row in grid.rows for item in row.items)
+    assert isinstance(recipe, StateDictRecipe)
+    models = {name: StableDiffusionPipeline.from_pretrained(example / "diffusers" / name) for name in recipe.sources}
+    made = StableDiffusionPipeline.from_pretrained(out)
+    blocks = {group.patterns[0]: group.blend.parameters["weight"] for group in recipe.groups}
+    for part, name, pattern in (
+        ("unet", "mid_block.resnets.0.conv1.weight", "MID"), ("unet", "conv_out.weight", "OUT*"),
+        ("unet", "down_blocks.1.resnets.0.conv1.weight", "IN*"),
+        ("text_encoder", "encoder.layers.0.mlp.fc1.weight", "TEXT"),
+    ):  # fmt: skip
+        base, warm, cool, found = (
+            {key.removeprefix("text_model."): t.double() for key, t in getattr(model, part).state_dict().items()}[name]
+            for model in (*(models[key] for key in ("base", "warm", "cool")), made)
+        )
+        weight = blocks[pattern]
+        assert isinstance(weight, dict)
+        expected = base + float(weight["warm"]) * (warm - base) + float(weight["cool"]) * (cool - base)
+        assert torch.allclose(found, expected, atol=1e-5), name
+    vae = models["base"].vae.state_dict()
+    assert all(torch.equal(tensor, vae[name]) for name, tensor in made.vae.state_dict().items())
+
+
+@pytest.mark.nightly
+def test_workers_of_ray_draw_the_same(example: Path) -> None:
+    few = ("--set", "budget.candidates=10", "--set", "confirm.top=1")
+    assert evomerge("search", example / "image.yaml", "--dir", example / "one", *few) == 0
+    on_ray = ("--set", "pool=ray", "--set", "cluster.workers=1")
+    assert evomerge("search", example / "image.yaml", "--dir", example / "ray", *few, *on_ray) == 0
+    assert table(example / "one") == table(example / "ray")
+    drawn = []
+    for name in ("one", "ray"):
+        with Store.open(example / name / "search.db") as store:
+            drawn.append([store.drawings(number, "search") for number in range(10)])
+    assert drawn[0] == drawn[1]

@@ -232,7 +232,8 @@ _OWN_EVALUATORS = (
     ),
     Group(
         "python", "a Python function of yours",
-        "A file on this machine. It is code, so the search is started from the command line: copy the search file.",
+        "It is code, which this page does not start: copy the search file, add `allow_task_code: true`, and run "
+        "`evomerge search FILE`.",
         (
             Field("file", "File of the function", example="score.py", required=True),
             Field("given", "Is given", options=("generate", "weights"),
@@ -242,7 +243,6 @@ _OWN_EVALUATORS = (
             Field("metrics", "Metrics", "pairs", example="reward=maximize", required=True),
             Field("metric", _METRIC, example="reward", required=True),
             _HELD_OUT,
-            Field("allow_task_code", "It may run", "switch", hint="read it first"),
         ),
     ),
     Group(
@@ -367,7 +367,7 @@ def spaces() -> tuple[Group, ...]:
 
 
 def evaluators() -> tuple[Group, ...]:
-    """Every evaluator that is installed and needs no code in the search file."""
+    """Every evaluator that is installed."""
     metric = Field("metric", _METRIC, required=True)
     return (*_OWN_EVALUATORS, *_added("evomerge.evaluators", EvaluatorSettings, "evaluator", metric))
 
