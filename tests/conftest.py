@@ -47,10 +47,11 @@ UNIT = {
 
 # Files that take longest, these first: processes share out whole files, and one of these at the end would run alone.
 LONG = (
-    "test_service_walk", "test_ray_pool", "test_merging_methods", "test_sparse_methods", "test_commands",
-    "test_service_report", "test_evaluators_function", "test_kill", "test_service_browser", "test_faults_outside",
-    "test_methods_searched", "test_chaos", "test_cluster_files", "test_gpu_kit", "test_launch",
-    "test_service_drivers",
+    "test_service_walk", "test_ray_pool", "test_service_browser", "test_service_report", "test_commands",
+    "test_faults_outside", "test_evaluators_function", "test_store_postgres", "test_optimizers", "test_kill",
+    "test_search_features", "test_merging_methods", "test_sparse_methods", "test_object_storage", "test_steady",
+    "test_plugins", "test_evaluators_lm_eval", "test_together_searched", "test_methods_searched", "test_chaos",
+    "test_cluster_files", "test_gpu_kit", "test_launch", "test_service_drivers",
 )  # fmt: skip
 
 
