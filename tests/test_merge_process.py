@@ -66,6 +66,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
+from evomerge.starting import collect_rarely
+collect_rarely()
 from test_merge_process import MADE, die_half_way
 for kind in MADE:
     die_half_way(kind, Path(sys.argv[1]))
