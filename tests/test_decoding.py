@@ -128,7 +128,7 @@ def test_any_prompts_in_any_number_of_rows(
     ends: list[list[int]], shared: list[int], most: int, rows: int, prefill: int, columns: int
 ) -> None:
     prompts = [shared + end for end in ends]
-    with mock.patch.multiple(decoding, _PREFILL_TOKENS=prefill, _COLUMNS=columns):
+    with mock.patch.multiple(decoding, _PREFILL_TOKENS_CPU=prefill, _COLUMNS=columns):
         decoder = Decoder(
             LIVE.model,
             prompts,
@@ -138,6 +138,15 @@ def test_any_prompts_in_any_number_of_rows(
         )
         decoder.run(rows)
     assert decoder.answers == [alone(LIVE, ids, most) for ids in prompts]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(1, 9), (3, 8), (4, 8), (7, 9), (5, 5)])
+def test_columns_in_use_are_moved_where_they_are(start: int, stop: int) -> None:
+    table = torch.arange(2 * 3 * 9 * 2).reshape(2, 3, 9, 2)
+    expected, memory = table[:, :, start:stop].clone(), table.data_ptr()
+    decoding._move_left(table, slice(start, stop), -2)
+    assert torch.equal(table[:, :, : stop - start], expected)
+    assert table.data_ptr() == memory
 
 
 @pytest.fixture

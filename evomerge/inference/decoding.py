@@ -28,7 +28,7 @@ from evomerge.inference.answering import answered
 from evomerge.inference.showing import ShownRows, reads_in_order
 
 _COLUMNS = 64
-"""Room for so many tokens is made at once: making it copies the table."""
+"""Room for so many tokens is made at once: making it copies the table, or moves what is in use."""
 
 _PREFILL_TOKENS, _PREFILL_TOKENS_CPU = 8192, 1024
 """Most tokens of prompts in one forward pass: a layer's activations need far more memory than its keys and values. On a
@@ -346,10 +346,15 @@ class _Table(Cache):  # type: ignore[misc]
             return
         used = slice(self._end - max(self.lengths, default=0), self._end)
         width = used.stop - used.start
-        wide = max(self.mask.shape[1], width + columns + _COLUMNS)
-        self.mask = _moved(self.mask, (*self.mask.shape[:-1], wide), used, -1)
-        for layer in self.layers:
-            layer.resize(wide, used)
+        if width + columns + _COLUMNS // 2 <= self.mask.shape[1]:
+            _move_left(self.mask, used, -1)
+            for layer in self.layers:
+                layer.move_left(used)
+        else:
+            wide = width + columns + _COLUMNS
+            self.mask = _widened(self.mask, wide, used, -1)
+            for layer in self.layers:
+                layer.widen(wide, used)
         self._end = width
 
 
@@ -399,18 +404,31 @@ class _TableLayer(CacheLayerMixin):  # type: ignore[misc]
         for part in (self.keys, self.values):
             part[to, :, columns] = part[rows, :, columns]
 
-    def resize(self, columns: int, used: slice) -> None:
-        self.keys, self.values = (
-            _moved(part, (*part.shape[:2], columns, part.shape[3]), used, -2) for part in (self.keys, self.values)
-        )
+    def move_left(self, used: slice) -> None:
+        for part in (self.keys, self.values):
+            _move_left(part, used, -2)
+
+    def widen(self, columns: int, used: slice) -> None:
+        self.keys, self.values = (_widened(part, columns, used, -2) for part in (self.keys, self.values))
 
 
-def _moved(part: torch.Tensor, shape: Sequence[int], used: slice, dim: int) -> torch.Tensor:
-    """Zeros of that shape that begin with the columns in use."""
+def _move_left(part: torch.Tensor, used: slice, dim: int) -> None:
+    """Put the columns in use first, where they are: a new table takes two to three times as long, most of it for memory
+    that the system has to clear. What lies right of them is written before it is read.
+    """
+    for at in range(used.start, used.stop, used.start):  # pieces that do not overlap where they go
+        piece = part.narrow(dim, at, min(used.start, used.stop - at))
+        part.narrow(dim, at - used.start, piece.shape[dim]).copy_(piece)
+
+
+def _widened(part: torch.Tensor, columns: int, used: slice, dim: int) -> torch.Tensor:
+    """Zeros, so many columns, that begin with those in use."""
     width = used.stop - used.start
-    moved = part.new_zeros(shape)
-    moved.narrow(dim, 0, width).copy_(part.narrow(dim, used.start, width))
-    return moved
+    shape = list(part.shape)
+    shape[dim] = columns
+    wider = part.new_zeros(shape)
+    wider.narrow(dim, 0, width).copy_(part.narrow(dim, used.start, width))
+    return wider
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:
