@@ -18,8 +18,9 @@ def install(app: FastAPI) -> None:
     ``problems.install``.
     """
     from evomerge.service.pages import candidate, exports, faults, login, new, search
-    from evomerge.service.pages.rendering import STATIC
+    from evomerge.service.pages.rendering import STATIC, compile_templates
 
+    compile_templates()
     for module in (search, candidate, exports, new, login):
         app.include_router(module.router)
 
