@@ -108,12 +108,22 @@ def make_stages(folder: Path, out: Path, density: float = 0.4) -> None:
     merge(file, out, keep=out.parent / "kept")
 
 
+def make_table(folder: Path, out: Path, weight: float = 0.3) -> None:
+    """A merge of files of tensors, whatever model they are of."""
+    (one,), (two,) = (list((folder / name).glob("*.safetensors")) for name in ("one", "two"))
+    models = [{"model": str(one), "parameters": {"weight": weight}}, {"model": str(two), "parameters": {"weight": 1}}]
+    file = folder / "table.yaml"
+    file.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    merge(file, out)
+
+
 MADE: dict[str, tuple[Callable[[Path, Path], object], int]] = {
     "merge": (lambda folder, out: make(opened(folder), out), 20),
     "extract": (make_adapter, 20),
     "transplant": (make_transplant, 20),
     "first stage": (make_stages, 20),
     "last stage": (make_stages, 60),
+    "table": (make_table, 20),
 }
 """What is made of the models of a folder, and how many tensors are written before the process dies."""
 
@@ -197,6 +207,7 @@ Make = Callable[..., object]
         ("transplant", make_transplant, {"method": "mean"}),
         ("first stage", make_stages, {"density": 0.9}),
         ("last stage", make_stages, {}),
+        ("table", make_table, {"weight": 0.9}),
     ],
 )
 def test_what_a_killed_process_left_is_never_taken_for_whole(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from evomerge.inference.pictures import data_url
@@ -89,9 +90,10 @@ def drawing_grid(store: Store, status: SearchStatus, address: Address) -> Drawin
 def embedded(store: Store) -> Address:
     """Drawings within a page that stands alone."""
 
+    images = cache(store.drawings)  # of a candidate all at once, and asked for item by item
+
     def address(drawing: Drawing) -> str:
-        images = store.drawings(drawing.candidate, drawing.split)[drawing.measure.version]
-        return data_url(images[drawing.item])
+        return data_url(images(drawing.candidate, drawing.split)[drawing.measure.version][drawing.item])
 
     return address
 
