@@ -18,9 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
+from evomerge.genome import Parameter
 from evomerge.merging.building.derived import Derived, make_source
 from evomerge.optimizers import CmaSettings
-from evomerge.search.estimation.selection import ObjectiveRace, by_gain, pooled_difference
+from evomerge.search.estimation.selection import (
+    Chosen,
+    Gain,
+    ObjectiveRace,
+    by_gain,
+    pooled_difference,
+    start_by_gains,
+)
 from evomerge.search.settings.early import check_early
 from evomerge.search.settings.folder import open_store
 from evomerge.search.settings.search_file import load_search_file
@@ -72,6 +80,31 @@ def test_who_was_scored_on_few_items_does_not_come_first_by_luck() -> None:
     steady = np.array([1, 1, 1, 0] * 10, dtype=np.float64)
     order = [chosen.name for chosen in by_gain([base], {"lucky": [lucky], "steady": [steady]}, 2, 0.9)]
     assert order[0] == "steady"
+
+
+def test_a_search_begins_with_sources_as_they_add() -> None:
+    kept = [Chosen(name, Gain(mean, 0.1)) for name, mean in (("most", 0.4), ("half", 0.2), ("none", 0.0))]
+    names = ("most", "half", "none", "rest")
+    weights = [Parameter(f"weight.{name}", 0.0, 1.5, 0.4, share_of=name) for name in names]
+    density = Parameter("density", 0.0, 1.0, 0.5)
+    start = start_by_gains(kept, [*weights, density])
+    assert start == {"most": 0.75, "half": 0.375, "none": 0.0, "rest": 0.0}
+    assert start_by_gains(kept[2:], weights) == {}
+    narrow = [Parameter("weight.rest", 0.1, 0.2, 0.2, share_of="rest")]
+    assert start_by_gains(kept, narrow) == {"rest": 0.1}  # moved into its bounds
+    begun = CmaSettings(name="cma").at_gains().at_shares(start)
+    assert begun.start([*weights, density]) == [0.75, 0.375, 0.0, 0.0, 0.5]
+    first = begun.build([*weights, density], 1, 0).favourite
+    assert first == pytest.approx([0.75, 0.375, 0.0, 0.0, 0.5], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("x0", "words"),
+    [({"nobody": 1.0}, "x0: no weight is of nobody"), ({"a": 2.0}, "begins at 2, and weight.a goes from 0 to 1.5")],
+)
+def test_a_start_that_cannot_be_is_refused(x0: dict[str, float], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        CmaSettings(name="cma", x0=x0).check([Parameter("weight.a", 0.0, 1.5, 0.4, share_of="a")], 1, "optimizer")
 
 
 def test_a_pooled_difference_is_the_mean_over_objectives() -> None:
@@ -162,6 +195,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_search_is_over_what_was_chosen(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = yaml.safe_load((searched / "search.yaml").read_text())
     assert file["select"] is None
+    assert file["optimizer"]["x0"] == {}  # no source adds anything to so few items: it begins at the defaults
     with Store.open(searched / "search.db") as store:
         (event,) = store.events(kinds=("selected",))
         said = event.payload
@@ -211,11 +245,11 @@ def test_the_plan_is_that_of_the_sources_that_will_be_searched(
     assert rows["select"].startswith("at most 2 of 4 sources, the others as one where that is better; by up to 4 items")
     assert "20 in all" in rows["select"]
     assert rows["space"].startswith("3 parameters")
-    assert "x0 default" in rows["optimizer"]  # the centre of a box of many weights is far too strong a merge
+    assert "x0 gains" in rows["optimizer"]  # the centre of a box of many weights is far too strong a merge
 
 
-@pytest.mark.parametrize(("said", "begins"), [({}, "default"), ({"x0": "centre"}, "centre")])
-def test_it_begins_at_the_defaults_unless_the_file_says_otherwise(
+@pytest.mark.parametrize(("said", "begins"), [({}, "gains"), ({"x0": "centre"}, "centre")])
+def test_it_begins_by_what_sources_add_unless_the_file_says_otherwise(
     said: dict[str, str], begins: str, tmp_path: Path
 ) -> None:
     file = load_search_file(select_file(tmp_path, optimizer={"name": "cma", **said}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from evomerge.report.screen import duration
 from evomerge.search.driving.dispatch import Pending
 from evomerge.search.estimation.items import ItemOrder, plain_order
 from evomerge.search.estimation.scores import ScoreTable, estimate, missing_tasks, to_scores
-from evomerge.search.estimation.selection import Chosen, ObjectiveRace, Row, by_gain, pooled_difference
+from evomerge.search.estimation.selection import Chosen, ObjectiveRace, Row, by_gain, pooled_difference, start_by_gains
 from evomerge.search.opening.session import contents_of, make_pool
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.prepare import Prepared, with_sources
@@ -227,6 +227,9 @@ class Selection(OutsideJobs):
         averaged = any(source.fate == "rest" for source in said.sources)
         file = searched(self._file, {n: self._references[n] for n in (*names, *([REST] if averaged else []))})
         prepared = with_sources(self.prepared, file)
+        start = start_by_gains(self.kept, prepared.setup.space.parameters)
+        file = file.model_copy(update={"optimizer": file.optimizer.at_shares(start)})
+        prepared = replace(prepared, file=file, setup=replace(prepared.setup, optimizer=file.optimizer))
         search = self.store.search()
         settings = file.model_dump(mode="json") | {"store": search.settings.get("store")}
         parameters = [asdict(parameter) for parameter in prepared.setup.space.parameters]

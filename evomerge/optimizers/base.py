@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -166,11 +166,15 @@ class Settings(BaseModel):
         """
         return self
 
-    def at_defaults(self) -> Self:
-        """These settings for a search that begins at its parameters' defaults; by default the same.
+    def at_gains(self) -> Self:
+        """These settings for a search whose sources are yet to be chosen; by default the same.
 
         What was said stays as it is.
         """
+        return self
+
+    def at_shares(self, shares: Mapping[str, float]) -> Self:
+        """These settings once they are chosen, and with them how much of each is a good start; by default the same."""
         return self
 
     def within(self, candidates: int | None, *, tied: bool = False) -> Self:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
@@ -73,27 +73,48 @@ class StrategySettings(Settings):
     name: str
     population: int | Literal["auto"] | None = None
     sigma: float = Field(default=1 / 6, gt=0, le=1 / 3)
-    x0: Literal["centre", "default", "best"] = "centre"
+    x0: Literal["centre", "default", "best", "gains"] | dict[str, FiniteFloat] = "centre"
     restarts: int = Field(default=0, ge=0, le=1000)
 
     def warm(self) -> Self:
         return self.model_copy(update=warm_defaults(self))
 
-    def at_defaults(self) -> Self:
-        return self if "x0" in self.model_fields_set else self.model_copy(update={"x0": "default"})
+    def at_gains(self) -> Self:
+        return self if "x0" in self.model_fields_set else self.model_copy(update={"x0": "gains"})
+
+    def at_shares(self, shares: Mapping[str, float]) -> Self:
+        return self.model_copy(update={"x0": dict(shares)}) if self.x0 == "gains" else self
+
+    def start(self, parameters: Sequence[Parameter]) -> list[float] | None:
+        """Where a search begins; None in the middle of every range."""
+        if self.x0 in ("centre", "best"):
+            return None
+        shares = self.x0 if isinstance(self.x0, dict) else {}
+        return [shares.get(p.share_of, p.default) for p in parameters]
 
     def size(self, parameters: int) -> int:
         """How many points a generation of so many parameters holds."""
         return self.population if isinstance(self.population, int) else default_population(parameters)
 
-    def check_strategy(self, mix: Scalarisation | None, objectives: int, place: str) -> None:
-        """Refuse a population or a scalarisation that cannot work.
+    def check_strategy(
+        self, mix: Scalarisation | None, parameters: Sequence[Parameter], objectives: int, place: str
+    ) -> None:
+        """Refuse a population, a start or a scalarisation that cannot work.
 
         Raises:
             InputError: naming ``place`` (``optimizer``) and the hint.
         """
         check_population(None if self.population == "auto" else self.population, LEAST_POPULATION, place)
         check_scalarisation(mix, objectives, self.name, place)
+        known = {p.share_of for p in parameters} - {""}
+        if isinstance(self.x0, dict) and (unknown := sorted(self.x0.keys() - known)):
+            problem = f"no weight is of {unknown[0]}"
+            hint = f"The sources with weights are {', '.join(sorted(known))}." if known else ""
+            raise InputError(f"{place}.x0", problem, hint or "Say centre, default or best.")
+        for parameter, value in zip(parameters, self.start(parameters) or (), strict=False):
+            if not parameter.low <= value <= parameter.high:
+                problem = f"begins at {value:g}, and {parameter.name} goes from {parameter.low:g} to {parameter.high:g}"
+                raise InputError(f"{place}.x0", problem, "Begin within its bounds, or widen them.")
 
 
 class CmaSettings(StrategySettings):
@@ -101,8 +122,9 @@ class CmaSettings(StrategySettings):
 
     ``population`` defaults to 4 + floor(3 ln n); ``auto`` makes 12 generations of the budget, each large enough to
     average out the noise of scores, and learns no covariances unless told to. ``sigma`` is the first step as a fraction
-    of each parameter's range; the search starts at the ``centre`` of the box, at each parameter's ``default``, or at
-    the ``best`` of what was told before its first ask: baselines, and candidates of an earlier search (``start_from``).
+    of each parameter's range; the search starts at the ``centre`` of the box, at each parameter's ``default``, at
+    the ``best`` of what was told before its first ask (baselines, and candidates of an earlier search: ``start_from``),
+    at weights given by source, all else at its default, or at those that a choice of sources makes of their ``gains``.
     ``restarts`` start again at a random point with twice the population when a run has converged (IPOP: Auger & Hansen,
     CEC 2005). ``diagonal`` learns a step for each parameter but no covariances (sep-CMA-ES: Ros & Hansen, PPSN 2008);
     None does so above 50 parameters.
@@ -130,7 +152,7 @@ class CmaSettings(StrategySettings):
     def check(
         self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
     ) -> None:
-        self.check_strategy(self.scalarisation, objectives, place)
+        self.check_strategy(self.scalarisation, parameters, objectives, place)
         if are_tied(parameters):
             for key, given in (("restarts", self.restarts), ("diagonal", self.diagonal is False)):
                 if given:
@@ -227,8 +249,8 @@ class Strategy:
         self._restarts = 0
         self._made: Any = None
         self.stopped: str | None = None
-        default = box.unit(np.array([p.default for p in parameters], dtype=np.float64))
-        x0 = default if settings.x0 == "default" else np.full(len(parameters), 0.5)
+        start = settings.start(parameters)
+        x0 = np.full(len(parameters), 0.5) if start is None else box.unit(np.array(start, dtype=np.float64))
         self._start(x0 if parts is None else parts.point(x0), settings.size(len(parameters)))
 
     def begin_at_best(self, units: Sequence[Vector], scalars: Vector) -> None:

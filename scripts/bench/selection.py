@@ -90,10 +90,10 @@ def run(folder: Path, searches: Sequence[int]) -> None:
         chosen = folder / f"chosen-{seed}"
         if selected(chosen) is None:
             drive_selection(chosen, open_all(search_file(seed, of_zoo(SOURCES), None, select={})), console)
-        sources = yaml.safe_load((chosen / FILE_NAME).read_text())["sources"]
-        # A search file with a choice leaves its optimizer another start.
-        optimizer = search_file(seed, of_zoo(SOURCES), None, select={}).optimizer.model_dump(mode="json")
-        after, told = search_file(seed, sources, ITEMS, optimizer=optimizer), search_file(seed, of_zoo(USEFUL), ITEMS)
+        chosen_file = yaml.safe_load((chosen / FILE_NAME).read_text())
+        # Its optimizer begins by what the sources add.
+        after = search_file(seed, chosen_file["sources"], ITEMS, optimizer=chosen_file["optimizer"])
+        told = search_file(seed, of_zoo(USEFUL), ITEMS)
         for name, file in (("after", after), ("told", told)):
             if not is_search(folder / f"{name}-{seed}"):
                 drive_new(folder / f"{name}-{seed}", open_all(file), console)

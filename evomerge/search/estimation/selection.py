@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from evomerge.genome import Parameter
 from evomerge.search.estimation.racing import Sample, surely_less
 from evomerge.search.estimation.statistics import Difference, mean_and_error, sum_interval
 
@@ -99,6 +100,27 @@ def by_gain(
         yield Chosen(best, gains[best])
         for reached, scores in zip(covered, left.pop(best), strict=True):
             np.fmax(reached, scores, out=reached)
+
+
+def start_by_gains(kept: Sequence[Chosen], weights: Sequence[Parameter]) -> dict[str, float]:
+    """How much of each source a search begins with: in proportion to what it adds, and nothing of the others.
+
+    Whoever adds most begins in the middle of its weight's range. All of them there would be a merge that is much too
+    strong (docs/select.md).
+
+    Args:
+        weights: the parameters of the search; those that are no source's share are left out.
+
+    Returns:
+        By source; empty where nobody adds anything.
+    """
+    gains = {chosen.name: chosen.gain.mean for chosen in kept}
+    most, start = max(gains.values(), default=0.0), dict[str, float]()
+    for weight in weights:
+        if most > 0.0 and weight.share_of and weight.kind == "real":
+            wanted = (weight.low + weight.high) / 2 * (gains.get(weight.share_of, 0.0) / most)
+            start[weight.share_of] = min(max(wanted, weight.low), weight.high)
+    return start
 
 
 def _gain(covered: Sequence[Row], rows: Sequence[Row]) -> Gain:

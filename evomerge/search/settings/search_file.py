@@ -156,7 +156,9 @@ class SearchFile(Section):
         if self.start_from:
             optimizer = optimizer.warm()
         elif self.select is not None:  # the centre of a box of many weights is a merge that is much too strong
-            optimizer = optimizer.at_defaults()
+            optimizer = optimizer.at_gains()
+        elif getattr(optimizer, "x0", None) == "gains":
+            raise ValueError("optimizer.x0: gains are those of a choice of sources, and there is no `select`")
         return self.model_copy(update={"optimizer": optimizer})
 
     @model_validator(mode="after")

@@ -48,7 +48,8 @@ def check_select(file: SearchFile) -> None:
         raise InputError(PLACE, "compares sources with their base, and there is none", "Name it: `base: NAME`.")
     names = choices(file)
     if len(names) <= file.select.keep:
-        problem = f"is {file.select.keep}, and there are {len(names)} sources to choose from ({', '.join(names)})"
+        count = "is 1 source" if len(names) == 1 else f"are {len(names)} sources"
+        problem = f"is {file.select.keep}, and there {count} to choose from ({', '.join(names)})"
         hint = "Leave `select` out: a search takes them all." if len(names) <= 8 else "Lower it."
         raise InputError(f"{PLACE}.keep", problem, hint)
     if taken := sorted(file.sources.keys() & RESERVED):
