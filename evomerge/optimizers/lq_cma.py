@@ -48,7 +48,7 @@ class LqCmaSettings(StrategySettings):
     def check(
         self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
     ) -> None:
-        self.check_strategy(self.scalarisation, objectives, place)
+        self.check_strategy(self.scalarisation, parameters, objectives, place)
         n = len(parameters)
         if n > MOST_PARAMETERS:
             raise InputError(

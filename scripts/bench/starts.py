@@ -115,8 +115,10 @@ class Search:
         first: the candidates of the first generation, as places among all.
     """
 
-    def __init__(self, world: World, sources: int, seed: int, observe: Callable[[Genome, Table], Observation]) -> None:
-        self._world, self._sources, self._observe = world, sources, observe
+    def __init__(
+        self, world: World, places: Sequence[int], seed: int, observe: Callable[[Genome, Table], Observation]
+    ) -> None:
+        self._world, self._places, self._observe = world, list(places), observe
         self._random = np.random.default_rng([seed, 1])
         self.genomes: list[Genome] = []
         self.true, self.seen = np.empty((0, len(TASKS))), np.empty((0, len(TASKS)))
@@ -124,7 +126,7 @@ class Search:
 
     def run(self, optimizer: Optimizer, candidates: int) -> Search:
         """Tell the baselines of a search, and ask for the rest."""
-        n = self._sources
+        n = len(self._places)
         alike = [np.full(n, share) for share in (1 / n, DEFAULT, 0.5 / n**0.5)]
         self._tell(optimizer, [np.zeros(n), *np.eye(n), *alike])
         begin = len(self.genomes)
@@ -136,7 +138,7 @@ class Search:
 
     def _tell(self, optimizer: Optimizer, genomes: Sequence[Genome]) -> None:
         weights = np.zeros((len(genomes), len(SOURCES)))
-        weights[:, : self._sources] = genomes
+        weights[:, self._places] = genomes
         true = self._world.scores(weights)
         noise = NOISE * np.sqrt(4 * true * (1 - true)) * self._random.standard_normal(true.shape)
         seen = np.clip(true + noise, 0.0, 1.0)
@@ -196,11 +198,53 @@ def starts(world: World) -> list[dict[str, Any]]:
 
             def measure(seed: int, sources: int = sources, settings: Mapping[str, Any] = settings) -> list[float]:
                 optimizer = CmaSettings(name="cma", **settings).build(parameters(sources), 1, seed)
-                done = Search(world, sources, seed, by_mean).run(optimizer, CANDIDATES)
+                done = Search(world, range(sources), seed, by_mean).run(optimizer, CANDIDATES)
                 return [done.winner, float(done.true[done.first].mean())]
 
             winner, first = over_seeds(measure)
             rows.append({"sources": sources, "start": name, "winner": winner, "first_generation": first})
+    return rows
+
+
+CHOICES = ROOT / "docs" / "zoo_choices.json"
+"""What replayed choices of selection.py kept, in their order, with what each adds: of 20 seeds, all over SOURCES."""
+
+MIDDLE = HIGH / 2
+
+
+def choices(world: World) -> list[dict[str, Any]]:
+    """The same over what was chosen, from several starts, less what a search over the four useful sources finds."""
+    kept: list[dict[str, float]] = json.loads(CHOICES.read_text())
+
+    def found(names: Sequence[str], start: Sequence[float], seed: int, x0: str = "default") -> tuple[float, float]:
+        weights = [
+            Parameter(f"model.weight.{name}", 0.0, HIGH, value, group="model", share_of=name)
+            for name, value in zip(names, start, strict=True)
+        ]
+        optimizer = CmaSettings(name="cma", x0=x0).build(weights, 1, seed)
+        done = Search(world, [SOURCES.index(name) for name in names], seed, by_mean).run(optimizer, CANDIDATES)
+        return done.winner, float(done.true[done.first].mean())
+
+    told = np.array([found(SOURCES[:4], [MIDDLE] * 4, seed) for seed in range(len(kept))])
+    rows = [{"start": "told", "winner": float(told[:, 0].mean()), "first_generation": float(told[:, 1].mean())}]
+    for name in ("centre", "defaults", "best", "as each adds"):
+        pairs = []
+        for seed, gains in enumerate(kept):
+            by_gain = [MIDDLE * gain / max(gains.values()) for gain in gains.values()]
+            alike = [MIDDLE if name == "centre" else DEFAULT] * len(gains)
+            start = by_gain if name == "as each adds" else alike
+            pairs.append(found([*gains], start, seed, "best" if name == "best" else "default"))
+        of_start = np.array(pairs)
+        less = of_start[:, 0] - told[:, 0]
+        rows.append(
+            {
+                "start": name,
+                "winner": float(of_start[:, 0].mean()),
+                "first_generation": float(of_start[:, 1].mean()),
+                "less_than_told": float(less.mean()),
+                "error": float(less.std(ddof=1) / len(less) ** 0.5),
+            }
+        )
     return rows
 
 
@@ -254,7 +298,9 @@ def niches(world: World) -> list[dict[str, Any]]:
 
             def measure(seed: int, sources: int = sources, name: str = name, build: Any = build) -> list[float]:
                 observe = in_niches if name.startswith("map_elites") else by_tasks
-                done = Search(world, sources, seed, observe).run(build(parameters(sources), seed), MORE_CANDIDATES)
+                done = Search(world, range(sources), seed, observe).run(
+                    build(parameters(sources), seed), MORE_CANDIDATES
+                )
                 best: dict[tuple[int, ...], float] = {}
                 for scores in done.true:
                     niche = tuple(np.minimum((scores * BINS).astype(int), BINS - 1).tolist())
@@ -313,7 +359,7 @@ def fronts(world: World) -> list[dict[str, Any]]:
                 axes = AXES if name == "map_elites" else ()
                 objectives = 1 if name == "map_elites" else len(tasks)
                 optimizer = settings(len(tasks)).build(parameters(4), objectives, seed, axes)
-                done = Search(world, 4, seed, observe).run(optimizer, MORE_CANDIDATES)
+                done = Search(world, range(4), seed, observe).run(optimizer, MORE_CANDIDATES)
                 front = done.true[nondominated(-done.seen[:, tasks])][:, tasks]
                 return [hypervolume(-front, np.zeros(len(tasks)))]
 
@@ -331,7 +377,7 @@ def report() -> None:
         "searches": SEARCHES,
     }
     print(json.dumps(content))
-    for name, measured in (("starts", starts), ("niches", niches), ("fronts", fronts)):
+    for name, measured in (("starts", starts), ("choices", choices), ("niches", niches), ("fronts", fronts)):
         content[name] = measured(world)
         for row in content[name]:
             print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
