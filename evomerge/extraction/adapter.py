@@ -23,7 +23,7 @@ from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.tensor_file import TensorFile
 from evomerge.checkpoints.whole import whole_folder
 from evomerge.errors import InputError
-from evomerge.extraction.factors import Factors, RankRule, factorised, lost_energy
+from evomerge.extraction.factors import Factors, RankRule, energy_of, factorised, lost_energy
 from evomerge.extraction.targets import Target, find_targets, read_change, read_tensor, short_names
 
 EmbeddingForm = Literal["full", "low_rank", "tokens", "none"]
@@ -219,7 +219,7 @@ class _Maker:
     def _change(self, target: Target, expert: int | None = None) -> tuple[Tensor, float]:
         """What is added to a tensor, or to one expert's matrix of it, and the sum of its squares."""
         change = read_change(self._model, self._base, target, expert)
-        energy = float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+        energy = energy_of(change)
         if not math.isfinite(energy):
             for source, (name, _) in itertools.product((self._model, self._base), target.pieces):
                 check_tensor(source, name, source.read(name))
