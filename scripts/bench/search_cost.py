@@ -45,6 +45,7 @@ from evomerge.search.driving.control import Control
 from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.opening.session import create_search, fingerprints_of, recipe_of
+from evomerge.search.opening.start import with_start
 from evomerge.search.pools.base import PoolState
 from evomerge.search.preparing.prepare import Prepared, prepare
 from evomerge.search.settings.search_file import parse_search_file
@@ -111,6 +112,9 @@ CASES: dict[str, dict[str, Any]] = {
     "racing, cosines": {
         "budget": LITTLE, "optimizer": CMA, "racing": RACING,
         "space": {"granularity": "model", "profile": {"cosines": 3}},
+    },
+    "racing, begun where one over the model ends": {
+        "budget": {"candidates": 75}, "optimizer": CMA, "racing": RACING, "earlier": "model",
     },
     "racing, coarse to fine": {
         "budget": LITTLE, "optimizer": CMA, "racing": RACING, "space": {"granularity": "adaptive", "finest": "block"},
@@ -221,12 +225,53 @@ def run(folder: Path, problem: str, name: str, seed: int) -> None:
     if out.exists() or any(_key(known) == (problem, name, seed) for known in _reported()):
         return
     started = time.time()
-    of_problem, case = dict(PROBLEMS[problem]), dict(CASES[name])
-    proxy, has_proxy = of_problem.pop("proxy"), case.pop("proxy", False)
-    content = of_problem | case | {"name": key, "seed": seed} | ({"proxy": proxy} if has_proxy else {})
+    case = dict(CASES[name])
+    earlier = case.pop("earlier", None)
+    if earlier is None:
+        search = _search(folder, key, problem, case, seed)
+    else:
+        first = _search(folder, f"{key}-first", earlier, case, seed)
+        search = first.then(_search(folder, key, problem, case | {"start_from": [str(first.place)]}, seed))
+    result = {"problem": problem, "name": name, "seed": seed, "why": search.why, "seconds": time.time() - started}
+    result |= {"baselines": search.baselines, "points": [vars(point) for point in search.points]}
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(result))
+    partial.rename(out)
+    print(f"{problem}, {name}, seed {seed}: {search.points[-1]}, {search.why}, {result['seconds']:.0f} s", flush=True)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search that came to its end. ``baselines``: held-out scores by label."""
+
+    place: Path
+    why: str
+    baselines: Mapping[str, float]
+    points: Sequence[Point]
+
+    def then(self, search: Search) -> Search:
+        """This search and one that started from it: what both spent, and the best of the one that runs."""
+        spent = self.points[-1]
+        points = [
+            Point(
+                spent.items + point.items,
+                spent.passes + point.passes,
+                spent.candidates + point.candidates,
+                point.search,
+                point.held_out,
+            )
+            for point in search.points
+        ]
+        return Search(search.place, search.why, search.baselines, [*self.points, *points])
+
+
+def _search(folder: Path, name: str, problem: str, case: Mapping[str, Any], seed: int) -> Search:
+    of_problem = dict(PROBLEMS[problem])
+    proxy = of_problem.pop("proxy")
+    content = of_problem | case | {"name": name, "seed": seed} | ({"proxy": proxy} if "proxy" in case else {})
     content["space"] = of_problem["space"] | case.get("space", {})
-    prepared = prepare(parse_search_file(content, place=name, root=folder.resolve()))
-    place = folder / f"{key}-{seed}.{int(started)}"
+    prepared = with_start(prepare(parse_search_file(content, place=name, root=folder.resolve())))
+    place = folder / f"{name}-{seed}.{int(time.time())}"
     store = create_search(place, prepared, fingerprints_of(prepared))
     with store, acquire(store):
         pool = CountingPool(Worker.of("bench", prepared, Evidence()), _MEASURED[problem])
@@ -234,12 +279,7 @@ def run(folder: Path, problem: str, name: str, seed: int) -> None:
         why = driver.run().why
         curve = _curve(store, prepared, pool)
         baselines = {row.label: _held_out(row.number, store, prepared, pool) for row in store.candidates(step=0)}
-    result = {"problem": problem, "name": name, "seed": seed, "why": why, "seconds": time.time() - started}
-    result |= {"baselines": baselines, "points": [vars(point) for point in curve]}
-    partial = out.with_suffix(".partial")
-    partial.write_text(json.dumps(result))
-    partial.rename(out)
-    print(f"{problem}, {name}, seed {seed}: {curve[-1]}, {why}, {result['seconds']:.0f} s", flush=True)
+    return Search(place, why, baselines, curve)
 
 
 def _curve(store: Store, prepared: Prepared, pool: CountingPool) -> list[Point]:

@@ -1,0 +1,139 @@
+"""What training on the same answers does: the control of all that follows the gradient of right answers.
+
+A proxy and a fit (docs/scoring.md, docs/fit.md) read right answers, so there is something simpler to do with these:
+train an adapter on them. One of the rank and recipe of the zoo's own (examples/zoo), from the base, on the answers that
+``search_cost.py`` gives the proxy (1,000) or on those that ``experts.py`` gives the fit (600), with as many passes
+forward and backward as these take, and with four times as many. The rate of learning is the one that is best on the 100
+items that searches score candidates on; what is reported is its score on the 500 held-out items of these. A seed draws
+the adapter's first weights and the order of the answers.
+
+    python scripts/bench/trained_adapter.py [--seeds 0 1 2]     # docs/trained_adapter.json; half an hour of a core
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from statistics import mean, stdev
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from search_cost import DATA, HELD_OUT, TASKS, ZOO  # noqa: E402
+from small_models import answer_logits, answers_of  # noqa: E402
+from torch.nn import functional  # noqa: E402
+from train_zoo import NEW_TOKENS, RANK, ROW, learned_by, load_base, quietly  # noqa: E402
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+from evaluators.tasks.zoo import score_mixed  # noqa: E402
+
+OUT = ROOT / "docs" / "trained_adapter.json"
+ROWS = 16  # answers in a step
+RATES = (1e-3, 3e-3, 1e-2)
+PASSES = {"search": 7168, "fit": 1920}  # of a search by the proxy, and of a fit: 120 steps of 16
+ANSWERS = {"search": 1000, "fit": 600}
+CHOSEN_ON = 100  # items of the search split
+
+Item = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Adapters trained with so many passes on some answers; scores are held out, one for each seed."""
+
+    answers: str
+    passes: int
+    rates: Sequence[float]
+    scores: Sequence[float]
+
+    def __str__(self) -> str:
+        error = stdev(self.scores) / len(self.scores) ** 0.5 if len(self.scores) > 1 else float("nan")
+        return f"{self.answers} answers, {self.passes:6} passes: {mean(self.scores):.3f} ± {error:.3f}"
+
+
+def items_of(split: str, count: int) -> list[Item]:
+    """The first items of the four tasks, one of each in turn."""
+    by_task = [(DATA / f"{task}.{split}.jsonl").read_text("utf-8").splitlines() for task in TASKS]
+    rows = [
+        {"task": task} | json.loads(line)
+        for lines in zip(*by_task, strict=True)
+        for task, line in zip(TASKS, lines, strict=True)
+    ]
+    assert len(rows) >= count, f"{split} has {len(rows)} items"
+    return rows[:count]
+
+
+def batch_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels, int64 [items, ROW]: one answer a row, its tokens alone in the loss."""
+    inputs = torch.full((len(items), ROW), tokenizer.pad_token_id)
+    labels = torch.full((len(items), ROW), -100)
+    for row, item in enumerate(items):
+        prompt = tokenizer.encode(item["prompt"])
+        answer = [*tokenizer.encode(item["answer"], add_special_tokens=False), tokenizer.eos_token_id]
+        end = len(prompt) + len(answer)
+        inputs[row, :end] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : end] = torch.tensor(answer)
+    return inputs, labels
+
+
+def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item]) -> float:
+    """The mean score of greedy answers, by each item's own task."""
+    answers = answers_of(model, tokenizer, [i["prompt"] for i in items], new_tokens=NEW_TOKENS, batch_size=250)
+    return mean(score_mixed(dict(item), [answer])["acc"] for item, answer in zip(items, answers, strict=True))
+
+
+def trained(items: Sequence[Item], passes: int, rate: float, seed: int) -> tuple[float, float]:
+    """The scores of one adapter on the items to choose on, and held out."""
+    torch.manual_seed(seed)
+    random = Random(seed)
+    model, tokenizer = load_base(ZOO)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config).base_model.model
+    optimizer = torch.optim.AdamW(learned_by(adapted), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    steps, waiting = passes // ROWS, list[Item]()
+    adapted.train()
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:  # as the zoo's own adapters: a warm-up, and a decay over the last third
+            group["lr"] = rate * min(1.0, step / 30, (steps + 1 - step) / (steps / 3))
+        if len(waiting) < ROWS:
+            waiting = [*waiting, *random.sample(items, len(items))]
+        drawn, waiting = waiting[:ROWS], waiting[ROWS:]
+        functional.cross_entropy(*answer_logits(adapted, *batch_of(drawn, tokenizer))).backward()
+        torch.nn.utils.clip_grad_norm_(learned_by(adapted), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.eval()
+    return (
+        score(adapted, tokenizer, items_of("search", CHOSEN_ON)),
+        score(adapted, tokenizer, items_of("held_out", HELD_OUT)),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(3)))
+    seeds = parser.parse_args().seeds
+    quietly(1)
+    rows = []
+    for split, once in PASSES.items():
+        items = items_of(split, ANSWERS[split])
+        for passes in (once, 4 * once):
+            tried = [[trained(items, passes, rate, seed) for rate in RATES] for seed in seeds]
+            best = [max(range(len(RATES)), key=lambda i, of=of_seed: of[i][0]) for of_seed in tried]
+            rates, scores = [RATES[i] for i in best], [of[i][1] for of, i in zip(tried, best, strict=True)]
+            row = Row(f"{len(items)} {split}", passes, rates, scores)
+            print(row, flush=True)
+            rows.append(row)
+    OUT.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
