@@ -39,20 +39,20 @@ COMMIT_VARIANTS: dict[str, Collection[str]] = {
     "test_decoding::test_out_of_memory_halves_the_rows_and_goes_on": (
         "table-auto-0", "table-12-7", "batches-auto-7", "batches-12-0",
     ),
-    "test_descents::test_a_search_that_is_killed_at_any_write_is_the_same": ("1-True", "2-False"),
+    "test_descents::test_a_search_that_is_killed_at_any_write_is_the_same": ("1-True",),
     "test_differences::test_a_source_alone_has_its_own_settings_and_a_merge_those_of_the_tokenizers_source": (
         "rotary base", "eps of norms", "kinds of attention", "experts for a token", "the order of blocks",
     ),
     "test_diversity::test_four_of_a_population_solve_more_together_than_four_of_chance": ("settings1",),
     "test_driver::test_killed_at_every_write_and_resumed_it_is_the_same_search": ("cma", "tpe"),
     "test_evaluators_function::test_a_file_that_ends_as_it_is_loaded_is_refused": (
-        "exit", "of nobody's kind", "the process", "a fault in C", "never",
+        "exit", "the process", "never",
     ),
     "test_evaluators_function::test_a_function_that_takes_all_memory_is_ended_and_the_next_call_is_answered": (
         "after an answer", "a process that it starts",
     ),
     "test_evaluators_function::test_however_it_ends_the_next_call_is_answered": (
-        "exit", "of nobody's kind", "the process", "a fault in C", "never",
+        "exit", "the process", "never",
     ),
     "test_faults_outside::test_a_source_that_changes_stops_the_search_before_anything_of_it_counts": (
         "overwritten", "tokenizer",
@@ -65,25 +65,21 @@ COMMIT_VARIANTS: dict[str, Collection[str]] = {
     "test_merging_materialise::test_an_adapter_is_folded_into_a_tensor_once_to_plan_and_once_to_make": (
         "linear", "slerp", "task_arithmetic", "ties", "dare_ties", "della", "sce", "gram", "tsv", "pcb",
     ),
-    "test_model_references::test_every_command_scores_the_same": ("lora-float32", "dora-None"),
+    "test_model_references::test_every_command_scores_the_same": ("lora-float32",),
+    "test_object_storage::test_an_upload_that_breaks_anywhere_shows_no_model_and_is_gone_on_with": ("s3",),
     "test_picks::test_the_number_that_decides_stands_in_every_place_alike": ("mix0",),
     "test_prompts::test_an_item_beyond_the_context_is_told_and_costs_itself": (
-        "likelihood-search", "multiple_choice-held_out", "rouge-search", "mgsm-held_out", "lm_eval-search",
-        "lm_eval-held_out",
+        "likelihood-search", "mgsm-held_out", "lm_eval-search",
     ),
-    "test_service_browser::test_a_page_is_sound_in_light_in_dark_and_on_a_phone": (
-        "each-search", "each-candidate", "each-new",
-    ),
-    "test_service_browser::test_html_in_texts_is_shown_as_text": ("search", "failed", "nobody"),
+    "test_refits::test_killed_at_any_transaction_it_is_the_search_that_was_not": ("generational-True",),
+    "test_service_browser::test_a_page_is_sound_in_light_in_dark_and_on_a_phone": ("each-search", "each-new"),
+    "test_service_browser::test_html_in_texts_is_shown_as_text": ("search",),
     "test_service_limits::test_a_number_of_the_dashboard_that_is_none_is_refused": ("x", "1e3"),
     "test_steady::test_killed_at_every_write_it_goes_on_and_loses_nothing": ("race, screen and constraint",),
-    "test_steady::test_with_one_worker_a_killed_search_is_the_same_search": (
-        "plain", "race with item response", "race of two objectives",
-    ),
+    "test_steady::test_with_one_worker_a_killed_search_is_the_same_search": ("race with item response",),
     "test_store_outage::test_messages_cut_anywhere_change_nothing": tuple(
-        f"{first}-{when}" for first in (0, 9, 18, 27) for when in ("before", "after")
+        f"{first}-{when}" for first in (0, 18) for when in ("before", "after")
     ),
-    "test_together_searched::test_a_search_that_was_killed_is_the_one_that_was_not": ("3",),
 }  # fmt: skip
 
 # A test of a contract that a commit runs for these classes alone, one of each library or of each kernel.

@@ -59,7 +59,7 @@ def names(*left_out: str, commit: Collection[str] = tuple(OPTIMIZERS)) -> list[A
     return nightly_but(commit, [name for name in OPTIMIZERS if name not in left_out])
 
 
-@pytest.mark.parametrize("way", nightly_but(["generational, raced", "asynchronous"], WAYS))
+@pytest.mark.parametrize("way", nightly_but(["generational, raced"], WAYS))
 @pytest.mark.parametrize("name", names("map_elites"))  # which tests/test_elites.py kills
 def test_killed_and_resumed_it_is_the_same_search(tmp_path: Path, name: str, way: str) -> None:
     setup = setup_of(name, way.removesuffix(", raced"), race=way.endswith("raced"))

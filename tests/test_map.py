@@ -182,6 +182,7 @@ def test_a_plan_says_what_is_learnt() -> None:
 # ---- in a search -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly  # that a killed one is the same is held by tests/test_diversity_searched.py
 def test_a_search_shows_how_far_its_quadratics_can_be_trusted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

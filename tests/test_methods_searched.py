@@ -12,7 +12,7 @@ from evomerge.method import own_methods
 
 METHODS = {name: method for name, method in own_methods().items() if not method.needs}
 # Grain "element" with draws, and grain "row"; test_tsv.py and test_regmean.py have one of grain "tensor".
-COMMIT = ("dare_ties", "della")
+COMMIT = ("dare_ties",)
 
 
 @pytest.mark.parametrize("method", nightly_but(COMMIT, METHODS))

@@ -151,6 +151,7 @@ def test_metrics_are_for_this_machine_alone_unless_told_otherwise() -> None:
     assert (found.host, found.port) == ("127.0.0.1", 9090)  # type: ignore[union-attr]
 
 
+@pytest.mark.nightly  # six seconds, in which wandb is imported
 def test_wandb_online_needs_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is asked of a server for it: the address is that of nobody."""
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

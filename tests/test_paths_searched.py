@@ -49,7 +49,7 @@ def last_scored(folder: Path) -> str:
         return f"c{max(row.number for row in store.candidates() if row.status == 'done'):04d}"
 
 
-@pytest.mark.parametrize("case", nightly_but(("indicators", "joint"), CASES))
+@pytest.mark.parametrize("case", nightly_but(("joint",), CASES))
 def test_a_space_is_searched_and_exported(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evomerge("search", path_file(tmp_path, *CASES[case]), "--dir", tmp_path / "search") == 0
     number = last_scored(tmp_path / "search")

@@ -84,6 +84,7 @@ def is_intact(place: Path) -> bool:
         return bool(connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)])
 
 
+@pytest.mark.nightly  # tests/test_kill.py kills a whole search
 def test_a_killed_driver_loses_nothing_that_it_reported(tmp_path: Path) -> None:
     place = tmp_path / "store.db"
     create(place).close()

@@ -91,6 +91,7 @@ class Death(BaseException):
     """Of the driver."""
 
 
+@pytest.mark.nightly  # as one that scores its candidates one by one, tests/test_kill.py
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_search_that_was_killed_is_the_one_that_was_not(
     tmp_path: Path, strong: dict[str, str], monkeypatch: pytest.MonkeyPatch, after: int

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 _CODE = """
 import gc, sys
 gc.disable()
@@ -20,6 +22,7 @@ import sklearn
 """
 
 
+@pytest.mark.nightly  # for what it saves; what would be missing is missed by every test of models
 def test_transformers_does_not_import_what_is_not_used_and_others_still_can() -> None:
     done = subprocess.run([sys.executable, "-c", _CODE], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.splitlines() == ["[]", "True False", "True False"]
