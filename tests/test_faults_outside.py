@@ -175,12 +175,13 @@ def test_an_export_that_is_not_verified_needs_no_items(tmp_path: Path, capsys: p
 # Output ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly  # ten seconds, most of them of three processes that start
 @pytest.mark.parametrize(
     "shell",
     [
         pytest.param("{} 2> err | head -n 2 > out", id="closed pipe"),
-        pytest.param("{} > /dev/full 2> err", id="full disk", marks=pytest.mark.nightly),
-        pytest.param("{} >&- 2>&-", id="all closed", marks=pytest.mark.nightly),
+        pytest.param("{} > /dev/full 2> err", id="full disk"),
+        pytest.param("{} >&- 2>&-", id="all closed"),
     ],
 )
 def test_a_search_goes_on_without_its_output(shell: str, tmp_path: Path) -> None:

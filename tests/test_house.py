@@ -148,6 +148,7 @@ def test_bootstrap_without_a_python_says_what_to_install(tmp_path: Path) -> None
     assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.nightly
 def test_bootstrap_that_fails_shows_why_and_fails_again(tmp_path: Path) -> None:
     for _ in range(2):
         ran = bootstrap(tmp_path, PATH=os.environ["PATH"], PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull)

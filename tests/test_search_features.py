@@ -334,6 +334,7 @@ def featured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "search"
 
 
+@pytest.mark.nightly  # a search of models with a race, a screen and a constraint; what is simulated above has all three
 def test_the_way_of_a_person_through_a_search(featured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = json_of(capsys, "status", featured, "--json")
     counts = status["candidates"]
@@ -359,6 +360,7 @@ def test_the_way_of_a_person_through_a_search(featured: Path, capsys: pytest.Cap
             assert word in shown
 
 
+@pytest.mark.nightly  # a search of models with a race, a screen and a constraint; what is simulated above has all three
 def test_an_eliminated_candidate_can_be_exported(
     featured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -371,6 +373,7 @@ def test_an_eliminated_candidate_can_be_exported(
     assert "Candidates had to keep english ≥ 0.4." in card
 
 
+@pytest.mark.nightly  # a search of models with a race, a screen and a constraint; what is simulated above has all three
 def test_the_card_of_the_winner_tells_its_constraints_on_held_out_items(featured: Path, tmp_path: Path) -> None:
     assert evomerge("export", featured, tmp_path / "out") == 0
     card = " ".join((tmp_path / "out" / "README.md").read_text().split())
@@ -382,6 +385,7 @@ def test_the_card_of_the_winner_tells_its_constraints_on_held_out_items(featured
     assert "Candidates were raced: scored on 10, 30 items first" in card
 
 
+@pytest.mark.nightly  # a search of models with a race, a screen and a constraint; what is simulated above has all three
 def test_score_shows_constraints(featured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = json_of(capsys, "status", featured, "--json")
     baseline = next(shown for shown in status["baselines"] if shown["label"] == "japanese")
@@ -401,6 +405,7 @@ def test_score_has_constraints_in_json(featured: Path, capsys: pytest.CaptureFix
     }
 
 
+@pytest.mark.nightly  # a search of models with a race, a screen and a constraint; what is simulated above has all three
 def test_a_search_file_of_an_older_program_is_no_difference(featured: Path) -> None:
     with open_store(featured) as store:
         new = store.search().settings
@@ -480,6 +485,7 @@ def test_agreement_grades_answers_by_both_scorers(tmp_path: Path, capsys: pytest
     assert "--language" in capsys.readouterr().err
 
 
+@pytest.mark.nightly  # a search of models with a race, a screen and a constraint; what is simulated above has all three
 def test_the_settings_of_the_search_are_those_of_the_file(featured: Path) -> None:
     with open_store(featured) as store:
         record = store.search().record
