@@ -307,6 +307,7 @@ def test_requirements_are_read_from_their_file(tmp_path: Path) -> None:
     assert runtime_env_of(Cluster(runtime_env=found)) == found  # as it travels with a job
 
 
+@pytest.mark.nightly  # nodes that come and go: ten seconds each, most of them of processes of Ray
 @pytest.mark.timeout(120)
 def test_the_gpus_of_a_worker_are_held_together_on_one_node(
     start: Callable[..., RayPool], cluster: LocalCluster
@@ -348,6 +349,7 @@ def kinds_of(told: list[PoolNews], node: Any) -> list[str]:
     return [each.kind for each in told if each.node.endswith(node.node_id[:6])]
 
 
+@pytest.mark.nightly  # nodes that come and go: ten seconds each, most of them of processes of Ray
 @pytest.mark.timeout(180)
 def test_workers_follow_the_nodes(start: Callable[..., RayPool], cluster: LocalCluster, tmp_path: Path) -> None:
     pool, told = start(), list[PoolNews]()
@@ -419,6 +421,7 @@ def drain(node: Any) -> None:
     assert accepted, why
 
 
+@pytest.mark.nightly  # nodes that come and go: ten seconds each, most of them of processes of Ray
 @pytest.mark.timeout(120)
 def test_when_every_node_is_gone_jobs_wait_for_one(
     start: Callable[..., RayPool], cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch

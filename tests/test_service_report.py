@@ -206,6 +206,7 @@ def test_on_a_phone_every_row_of_the_held_out_table_is_seen(written: str, browse
             assert place["x"] < 390
 
 
+@pytest.mark.nightly
 def test_on_paper_all_is_open_light_and_as_wide_as_the_page(written: str, browser: Browser) -> None:
     with page(browser, color_scheme="dark", viewport={"width": 1400, "height": 800}) as (shown, _, _):
         shown.goto(written)
