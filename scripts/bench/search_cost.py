@@ -404,7 +404,7 @@ def _problem(curves: Mapping[str, Curves]) -> dict[str, Any]:
     """The rows of a problem, and who comes to the reference's gain with the fewest items."""
     reference = curves[REFERENCE]
     start = float(np.mean([max(search["baselines"].values()) for search in reference.runs]))
-    goal = start + SHARE * (float(reference.last.mean()) - start)
+    goal = start + SHARE * max(0.0, float(reference.last.mean()) - start)
     rows = {name: _row(of_case, reference, _grid(curves), start, goal) for name, of_case in curves.items()}
     reaching = [name for name in rows if name != REFERENCE and rows[name]["items"] is not None]
     best = min(reaching, key=lambda name: rows[name]["items"] or 0.0, default=None)
@@ -443,18 +443,26 @@ def _finer(model: Mapping[str, Curves], blocks: Mapping[str, Curves]) -> dict[st
 def _row(
     curves: Curves, reference: Curves, grid: NDArray[np.float64], start: float, goal: float
 ) -> dict[str, float | None]:
-    """What a technique needs. ``items``: where the mean over seeds first reaches the goal, None if it never does."""
+    """What a technique needs. ``items``: where the mean over seeds first reaches the goal, None if it never does.
+
+    Where the reference ends no better than the best baseline, ``start``, the goal is to be better, and shares are None.
+    """
     mean = curves.at(grid).mean(axis=0)
-    reached = np.flatnonzero(mean >= goal)
+    reached = np.flatnonzero((mean >= goal) & (mean > start))
     items = float(grid[reached[0]]) if len(reached) else None
-    shares = (mean - start) / (float(reference.last.mean()) - start)
+    gain = float(reference.last.mean()) - start
     shared = sorted({*curves.seeds} & {*reference.seeds})
     gap = curves.of(shared).last - reference.of(shared).last
     error = float(gap.std(ddof=1) / np.sqrt(len(gap))) if len(gap) > 1 else float("nan")
     return {
         "items": items,
         "fraction_of_full": None if items is None else items / reference.spent,
-        **{f"share_of_gain_at_{part:g}": float(shares[grid <= part * reference.spent][-1]) for part in PARTS},
+        **{
+            f"share_of_gain_at_{part:g}": (
+                float(mean[grid <= part * reference.spent][-1] - start) / gain if gain > 0 else None
+            )
+            for part in PARTS
+        },
         "held_out_at_the_end": float(curves.last.mean()),
         "difference_from_full": float(gap.mean()),
         "difference_stderr": error,
