@@ -24,8 +24,10 @@ JSON_BYTES = 64_000_000
 TEXT_BYTES = 64_000_000
 
 GGUF = ".gguf"
-TENSORS = ".safetensors"
 """The end of the name of a file that is a model by itself."""
+
+TENSORS = ".safetensors"
+"""The end of the name of a file of tensors, which is a model by itself where it is a table of these."""
 
 _MOST_VALUES = 5_000_000  # in one JSON text; as Python objects they take some 500 MB
 _MOST_DEEP = 100

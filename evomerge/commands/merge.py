@@ -149,14 +149,13 @@ def _read(path: Path, root: Path) -> tuple[Recipe, dict[str, Source]]:
         return load_recipe_file(path, look, _Stages(opened, Path(above))), opened
 
 
-def _tables(path: Path, root: Path) -> dict[str, Any] | None:
-    """The configuration of a file whose models are tables of tensors; None where they are not."""
+def _is_of_tables(content: Mapping[str, Any], root: Path) -> bool:
+    """Whether the models of a configuration are tables of tensors."""
     from evomerge.raw.references import is_table
 
-    content = _content(path)
     models = content.get("models")
     first = models[0].get("model") if isinstance(models, list) and models and isinstance(models[0], dict) else None
-    return content if isinstance(first, str) and is_table(first, root) else None
+    return isinstance(first, str) and is_table(first, root)
 
 
 def merge_tables(config: Mapping[str, Any], path: Path, root: Path, out: str | Path, keys: str | None) -> None:
@@ -206,12 +205,11 @@ def merge_state_dicts(path: Path, root: Path, out: str | Path, keys: str | None)
     console.print(f"merged into {out}", style="bold")
 
 
-def _refuse_stages_of_tables(path: Path, root: Path) -> None:
+def _refuse_stages_of_tables(documents: Sequence[Any], path: Path, root: Path) -> None:
     """Refuse a file of several merges of which one is of tables of tensors (InputError)."""
     from evomerge.raw.references import is_table
 
-    documents = load_documents(read_text(path, str(path)), str(path)) if path.is_file() else []
-    for number, document in enumerate(documents if len(documents) > 1 else (), 1):
+    for number, document in enumerate(documents, 1):
         models = document.get("models") if isinstance(document, dict) else None
         named = [model.get("model") for model in models or () if isinstance(model, dict)]
         if any(isinstance(reference, str) and is_table(reference, root) for reference in named):
@@ -224,20 +222,18 @@ def _refuse_stages_of_tables(path: Path, root: Path) -> None:
 
 def _merged_as_tables(path: Path, root: Path, out: str | Path, keys: str | None) -> bool:
     """Merge what a file says of tables of tensors; False where it is of language models."""
-    _refuse_stages_of_tables(path, root)
-    if _content(path).get("kind") == StateDictRecipe.kind:
-        merge_state_dicts(path, root, out, keys)
-        return True
-    if (tables := _tables(path, root)) is None:
-        return False
-    merge_tables(tables, path, root, out, keys)
-    return True
-
-
-def _content(path: Path) -> dict[str, Any]:
-    """What a file of one document says; nothing of a file of several, or of none."""
     documents = load_documents(read_text(path, str(path)), str(path)) if path.is_file() else []
-    return documents[0] if len(documents) == 1 and isinstance(documents[0], dict) else {}
+    if len(documents) > 1:
+        _refuse_stages_of_tables(documents, path, root)
+        return False
+    content = documents[0] if documents and isinstance(documents[0], dict) else {}
+    if content.get("kind") == StateDictRecipe.kind:
+        merge_state_dicts(path, root, out, keys)
+    elif _is_of_tables(content, root):
+        merge_tables(content, path, root, out, keys)
+    else:
+        return False
+    return True
 
 
 def _compatible(recipe: Recipe, sources: dict[str, Source]) -> dict[str, Source]:

@@ -13,6 +13,7 @@ from evomerge.report.items import fields_of
 from evomerge.report.search_status import SearchStatus
 from evomerge.store import Store
 from evomerge.store.record import Measure
+from evomerge.store.rows import number_of
 
 Split = Literal["search", "held_out"]
 
@@ -114,7 +115,7 @@ def _rows(status: SearchStatus) -> Iterator[tuple[str, tuple[str, list[str]]]]:
 def _grid(
     store: Store, rows: dict[str, tuple[str, list[str]]], split: Split, measure: Measure, address: Address
 ) -> DrawingGrid | None:
-    drawn = {name: store.drawn(_number(name), split, measure.version) for name in rows}
+    drawn = {name: store.drawn(number_of(name), split, measure.version) for name in rows}
     items = sorted(set().union(*drawn.values()))
     if not items:
         return None
@@ -122,10 +123,10 @@ def _grid(
     for name, (label, roles) in rows.items():
         if not drawn[name]:
             continue
-        scores = _scores(store, _number(name), split, measure)
+        scores = _scores(store, number_of(name), split, measure)
         cells = [
             DrawnItem(
-                address(Drawing(_number(name), split, measure, item)) if item in drawn[name] else "",
+                address(Drawing(number_of(name), split, measure, item)) if item in drawn[name] else "",
                 f"{scores[item]:.3f}" if item in scores else "",
             )
             for item in items
@@ -147,7 +148,3 @@ def _scores(store: Store, number: int, split: Split, measure: Measure) -> dict[i
     if recorded is None:
         return {}
     return dict(zip(recorded.items.tolist(), recorded.metrics[measure.metric].tolist(), strict=True))
-
-
-def _number(name: str) -> int:
-    return int(name.removeprefix("c"))

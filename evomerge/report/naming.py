@@ -14,7 +14,7 @@ from evomerge.report.picks import is_front
 from evomerge.report.status import status_of
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.store import Store
-from evomerge.store.rows import candidate_id
+from evomerge.store.rows import candidate_id, number_of
 
 
 def candidate_number(text: str, store: Store, names: Collection[str] = ()) -> int:
@@ -58,9 +58,9 @@ def chosen(store: Store, candidate: str) -> int:
         if id_ is None:
             problem = "has no candidate yet that was scored on every item and keeps all constraints"
             raise InputError(store.place, problem, "`evomerge top DIR --all` lists every candidate by its id.")
-        return int(id_.removeprefix("c"))
+        return number_of(id_)
     if candidate in chosen_for:
-        return int(chosen_for[candidate].removeprefix("c"))
+        return number_of(chosen_for[candidate])
     return candidate_number(candidate, store, [BEST, KNEE, *chosen_for])
 
 

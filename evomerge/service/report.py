@@ -39,7 +39,7 @@ from evomerge.service.figures.recipe import recipe_of, subject_of
 from evomerge.service.figures.style import is_empty, without_notes, words_of
 from evomerge.store import SearchRow, Store
 from evomerge.store.events import ConfirmFailed, Failure
-from evomerge.store.rows import candidate_id
+from evomerge.store.rows import candidate_id, number_of
 
 _TOP = 15  # candidates in the table of the best
 _FAILURES = 50  # in the table of failures, the newest
@@ -134,7 +134,7 @@ def report_html(store: Store, folder: Path) -> str:
         confirmed=list(_confirmed(status)),
         gaps=list(_gaps(status)),
         choice=_choice(status),
-        seen=[] if shown is None else seen_items(store, _number(shown.id)),
+        seen=[] if shown is None else seen_items(store, number_of(shown.id)),
         grid=drawing_grid(store, status, embedded(store)),
         selection=selection_of(store),
         conclusions=conclusions(status),
@@ -209,13 +209,13 @@ def _script(text: str) -> Markup:
 
 
 def _recipe_picture(store: Store, shown: Entry) -> Picture:
-    about = f"{subject_of(recipe_of(store, _number(shown.id)))}."
-    return _picture_of(draw_recipe(store, _number(shown.id)), f"Recipe of {shown.id} {shown.label}".strip(), about)
+    about = f"{subject_of(recipe_of(store, number_of(shown.id)))}."
+    return _picture_of(draw_recipe(store, number_of(shown.id)), f"Recipe of {shown.id} {shown.label}".strip(), about)
 
 
 def _path(store: Store, shown: Entry) -> Markup | None:
     """The path as a picture, where it is not simply all layers in order."""
-    number = _number(shown.id)
+    number = number_of(shown.id)
     if is_plain(recipe_of(store, number), depths_of(store)):
         return None
     return Markup(draw_path(store, number))  # its texts are escaped by the XML library
@@ -279,10 +279,6 @@ def _failures(store: Store) -> Iterator[FailureRow]:
             failure.log,
             failure.final,
         )
-
-
-def _number(name: str) -> int:
-    return int(name.removeprefix("c"))
 
 
 def _moment(seconds: float) -> str:

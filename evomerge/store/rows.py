@@ -142,6 +142,11 @@ def candidate_id(number: int) -> str:
     return f"c{number:04d}"
 
 
+def number_of(id_: str) -> int:
+    """The number of a candidate by what ``candidate_id`` names it, with or without the letter."""
+    return int(id_.removeprefix("c"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ListedCandidate:
     """A candidate and what is known of it, scores of items apart, as a list shows it. Times are seconds since 1970.

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from methods import interval, write
 from numpy.typing import NDArray
-from search_cost import DATA, ROOT, TASKS, ZOO, CountingPool
+from search_cost import ROOT, TASKS, ZOO, CountingPool, in_turn
 
 from evomerge.checkpoints.fingerprints import content_digest, fingerprint
 from evomerge.genome import Parameter
@@ -290,9 +290,7 @@ def _rows(scores: Mapping[str, Scores], speeds: Mapping[str, float]) -> list[dic
 
 def write_items(folder: Path) -> None:
     """The items of the fit: of the tasks' third splits one of each in turn."""
-    by_task = [(DATA / f"{task}.fit.jsonl").read_text("utf-8").splitlines() for task in TASKS]
-    lines = [line for row in zip(*by_task, strict=True) for line in row]
-    (folder / "fit.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    (folder / "fit.jsonl").write_text("\n".join(line for _, line in in_turn("fit")) + "\n", "utf-8")
 
 
 def main() -> None:

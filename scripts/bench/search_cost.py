@@ -141,9 +141,13 @@ def write_items(folder: Path) -> None:
     """What the proxy reads: the items of a problem, of several tasks one of each in turn."""
     for split in ("search", "held_out"):
         (folder / f"miniatures.{split}.jsonl").write_bytes((DATA / f"mini_math_ja.{split}.jsonl").read_bytes())
-        by_task = [(DATA / f"{task}.{split}.jsonl").read_text("utf-8").splitlines() for task in TASKS]
-        lines = [line for row in zip(*by_task, strict=True) for line in row]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+        (folder / f"{split}.jsonl").write_text("\n".join(line for _, line in in_turn(split)) + "\n", "utf-8")
+
+
+def in_turn(split: str) -> list[tuple[str, str]]:
+    """The items of a split of ``TASKS``, one of each in turn: its task, and its line of JSON."""
+    by_task = [(DATA / f"{task}.{split}.jsonl").read_text("utf-8").splitlines() for task in TASKS]
+    return [pair for row in zip(*by_task, strict=True) for pair in zip(TASKS, row, strict=True)]
 
 
 class CountingPool:

@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from search_cost import DATA, HELD_OUT, TASKS, ZOO  # noqa: E402
+from search_cost import HELD_OUT, ZOO, in_turn  # noqa: E402
 from small_models import answer_logits, answers_of  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from train_zoo import NEW_TOKENS, RANK, ROW, learned_by, load_base, quietly  # noqa: E402
@@ -63,12 +63,7 @@ class Row:
 
 def items_of(split: str, count: int) -> list[Item]:
     """The first items of the four tasks, one of each in turn."""
-    by_task = [(DATA / f"{task}.{split}.jsonl").read_text("utf-8").splitlines() for task in TASKS]
-    rows = [
-        {"task": task} | json.loads(line)
-        for lines in zip(*by_task, strict=True)
-        for task, line in zip(TASKS, lines, strict=True)
-    ]
+    rows = [{"task": task} | json.loads(line) for task, line in in_turn(split)]
     assert len(rows) >= count, f"{split} has {len(rows)} items"
     return rows[:count]
 

@@ -25,6 +25,7 @@ from evomerge.service.figures.style import (
 )
 from evomerge.service.reading import columns_of, thinned, value_text
 from evomerge.store import Store
+from evomerge.store.rows import number_of
 
 _PANEL = 340  # pixels of one plot of several
 
@@ -93,7 +94,7 @@ def _points(name: str, mark: Mark, points: list[SplitScores]) -> go.Scatter:
         mode="markers",
         name=name,
         marker=markers(mark),
-        customdata=[int(p.id.removeprefix("c")) for p in points],
+        customdata=[number_of(p.id) for p in points],
         hovertext=texts(map(_words, points)),
         hoverinfo="text",
     )

@@ -44,7 +44,7 @@ from evomerge.service.pages.search import choices, log_url, main_pick, search_ro
 from evomerge.service.problems import ProblemError
 from evomerge.service.root import Root
 from evomerge.store import CandidateRow, Store
-from evomerge.store.rows import candidate_id
+from evomerge.store.rows import candidate_id, number_of
 from evomerge.yaml import dump_yaml
 
 router = APIRouter(include_in_schema=False)
@@ -91,7 +91,7 @@ def show_candidate(
     """One candidate, by its number or its id: scores on both splits, recipe, failure, and the items that it won and
     lost against another.
     """
-    number = int(candidate.removeprefix("c"))
+    number = number_of(candidate)
     mine, status = candidate_id(number), status_with(store, name, drivers.look(name, store))
     if not 0 <= number < status.candidates.asked:
         raise ProblemError(404, f"{mine} is not a candidate of {name}", detail="The search's page lists them.")
@@ -229,7 +229,7 @@ def _opponent(store: Store, status: SearchStatus, number: int, against: str) -> 
     if against:
         return chosen(store, against)
     best = best_source(status)
-    other = int(best.removeprefix("c")) if best else number
+    other = number_of(best) if best else number
     return None if other == number else other
 
 

@@ -21,7 +21,7 @@ from evomerge.report.items import fields_of
 from evomerge.report.lists import origin_text
 from evomerge.report.screen import duration, p_text
 from evomerge.service.bodies import SearchSummary
-from evomerge.store.rows import candidate_id
+from evomerge.store.rows import candidate_id, number_of
 
 HERE = Path(__file__).resolve().parent.parent
 TEMPLATES, STATIC = HERE / "templates", HERE / "static"
@@ -104,7 +104,7 @@ def drawing_url(name: str, candidate: int, item: int, split: str, objective: str
 
 def candidate_url(name: str, candidate: int | str) -> str:
     """The page of a candidate, given by its number or its id."""
-    return f"{search_url(name)}/candidates/{_number(candidate)}"
+    return f"{search_url(name)}/candidates/{number_of(str(candidate))}"
 
 
 def shell_place(folder: Path) -> str:
@@ -178,11 +178,7 @@ def _first(values: Any) -> Any:
 
 
 def _candidate_id(number: int | str) -> str:
-    return candidate_id(_number(number))
-
-
-def _number(candidate: int | str) -> int:
-    return int(str(candidate).removeprefix("c"))
+    return candidate_id(number_of(str(number)))
 
 
 def _hours(hours: float) -> str:

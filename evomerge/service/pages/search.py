@@ -32,7 +32,7 @@ from evomerge.service.report import report_html
 from evomerge.service.root import Root
 from evomerge.service.summary import summaries_of, summary_of
 from evomerge.store import Store, summaries
-from evomerge.store.rows import Estimate
+from evomerge.store.rows import Estimate, number_of
 
 router = APIRouter(include_in_schema=False)
 
@@ -176,7 +176,7 @@ def choices(status: SearchStatus) -> list[CandidateChoice]:
     options = []
     for name, entry in {entry.id: entry for entry in known}.items():
         what = dict.fromkeys([*roles_of(status, name, "held_out"), *_marks(entry, status, front)])
-        options.append(CandidateChoice(int(name.removeprefix("c")), name, f"{name} {', '.join(what)}".strip()))
+        options.append(CandidateChoice(number_of(name), name, f"{name} {', '.join(what)}".strip()))
     return sorted(options, key=lambda choice: (choice.id != main, choice.id != best, choice.number))
 
 
