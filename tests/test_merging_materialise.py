@@ -77,6 +77,7 @@ def test_every_tensor_is_what_its_method_makes_of_it(
         assert torch.equal(tensor, expected.bfloat16())
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # of numpy, which names no source
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_broken_source_is_refused_whatever_the_method(

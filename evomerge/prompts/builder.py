@@ -13,7 +13,7 @@ from torch import Tensor
 from evomerge.checkpoints.prompts import key_value_heads
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.building.builders import BuildContext, BuilderBase
 from evomerge.merging.building.export import write_model
 from evomerge.merging.materialise import Materialiser
 from evomerge.prompts.rows import common_start, prompt_rows, repeated
@@ -29,7 +29,7 @@ _MOST_SHARE = 2
 """A prompt has no more than one in so many of the tokens that the context holds: texts need room as well."""
 
 
-class PromptsBuilder:
+class PromptsBuilder(BuilderBase):
     """Makes models behind soft prompts and prefixes; see ``evomerge.merging.building.builders.Builder``."""
 
     def __init__(self, context: BuildContext) -> None:
@@ -61,12 +61,6 @@ class PromptsBuilder:
             problem = "answers with a model's own weights alone, and prompts are put before those of transformers"
             raise InputError("engine", f"vllm {problem}", "Take `engine: transformers`; an exported prompt it serves.")
         _ = self._live
-
-    def calibrate(self, recipe: PromptsRecipe, source: str) -> None:
-        """Nothing: no weight is made by what layers are given."""
-
-    def fit(self, recipe: PromptsRecipe) -> None:
-        """Nothing: no number of it is fitted."""
 
     def write(self, recipe: PromptsRecipe) -> LiveModel:
         """The base behind a prompt; without one it is the base."""

@@ -13,7 +13,7 @@ import torch
 
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
-from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.building.builders import BuildContext, BuilderBase
 from evomerge.merging.materialise import Materialiser, check_opened, check_stack
 from evomerge.raw.blocks import blocks_of, grouped
 from evomerge.raw.merging import TableMerge, fill_folder, labelled, write_table_merge
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 
-class StateDictBuilder:
+class StateDictBuilder(BuilderBase):
     """Makes tables of tensors; see ``Builder``. The candidate that was written last is on the disk, and no other."""
 
     def __init__(self, context: BuildContext) -> None:
@@ -58,12 +58,6 @@ class StateDictBuilder:
     def start(self) -> None:
         """Make room for candidates."""
         self._candidate.mkdir(exist_ok=True)
-
-    def calibrate(self, recipe: StateDictRecipe, source: str) -> None:
-        """Nothing: nobody knows what the layers of a table are given."""
-
-    def fit(self, recipe: StateDictRecipe) -> None:
-        """Nothing: no number of it is fitted."""
 
     def write(self, recipe: StateDictRecipe) -> LiveModel:
         """Write the table in the place of the one before."""

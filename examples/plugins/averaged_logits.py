@@ -28,7 +28,7 @@ from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.target import check_target
 from evomerge.errors import InputError
 from evomerge.genome import Baseline, Genome, Parameter
-from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.building.builders import BuildContext, BuilderBase
 from evomerge.merging.building.export import write_model
 from evomerge.merging.materialise import Materialiser
 from evomerge.recipes.base import Recipe
@@ -106,7 +106,7 @@ def _part(cache: Any, begin: int, end: int) -> Any:
     return part
 
 
-class AveragedLogitsBuilder:
+class AveragedLogitsBuilder(BuilderBase):
     """Holds both models of a recipe, each as it is; see ``evomerge.merging.building.builders.Builder``."""
 
     def __init__(self, context: BuildContext) -> None:
@@ -121,12 +121,6 @@ class AveragedLogitsBuilder:
 
     def start(self) -> None:
         """Nothing: which two models are needed is known with the first recipe."""
-
-    def calibrate(self, recipe: AveragedLogits, source: str) -> None:
-        """Nothing: both models stay as they are."""
-
-    def fit(self, recipe: AveragedLogits) -> None:
-        """Nothing: it has no number that is fitted."""
 
     def write(self, recipe: AveragedLogits) -> LiveModel:
         sides = [self._side(name, recipe) for name in (recipe.first, recipe.second)]

@@ -150,6 +150,16 @@ class Builder(Protocol[_Made]):
         ...
 
 
+class BuilderBase:
+    """The base of a builder whose models need no calibration texts and have nothing that is fitted."""
+
+    def calibrate(self, recipe: Recipe, source: str) -> None:
+        """Do nothing: no weight follows from what layers are given."""
+
+    def fit(self, recipe: Recipe) -> None:
+        """Do nothing: no number is fitted to items."""
+
+
 def find_builder(kind: str) -> type[Builder[Recipe]]:
     """The class of the builder of a kind of recipe.
 

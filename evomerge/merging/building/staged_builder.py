@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.vocabulary import align
 from evomerge.errors import InputError
-from evomerge.merging.building.builders import BuildContext
+from evomerge.merging.building.builders import BuildContext, BuilderBase
 from evomerge.merging.building.export import write_model
 from evomerge.merging.building.stack_builder import StackBuilder
 from evomerge.merging.building.staged_source import StagedSource, key_of, opened_stage, stages_key
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 
-class StagedBuilder:
+class StagedBuilder(BuilderBase):
     """Makes models in stages; see ``Builder``. A stage that two candidates share is opened once."""
 
     def __init__(self, context: BuildContext) -> None:
@@ -58,12 +58,6 @@ class StagedBuilder:
     def start(self) -> None:
         """Build the live model."""
         self._plain.start()
-
-    def calibrate(self, recipe: StagedRecipe, source: str) -> None:
-        """Nothing: no stage is made by what layers are given."""
-
-    def fit(self, recipe: StagedRecipe) -> None:
-        """Nothing: no number of it is fitted."""
 
     def write(self, recipe: StagedRecipe) -> LiveModel:
         """The live model with the weights of the last stage."""

@@ -295,9 +295,7 @@ class Facts:
             whole = np.asarray(np.tril(lower) + np.tril(lower, -1).T)
             for name, square in zip(names, np.diag(whole), strict=True):
                 if not math.isfinite(square):
-                    difference = "" if name == names[0] else f" in its difference to {names[0]}"
-                    hint = "See which source is broken with `evomerge inspect`."
-                    raise InputError(f"sources.{name}", f"{self.site.name} has NaN or Inf{difference}", hint)
+                    raise self._broken(name, None if name == names[0] else names[0])
             return whole
 
         return self._once("products", names, compute)
@@ -402,12 +400,22 @@ class Facts:
         return float(total[0]), float(total[1])
 
     def mean_rank(self, base: str, source: str) -> float:
-        """The mean rank of |x - b| within its row, 0 for the smallest and 1 for the largest, weighted by |x - b|."""
+        """The mean rank of |x - b| within its row, 0 for the smallest and 1 for the largest, weighted by |x - b|.
+
+        Raises:
+            InputError: one has NaN or Inf.
+        """
         # The highest bin is that of the largest magnitude: eight bins of ranks an octave are 16 of the upper bits each.
         first_bin = int(self._magnitudes(base, source)[0, 0] >> 4) - scans.RANK_BINS + 1
         first, second = self._refs((base, source))
-        sums = self._once("mean ranks", (base, source), lambda: self.weights.rank(first, second, first_bin))
-        total, ranked = sums
+
+        def compute() -> NDArray[np.float64]:
+            sums = self.weights.rank(first, second, first_bin)
+            if not math.isfinite(sums[0]):
+                raise self._broken(source, base)
+            return sums
+
+        total, ranked = self._once("mean ranks", (base, source), compute)
         return float(ranked / total) if total else 0.5
 
     def _sorted_magnitudes(self, base: str, source: str) -> NDArray[np.float32]:
@@ -463,6 +471,12 @@ class Facts:
 
         # Over all elements they are the same for every candidate, over those above a threshold hardly ever.
         return self._once("energies", names, compute) if least == 0 else compute()
+
+    def _broken(self, source: str, compared: str | None) -> InputError:
+        """The error of a source that is not finite, or whose difference to the source ``compared`` is not."""
+        difference = "" if compared is None else f" in its difference to {compared}"
+        hint = "See which source is broken with `evomerge inspect`."
+        return InputError(f"sources.{source}", f"{self.site.name} has NaN or Inf{difference}", hint)
 
     def _refs(self, names: Sequence[str]) -> list[Ref]:
         return [self.site.refs[name] for name in names]
