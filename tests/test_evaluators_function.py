@@ -9,7 +9,7 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -81,6 +81,8 @@ def readme() -> tuple[str, dict[str, Any]]:
 
 
 class TestContract(EvaluatorContract):
+    changes: ClassVar[dict[str, object]] = {"metrics": {"letters": "minimize"}}
+
     @pytest.fixture
     def settings(self, tmp_path: Path) -> EvaluatorSettings:
         return given(tmp_path)

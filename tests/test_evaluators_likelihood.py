@@ -26,7 +26,7 @@ from evomerge.checkpoints.source import open_source
 from evomerge.checkpoints.tokenizer_files import load_tokenizer
 from evomerge.errors import InputError
 from evomerge.inference.reading import Reader
-from evomerge.testing.evaluators import EvaluatorContract
+from evomerge.testing.evaluators import HARMLESS, EvaluatorContract
 from evomerge.testing.models import tiny_live
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,10 +88,27 @@ class TestContract(EvaluatorContract):
 
 
 class TestTwoFiles(TestContract):
+    harmless = HARMLESS | {"held_out"}  # the files are the splits
+
     @pytest.fixture
     def settings(self, tmp_path: Path) -> EvaluatorSettings:
         held_out = write(tmp_path, ITEMS[12:], "held_out.jsonl")
         return LikelihoodSettings(file=write(tmp_path, ITEMS[:12]), held_out_file=held_out, **TEMPLATES)
+
+
+class WithoutLength(LikelihoodSettings):
+    """Whose version forgets how long a prompt may be."""
+
+    def build(self) -> LikelihoodEvaluator:
+        evaluator = super().build()
+        evaluator.version = self.model_copy(update={"max_length": None}).model_dump_json()
+        return evaluator
+
+
+def test_the_contract_finds_a_setting_that_the_version_lacks(tmp_path: Path) -> None:
+    settings = WithoutLength(file=write(tmp_path, ITEMS), **TEMPLATES)
+    with pytest.raises(AssertionError, match=r"with other values of max_length\n"):
+        EvaluatorContract().test_the_version_follows_from_every_setting(settings, settings.build())
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

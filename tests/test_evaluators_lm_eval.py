@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lm_eval
 import numpy as np
@@ -67,6 +67,7 @@ def refusal(folder: Path, task: str, **changes: Any) -> str:
 
 class TestGenerate(EvaluatorContract):
     task = "generate_default"
+    changes: ClassVar[dict[str, object]] = {"generation": {"max_gen_toks": 9}}
 
     @pytest.fixture
     def settings(self, folder: Path) -> EvaluatorSettings:

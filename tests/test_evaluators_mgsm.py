@@ -23,7 +23,7 @@ from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.inference.transformers_engine import generate
-from evomerge.testing.evaluators import EvaluatorContract
+from evomerge.testing.evaluators import HARMLESS, EvaluatorContract
 from evomerge.testing.models import tiny_live
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +61,8 @@ def refusal(**given: Any) -> str:
 
 
 class TestContract(EvaluatorContract):
+    harmless = HARMLESS | {"hub"}  # a file is read in its place
+
     @pytest.fixture
     def settings(self, tmp_path: Path) -> EvaluatorSettings:
         return MgsmSettings(language="en", file=write(tmp_path), **PLAIN)
@@ -71,6 +73,8 @@ class TestContract(EvaluatorContract):
 
 
 class TestSakana(TestContract):
+    harmless = HARMLESS | {"hub", "held_out"}  # the files are the splits
+
     @pytest.fixture
     def settings(self, tmp_path: Path) -> EvaluatorSettings:
         other = write(tmp_path, PROBLEMS[12:], "held_out.tsv")

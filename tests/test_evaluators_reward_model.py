@@ -20,7 +20,7 @@ from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel
 from evomerge.errors import InputError
 from evomerge.inference.transformers_engine import generate
-from evomerge.testing.evaluators import EvaluatorContract
+from evomerge.testing.evaluators import HARMLESS, EvaluatorContract
 from evomerge.testing.models import byte_tokenizer, tiny_live
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,6 +73,8 @@ def refusal(settings: EvaluatorSettings) -> str:
 
 
 class TestContract(EvaluatorContract):
+    harmless = HARMLESS | {"answer"}  # no right answer is asked for where no examples are
+
     @pytest.fixture
     def settings(self, tmp_path: Path) -> EvaluatorSettings:
         judge(tmp_path / "judge")

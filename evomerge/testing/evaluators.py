@@ -9,17 +9,21 @@ class TestMine(EvaluatorContract):
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from evaluators.base import Evaluator, EvaluatorSettings, Item, ItemScores, Split, prompts_of
+from evaluators.base import MODEL, Evaluator, EvaluatorSettings, Item, ItemScores, Split, prompts_of
 from evaluators.benchmarks import count
 from evaluators.scoring import Scoring, score
 from evomerge.checkpoints.live import LiveModel
+from evomerge.errors import InputError
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import respond_to
 from evomerge.inference.transformers_engine import TransformersEngine
@@ -28,8 +32,21 @@ from evomerge.testing.models import tiny_live
 SPLITS: tuple[Split, ...] = ("search", "held_out")
 
 
+HARMLESS = frozenset({"allow_task_code", "batch_size", "batch_tokens", "count_tokens", "max_gigabytes", "max_seconds"})
+"""Settings of the evaluators here that change no score, and so need not change a version: how items are batched, what
+code may do, and what ``counted`` adds with a version of its own."""
+
+
 class EvaluatorContract:
-    """Override ``settings``: splits of some ten items are enough. ``live`` is tiny, random, and reads any text."""
+    """Override ``settings``: splits of some ten items are enough. ``live`` is tiny, random, and reads any text.
+
+    Attributes:
+        harmless: settings that change no score; a version need not follow from them.
+        changes: another valid value of a setting, where none can be made up from its type.
+    """
+
+    harmless: ClassVar[frozenset[str]] = HARMLESS
+    changes: ClassVar[Mapping[str, object]] = {}
 
     @pytest.fixture
     def settings(self) -> EvaluatorSettings:
@@ -164,6 +181,60 @@ class EvaluatorContract:
         assert rebuilt.version == evaluator.version
         for split in SPLITS:
             assert list(rebuilt.items(split)) == list(evaluator.items(split))
+
+    def test_the_version_follows_from_every_setting(self, settings: EvaluatorSettings, evaluator: Evaluator) -> None:
+        """Scores are kept by version: where it stays the same, scores of other settings are taken for its own.
+
+        Each setting is given another value. Names of files and models are left as they are, and so is a setting whose
+        other values are refused; ``changes`` gives one that is not.
+        """
+        missing = []
+        for name, field in type(settings).model_fields.items():
+            if name in self.harmless:
+                continue
+            values = [self.changes[name]] if name in self.changes else _others(field, getattr(settings, name))
+            other = next(_built(settings, name, values), evaluator)
+            if other is not evaluator and other.version == evaluator.version:
+                missing.append(name)
+        assert not missing, f"the version is the same with other values of {', '.join(missing)}"
+
+
+def _built(settings: EvaluatorSettings, name: str, values: Sequence[object]) -> Iterator[Evaluator]:
+    """The evaluators of the same settings with each of some values of one of them; refused values give none."""
+    for value in values:
+        try:
+            changed = type(settings).model_validate(settings.model_dump() | {name: value})
+            if changed != settings:  # zero has no half
+                yield changed.build()
+        except (ValidationError, InputError):
+            continue
+
+
+def _others(field: FieldInfo, value: object) -> Sequence[object]:
+    """Other values that a setting may have, the likelier to be valid first; none for files, models and mappings."""
+    kinds = _kinds(field.annotation)
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices:
+        return [choice for choice in choices if choice != value]
+    if MODEL in field.metadata or Path in kinds:
+        return []
+    if value is None:
+        made: dict[object, object] = {bool: True, int: 512, float: 0.5, str: "another"}
+        return [made[kind] for kind in kinds if kind in made]
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [value + 1, value - 1, value / 2, value / 4]
+    if isinstance(value, str):
+        return [f"{value} another"]
+    return [(*value, "another")] if isinstance(value, tuple) else []
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types that a value may have: of ``X | None``, X and None."""
+    alternatives = [] if get_origin(annotation) is Literal else get_args(annotation)
+    is_union = bool(alternatives) and get_origin(annotation) not in (tuple, list, dict)
+    return [kind for inner in alternatives for kind in _kinds(inner)] if is_union else [annotation]
 
 
 def _assert_agree(scores: ItemScores, whole: ItemScores, chosen: Sequence[int]) -> None:
