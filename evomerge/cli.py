@@ -535,7 +535,7 @@ def _command(folder: Path, verb: Literal["pause", "stop", "cancel"], server: str
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """The entry point: exit code 0 when done, 2 for bad input, 130 when interrupted and resumable."""
+    """The entry point: exit code 0 when done, 1 when failed, 2 for bad input, 130 when interrupted and resumable."""
     collect_rarely()
     run: Callable[..., Any] = app
     try:

@@ -22,6 +22,7 @@ from evomerge.checkpoints.checks import check_finite
 from evomerge.commands.calibrating import calibrate
 from evomerge.commands.changed import check_changed
 from evomerge.commands.controlling import control_winner
+from evomerge.commands.failing import failure_code
 from evomerge.commands.fitting import fit
 from evomerge.commands.selecting import select
 from evomerge.commands.souping import with_soups
@@ -217,6 +218,7 @@ def _drive(
             if ending.state == "finished" and _confirm(prepared, drive):
                 code, how, bound = 0, "continue with more", ending.bound
         console.print(panel(status_of(store)))
+        code = code or failure_code(store)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code, how = 2, "once that is fixed, resume"

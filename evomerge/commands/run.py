@@ -124,6 +124,7 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
         with acquire(store):  # first of all, so that a second driver is refused before it has cost anything
             file = resumed_file(folder, store, overrides)
             if _is_at_its_end(store, file):
+                from evomerge.commands.failing import failure_code
                 from evomerge.report.screen import panel
                 from evomerge.report.status import status_of
 
@@ -133,7 +134,7 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
                 console.print(
                     f"nothing to do: it is finished and confirmed; to continue with more: {more}", soft_wrap=True
                 )
-                return 0
+                return failure_code(store)
             check_early(file)
             with opening():
                 from evomerge.commands.driving import drive_again, reopen
@@ -202,6 +203,9 @@ def confirm(folder: Path) -> int:
     console = make_console()
     with ExitStack() as last, open_store(folder) as store, acquire(store):
         file = resumed_file(folder, store, ())
+        if not any(row.status == "done" for row in store.candidates(step=0)):
+            hint = f"Go on with the search: evomerge resume {shlex.quote(str(folder))}"
+            raise InputError(str(folder), "nothing is scored yet that could be confirmed", hint)
         if _has_nothing_to_confirm(store, file):
             console.print(panel(status_of(store)))
             console.print("nothing to confirm: all that would be scored has held-out scores", soft_wrap=True)

@@ -1,0 +1,27 @@
+"""What is said of a search whose candidates all failed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from evomerge.errors import InputError
+from evomerge.store import Store, summaries
+
+
+def all_failed(store: Store) -> InputError | None:
+    """The error of a search whose candidates have all failed, baselines aside; None where one is scored or to come.
+
+    It names the most frequent reason, and the latest candidate that failed for it, with its log.
+    """
+    counts = Counter(store.counts())
+    counts.subtract(row.status for row in summaries.baselines(store))
+    if {status for status, count in counts.items() if count} != {"failed"}:
+        return None
+    failures = {row.id: row.failure or {} for row in store.candidates(statuses=["failed"]) if row.step > 0}
+    ((reason, count),) = Counter(failure.get("reason") for failure in failures.values()).most_common(1)
+    example, failure = next(item for item in reversed(failures.items()) if item[1].get("reason") == reason)
+    share = "" if count == len(failures) else f"{count} of them "
+    problem = f"all {len(failures)} failed, {share}with '{reason}', such as {example}: {failure.get('message')}"
+    return InputError(
+        "candidates", problem, f"See {failure['log']} in the folder of the search." if failure.get("log") else ""
+    )
