@@ -27,7 +27,8 @@ from evomerge.checkpoints.live import live_model
 from evomerge.commands.look import send
 from evomerge.commands.run import resume
 from evomerge.errors import InputError
-from evomerge.report.screen import make_console, p_text
+from evomerge.report.consoles import make_console
+from evomerge.report.screen import p_text
 from evomerge.search.opening.session import recipe_of
 from evomerge.search.settings.folder import open_store
 from evomerge.search.settings.search_file import load_search_file

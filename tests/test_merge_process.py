@@ -37,6 +37,31 @@ print("grew", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+MEASURED_EXTRACTION = """
+import sys, threading
+from pathlib import Path
+from evomerge.commands.extract import Wanted, extract
+
+def anonymous():  # KB of memory that is no file's
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+peak, ended = [0], threading.Event()
+def watch():
+    while not ended.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+
+for model, base, out in (sys.argv[1:4], sys.argv[4:7]):
+    peak[0] = 0
+    ended.clear()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    extract(model, base, Path(out), Wanted(rank="8"))
+    ended.set()
+    thread.join()
+    print("peak", peak[0])
+"""
+
+
 def configuration(folder: Path, layers: int, width: int) -> Path:
     """Three models and a mergekit file that merges them by TIES."""
     folder.mkdir()
@@ -61,6 +86,22 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     grew = int(done.stdout.split("grew ")[1])
     assert grew < 100_000  # kilobytes
+
+
+@pytest.mark.nightly
+def test_memory_of_an_extraction_does_not_grow_with_the_depth(tmp_path: Path) -> None:
+    arguments = []
+    for layers in (2, 14):
+        config = tiny_config(num_hidden_layers=layers, hidden_size=384, intermediate_size=1536)
+        pair = [save_model(config, tmp_path / f"{name}{layers}", seed=seed) for seed, name in enumerate(("m", "b"))]
+        arguments += [*map(str, pair), str(tmp_path / f"out{layers}")]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED_EXTRACTION, *arguments],
+        capture_output=True, text=True, env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shallow, deep = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak"))
+    assert deep - shallow < 15_000  # KB; the changes of twelve layers are 100 MB
 
 
 KILLED = """

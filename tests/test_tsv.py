@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -198,3 +199,26 @@ def test_torch_uses_one_thread_in_each_that_merges() -> None:
             assert {torch.get_num_threads(), others.submit(torch.get_num_threads).result()} == {3}
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_threads_make_comes_in_order_and_never_much_of_it_waits() -> None:
+    begun: list[int] = []
+
+    def made(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.002 * (item % 3))
+        if item == 7:
+            raise InputError("x", "no seventh")
+        return item * item
+
+    def read() -> None:
+        for result in threads.in_order(made, range(50)):
+            seen.append(result)
+            assert max(begun) <= len(seen) - 1 + 2
+
+    threads, seen = WorkerThreads(2), list[int]()
+    with pytest.raises(InputError, match="no seventh"):
+        read()
+    assert seen == [0, 1, 4, 9, 16, 25, 36]
+    assert len(begun) <= 10
+    assert list(threads.in_order(str, [])) == []

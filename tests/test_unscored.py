@@ -10,7 +10,8 @@ from helpers_figures import create, search
 from helpers_search import drive, make_setup, simulate, weights_of
 from helpers_service import client_of, make_app
 
-from evomerge.report.screen import make_console, panel
+from evomerge.report.consoles import make_console
+from evomerge.report.screen import panel
 from evomerge.report.status import status_of
 from evomerge.search.pools.simulated import Simulation
 from evomerge.search.work.jobs import Failed, Job, Measured

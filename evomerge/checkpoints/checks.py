@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.folder import has, load_json
 from evomerge.checkpoints.kept_blueprints import blueprint
 from evomerge.checkpoints.parts import holders
@@ -128,6 +127,8 @@ def check_tensor(source: Source, name: str, tensor: torch.Tensor) -> None:
     Raises:
         InputError: naming it.
     """
+    from evomerge.checkpoints.finite import all_finite  # and numba, which those spare who look at no weight
+
     if not all_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise InputError(

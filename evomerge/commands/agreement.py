@@ -12,7 +12,7 @@ from evaluators.agreement import report, tables
 from evaluators.numerals import Language
 from evomerge.plugins import unknown_name
 from evomerge.printable import without_nan
-from evomerge.report.screen import make_console
+from evomerge.report.consoles import make_console
 
 
 def agreement(file: Path, language: str, *, as_json: bool) -> None:

@@ -20,8 +20,9 @@ from evomerge.objects import is_url
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.state_dict import StateDictRecipe
 from evomerge.report.basis import unconfirmed_text
-from evomerge.report.card import NAME, Provenance, papers, verification
+from evomerge.report.card import Provenance, papers, verification
 from evomerge.report.curse import curse_of
+from evomerge.report.licences import CARD
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.team import Team
 from evomerge.search.opening.session import contents_of, recipe_of
@@ -83,12 +84,12 @@ class Exporter:
                     checked.extend(compare(live, self.store, row, prepared, say=bar.say))
                 else:
                     checked.extend(reproduce(live, self.store, row, prepared, rounds=rounds, say=bar.say))
-                with (written / NAME).open("a", encoding="utf-8") as text:
+                with (written / CARD).open("a", encoding="utf-8") as text:
                     text.write(verification(checked, unlike, runs=recipe.kind != StateDictRecipe.kind))
 
             texts = papers(model.name, recipe, self.sources, provenance, stays=not is_url(out), unlike=unlike)
             if prepared is None:
-                texts[NAME] += verification(())
+                texts[CARD] += verification(())
             builder.export(recipe, model, texts=texts, check=check if prepared is not None else None, progress=bar)
         return Written(unlike, checked, unconfirmed)
 

@@ -18,13 +18,12 @@ from evomerge.commands.waiting import opening, progress_bar
 from evomerge.errors import InputError
 from evomerge.objects import is_url
 from evomerge.plugins import unknown_name
-from evomerge.search.settings.folder import open_store
-from evomerge.search.settings.resuming import resumed_file
-from evomerge.search.settings.search_file import SearchFile, load_search_file
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.source import Source
-    from evomerge.extraction.adapter import Extracting, Extraction, Loss
+    from evomerge.extraction.adapter import Extraction
+    from evomerge.extraction.held import Extracting, Loss
+    from evomerge.search.settings.search_file import SearchFile
 
 FULL = "full"
 _RANK = 32
@@ -53,8 +52,8 @@ class Wanted:
         Raises:
             InputError: a value is none of those that there are.
         """
-        from evomerge.extraction.adapter import EmbeddingForm, Extracting, Preset
         from evomerge.extraction.factors import RankRule
+        from evomerge.extraction.held import EmbeddingForm, Extracting, Preset
 
         for option, given, known in (
             ("--embeddings", self.embeddings, get_args(EmbeddingForm)), ("--preset", self.preset, get_args(Preset)),
@@ -96,7 +95,7 @@ def extract(
             "--compare-ranks", "is for scores of other ranks", "Say on which items: `--verify SEARCH.yaml`."
         )
     how, others = wanted.read(), [replace(wanted, rank=rank, energy=None).read() for rank in ranks]
-    file = None if verify is None else load_search_file(verify)
+    file = None if verify is None else _searched(verify)
     with opening():
         from evomerge.checkpoints.source import open_source
         from evomerge.extraction.adapter import check_pair
@@ -104,6 +103,12 @@ def extract(
         tuned, origin = open_source("model", model, place="MODEL"), open_source("base", base, place="--base")
         check_pair(tuned, origin)
     write_adapter(tuned, origin, out, how, file, others)
+
+
+def _searched(path: Path) -> SearchFile:
+    from evomerge.search.settings.search_file import load_search_file  # half a second, with what it can name
+
+    return load_search_file(path)
 
 
 def export_adapter(
@@ -115,6 +120,9 @@ def export_adapter(
     """
     if is_url(out) or form is not None:
         raise InputError("--as-adapter", "makes a folder of one form", "Leave --as out, and name a folder.")
+    from evomerge.search.settings.folder import open_store
+    from evomerge.search.settings.resuming import resumed_file
+
     check_target(Path(out))
     how = wanted.read()
     with open_store(folder) as store:
@@ -144,7 +152,7 @@ def write_adapter(
     """
     from evomerge.extraction.adapter import extract as make
     from evomerge.report.adapter import card
-    from evomerge.report.screen import make_console
+    from evomerge.report.consoles import make_console
 
     console = make_console()
     with progress_bar(console, "taking the difference apart") as update:
@@ -152,6 +160,9 @@ def write_adapter(
     console.print(_table(made.losses))
     what = f"rank {made.rank}, {made.size / 1e6:,.1f} MB, {made.lost:.2%} of the change's energy lost"
     console.print(f"extracted into {out}: {what}", style="bold")
+    if how.embeddings == FULL and made.copied > made.size / 2:
+        less = "--embeddings tokens holds changed rows alone, none leaves them as in the base"
+        console.print(f"{made.copied / 1e6:,.1f} MB of it are embeddings in full: {less}")
     if how.preset == "vllm":
         _say_vllm(console, base, out, made)
     if file is not None:
@@ -169,8 +180,6 @@ def _say_vllm(console: Console, base: Source, out: Path, made: Extraction) -> No
 
 def _table(losses: Sequence[Loss]) -> Table:
     """What is lost by kind of tensor; every single one is in the folder's extraction.json."""
-    from evomerge.extraction.adapter import share_of
-
     kinds: dict[str, list[Loss]] = defaultdict(list)
     for loss in losses:
         kinds[".".join(part for part in loss.tensor.split(".") if not part.isdecimal())].append(loss)
@@ -181,11 +190,11 @@ def _table(losses: Sequence[Loss]) -> Table:
         energy = sum(loss.energy for loss in of_kind)
         if energy == 0.0:
             continue
-        worst = max(of_kind, key=share_of)
+        worst = max(of_kind, key=lambda loss: loss.share)
         share = sum(loss.lost for loss in of_kind) / energy
         held = list(dict.fromkeys(loss.form for loss in of_kind if loss.energy))
         text = held[0] if len(held) == 1 else f"{held[0]} and {len(held) - 1} others"
-        table.add_row(kind, text, f"{share:.2%}", f"{share_of(worst):.2%} {worst.tensor}" if worst.lost else "")
+        table.add_row(kind, text, f"{share:.2%}", f"{worst.share:.2%} {worst.tensor}" if worst.lost else "")
     return table
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from evomerge.checkpoints.references import check_reference
-from evomerge.report.screen import make_console
+from evomerge.report.consoles import make_console
 
 
 def inspect(models: Sequence[str], base: str | None, *, as_json: bool) -> None:

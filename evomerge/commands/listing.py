@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.table import Table
 
 from evomerge.errors import InputError
+from evomerge.report.consoles import make_console
 from evomerge.report.entries import gap_text, value_text
 from evomerge.report.lists import Listed, searches_table
-from evomerge.report.screen import make_console
 from evomerge.search.estimation.preference import BEST
 from evomerge.search.settings.folder import is_search
 from evomerge.service.bodies import CandidateName, SearchSummary

@@ -100,7 +100,7 @@ def merge(
     from evomerge.commands.delivering import local_folder
     from evomerge.merging.building.builders import BuildContext, find_builder
     from evomerge.report.card import papers
-    from evomerge.report.screen import make_console
+    from evomerge.report.consoles import make_console
     from evomerge.report.serving import say
     from evomerge.search.workers.fitting import AnswersFit
 
@@ -163,7 +163,7 @@ def merge_tables(config: Mapping[str, Any], path: Path, root: Path, out: str | P
     from evomerge.commands.delivering import local_folder
     from evomerge.raw.merging import read_table_merge, summary, write_table_merge
     from evomerge.recipes.state_dict import Keys
-    from evomerge.report.screen import make_console
+    from evomerge.report.consoles import make_console
 
     known = get_args(Keys)
     if keys is not None and keys not in known:
@@ -185,8 +185,8 @@ def merge_state_dicts(path: Path, root: Path, out: str | Path, keys: str | None)
     from evomerge.raw.builder import StateDictBuilder, table_merge
     from evomerge.raw.merging import check_alike
     from evomerge.raw.table import open_table
+    from evomerge.report.consoles import make_console
     from evomerge.report.public_names import movable
-    from evomerge.report.screen import make_console
 
     if keys is not None:
         raise InputError("--keys", "is said by the recipe", "Leave it out, or set `keys:` there.")
@@ -369,7 +369,7 @@ def consolidate(checkpoint: Path, out: Path, model: Path) -> None:
     """Put a DeepSpeed ZeRO checkpoint together as a model folder."""
     check_target(out)
     from evomerge.checkpoints.zero import consolidate_zero
-    from evomerge.report.screen import make_console
+    from evomerge.report.consoles import make_console
 
     console = make_console()
     with progress_bar(console, "writing tensors") as update:

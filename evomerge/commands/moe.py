@@ -77,7 +77,7 @@ def assemble(path: Path, out: Path, architecture: Architecture | None = None) ->
     from evomerge.merging.building.builders import BuildContext, check_recipe
     from evomerge.mixture.builder import MixtureBuilder
     from evomerge.report.card import papers
-    from evomerge.report.screen import make_console
+    from evomerge.report.consoles import make_console
 
     sources = {name: replace(opened[reference], name=name) for name, reference in made.recipe.sources.items()}
     check_recipe(made.recipe, sources)
@@ -110,7 +110,7 @@ def prune(model: str, out: Path, keep: int, texts: Calibration | None, *, merged
     from evomerge.checkpoints.source import open_source
     from evomerge.merging.building.builders import CPU
     from evomerge.mixture.pruning import check_prunable, kept_experts, use_of_experts, write_pruned
-    from evomerge.report.screen import make_console
+    from evomerge.report.consoles import make_console
 
     source = open_source("model", model, place=model)
     check_prunable(source, keep)

@@ -11,8 +11,9 @@ from typing import Literal
 from rich.table import Table
 
 from evomerge.printable import without_nan
+from evomerge.report.consoles import make_console
 from evomerge.report.entries import Entry, value_text
-from evomerge.report.screen import make_console, panel, ranked, resume_lines
+from evomerge.report.screen import panel, ranked, resume_lines
 from evomerge.report.search_status import SearchStatus, preference_of, with_scalar
 from evomerge.search.settings.rebudget import bounds_of
 from evomerge.service.bodies import CandidateSummary

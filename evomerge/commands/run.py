@@ -36,8 +36,8 @@ def validate(path: Path, overrides: Sequence[str], *, show_prompt: bool = False,
     check_start(file)
     with opening():
         from evomerge.commands.driving import open_all
+        from evomerge.report.consoles import make_console
         from evomerge.report.plan import expected, plan, plan_rows
-        from evomerge.report.screen import make_console
 
         prepared = open_all(file)
     if as_json:
@@ -69,7 +69,7 @@ def select(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
     check_early(file)
     with opening():
         from evomerge.commands.driving import INTERRUPTED, drive_selection, open_all
-        from evomerge.report.screen import make_console
+        from evomerge.report.consoles import make_console
         from evomerge.report.selection import selection_of, selection_tables
 
         prepared = open_all(file)
@@ -96,8 +96,8 @@ def search(path: Path, folder: Path | None, overrides: Sequence[str]) -> int:
     check_start(file)
     with opening():
         from evomerge.commands.driving import drive_new, open_all
+        from evomerge.report.consoles import make_console
         from evomerge.report.plan import plan
-        from evomerge.report.screen import make_console
 
         prepared = open_all(file, folder)
     console = make_console()
@@ -113,7 +113,7 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
         place: the search's folder, or the URL of its copy in object storage, which is fetched first.
         into: with a URL, the folder to make.
     """
-    from evomerge.report.screen import make_console
+    from evomerge.report.consoles import make_console
 
     console = make_console()
     folder = _local(str(place), into, console)
@@ -197,7 +197,8 @@ def _local(place: str, into: Path | None, console: Console) -> Path:
 
 def confirm(folder: Path) -> int:
     """Score the front and the best on the held-out split; the exit code."""
-    from evomerge.report.screen import make_console, panel
+    from evomerge.report.consoles import make_console
+    from evomerge.report.screen import panel
     from evomerge.report.status import status_of
 
     console = make_console()
@@ -223,7 +224,7 @@ def team(folder: Path, members: int, *, as_json: bool) -> int:
     """Choose a team, score it on the held-out split, and say what it covers; the exit code."""
     from rich.console import Console
 
-    from evomerge.report.screen import make_console
+    from evomerge.report.consoles import make_console
     from evomerge.report.team import choose_team, team_of, team_tables
 
     console = make_console()

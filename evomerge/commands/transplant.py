@@ -46,7 +46,7 @@ def transplant(model: str, donor: str, out: Path, method: str, atoms: int | None
         from evomerge.checkpoints.transplant import transplanted
         from evomerge.merging.building.export import write_model
         from evomerge.recipes.stack import Blend, StackRecipe
-        from evomerge.report.screen import make_console
+        from evomerge.report.consoles import make_console
 
         own = open_source("model", model, place="MODEL")
         other = open_source("donor", donor, place="DONOR")

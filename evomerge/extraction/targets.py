@@ -21,6 +21,9 @@ Way = Literal["factors", "experts", "embedding", "bias", "full", "none"]
 the bias of a layer; a module's tensors in full; or not at all."""
 
 
+_KEPT = {torch.float32, torch.bfloat16, torch.float16}
+
+
 @dataclass(frozen=True)
 class Target:
     """A tensor of the model as transformers builds it.
@@ -116,6 +119,12 @@ def read_tensor(source: Source, target: Target, expert: int | None = None) -> Te
     for piece, whole in _pieces(source, target, tensor, expert):
         whole.copy_(piece)
     return tensor
+
+
+def stored_dtype(source: Source, target: Target) -> torch.dtype:
+    """The dtype of 16 or 32 bits that files hold a tensor in; float32 of several, of others, and under an adapter."""
+    found = {source.read_stored(name).dtype if source.is_mapped(name) else torch.float32 for name, _ in target.pieces}
+    return found.pop() if len(found) == 1 and found <= _KEPT else torch.float32
 
 
 def _pieces(source: Source, target: Target, tensor: Tensor, expert: int | None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from evomerge import __version__
 from evomerge.checkpoints.source import Source
 from evomerge.extraction.adapter import REPORT, Extraction
-from evomerge.report.card import NAME
-from evomerge.report.licences import UNKNOWN, licence_of
+from evomerge.report.licences import CARD, UNKNOWN, licence_of
 from evomerge.report.public_names import is_public, public_name
 
 _TEXT = """\
@@ -39,4 +38,4 @@ def card(title: str, model: Source, base: Source, made: Extraction) -> dict[str,
         head=head, title=title, model=public_name(model), base=public_name(base), rank=made.rank, lost=made.lost,
         report=REPORT, version=__version__,
     )  # fmt: skip
-    return {NAME: text}
+    return {CARD: text}

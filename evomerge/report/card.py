@@ -21,7 +21,7 @@ from evomerge.report import serving
 from evomerge.report.curse import Curse, curse_text
 from evomerge.report.curse_picture import curse_svg
 from evomerge.report.entries import Entry, interval_text, percent
-from evomerge.report.licences import UNKNOWN, licence_of, most_restrictive
+from evomerge.report.licences import CARD, UNKNOWN, licence_of, most_restrictive
 from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import is_front, roles_of
 from evomerge.report.public_names import hub_ids, is_public, movable, public_name, without_places
@@ -32,9 +32,6 @@ from evomerge.report.unmerged import unmerged_source
 from evomerge.search.driving.candidates import START
 from evomerge.store import CandidateRow, SearchRow
 from evomerge.store.rows import Estimate, candidate_id
-
-NAME = "README.md"
-"""The card's file in the exported folder."""
 
 _PLAIN_FOLDERS = ("stack", "staged", "mixture")
 """Kinds of recipes that are written as folders that every engine and converter reads."""
@@ -80,7 +77,7 @@ def papers(
     texts = {
         "recipe.yaml": dump_recipe(movable(recipe, stays=stays)),
         "lineage.json": lineage(recipe, sources, provenance),
-        NAME: card(title, recipe, sources, provenance, unlike),
+        CARD: card(title, recipe, sources, provenance, unlike),
     }
     depths = _depths(sources)
     if not is_plain(recipe, depths):

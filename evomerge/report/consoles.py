@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -23,6 +24,11 @@ class PrintableConsole(Console):
         """
         segments = map(_shown, super().render(renderable, options))
         return segments if self.is_terminal else _unpadded(segments)
+
+
+def make_console() -> Console:
+    """The console of every command: wide enough for tables when it is no terminal, and names are never markup."""
+    return PrintableConsole(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
 
 
 def _shown(segment: Segment) -> Segment:

@@ -20,6 +20,9 @@ _ORDER = (
 )  # fmt: skip
 UNKNOWN = "unknown"
 
+CARD = "README.md"
+"""The card's file in a model's folder."""
+
 _MOST_BYTES = 65_536
 _LINE = re.compile(r"""license:\s+(?P<quote>["']?)(?P<name>[\w.+-]{1,100})(?P=quote)\s*(#.*)?""", re.ASCII)
 
@@ -30,7 +33,7 @@ def licence_of(folder: Path) -> str:
     Only the line with the key is read: the card is somebody else's, and parsing all of its YAML can take for ever.
     """
     try:
-        with open_file(folder / "README.md", str(folder)) as stream:
+        with open_file(folder / CARD, str(folder)) as stream:
             lines = stream.read(_MOST_BYTES).decode("utf-8", "replace").splitlines()
     except (InputError, OSError):
         return UNKNOWN

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from evomerge.report.confirmed import Choice
-from evomerge.report.consoles import PrintableConsole
 from evomerge.report.entries import ConfirmedEntry, Entry, gap_text, percent, value_text
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
 from evomerge.report.picks import best_source, conclusions, gain_in, is_front, roles_of
@@ -35,11 +33,6 @@ _FRONT_ROWS = 8  # more would push the rest off a small terminal
 
 Rows = Sequence[Sequence[str]]
 AnyEntry = TypeVar("AnyEntry", bound=Entry)
-
-
-def make_console() -> Console:
-    """The console of every command: wide enough for tables when it is no terminal, and names are never markup."""
-    return PrintableConsole(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
 
 
 def panel(

@@ -1,8 +1,8 @@
 """What extracting an adapter costs next to mergekit-extract-lora, in one run. Prints a table.
 
 A bfloat16 model of 468 M parameters and one that differs from it in every weight, rank 32, whole commands on two cores
-in turns: process start, reading, the decomposition of 168 matrices, writing. Memory is the largest resident set of a
-process, with what it maps of the models. On a machine that others use, too, seconds of processors say more than the
+in turns: process start, reading, the decomposition of 168 matrices, writing. Memory is what is no file's: the models are
+mapped, and the system takes those pages back when it needs them; the largest resident set has them in it. On a machine that others use, too, seconds of processors say more than the
 clock. Energy lost is of the linear layers, each adapter's own.
 
     python scripts/bench/extract.py --mergekit PYTHON [--layers 24] [--rank 32] [--rounds 3] [--json FILE]
@@ -32,6 +32,8 @@ CORES = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 """Threads that wait for each other sleep, so that processor seconds are of work."""
 
 OURS, THEIRS = "evomerge extract", "mergekit-extract-lora"
+_LOOKS_EVERY_S = 0.02  # at a process's memory
+
 LARGEST = 4096 * 1024 * 4 / 1e9
 """GB of the largest matrix of the layers in float32, in which both decompose it."""
 
@@ -40,21 +42,32 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @dataclass(frozen=True)
 class Run:
-    """What a process took: seconds by the clock and of processors, and the most memory."""
+    """What a process took: seconds by the clock and of processors, and the most memory, with and without files."""
 
     seconds: float
     cpu_seconds: float
     peak_gb: float
+    own_gb: float
 
 
 def run(command: list[str]) -> Run:
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | CORES)
-    _, status, used = os.wait4(process.pid, 0)
+    own = 0
+    while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+        own = max(own, anonymous(process.pid))
+        time.sleep(_LOOKS_EVERY_S)
+    _, status, used = ended
     if status:
         raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
     took = time.perf_counter() - begin
-    return Run(took, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9)
+    return Run(took, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9, own / 1e9)
+
+
+def anonymous(process: int) -> int:
+    """Bytes of a process's memory that are of no file; 0 of one that has ended and that nobody has waited for."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def lost(folder: Path, adapter: Path, layers: int) -> float:
@@ -111,7 +124,10 @@ def main() -> None:
                 share[name] = lost(folder, folder / name, given.layers)
                 shutil.rmtree(folder / name)
                 times = f"{took.seconds:7.1f} s {took.cpu_seconds:7.1f} s of processors"
-                print(f"{name:22} {times} {took.peak_gb:6.2f} GB  {share[name]:.2%} lost", flush=True)
+                print(
+                    f"{name:22} {times} {took.own_gb:6.2f} GB, {took.peak_gb:6.2f} GB with files  {share[name]:.2%} lost",
+                    flush=True,
+                )
     ratios = {
         key: [getattr(theirs, key) / getattr(ours, key) for ours, theirs in zip(runs[OURS], runs[THEIRS], strict=True)]
         for key in ("seconds", "cpu_seconds")

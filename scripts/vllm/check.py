@@ -68,8 +68,9 @@ def export_adapter(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from evomerge.checkpoints.source import open_source
-    from evomerge.extraction.adapter import Extracting, extract
+    from evomerge.extraction.adapter import extract
     from evomerge.extraction.factors import RankRule
+    from evomerge.extraction.held import Extracting
 
     maths, base = (open_source(n, str(ROOT / "examples" / "miniatures" / n), place=n) for n in ("maths", "base"))
     extract(maths, base, folder / "adapter", Extracting(RankRule(energy=0.9), preset="vllm"))

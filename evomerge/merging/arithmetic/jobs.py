@@ -8,9 +8,10 @@ threads.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ PIECE = 1 << 19  # elements: 1 MB of bfloat16, some 50 microseconds of work
 _STREAM_BYTES = 1 << 22  # from this size on a tensor is written past the caches: most of it would not stay there
 _local = threading.local()
 _setting_threads = threading.Lock()
+
+Item, Made = TypeVar("Item"), TypeVar("Made")
 
 Piece = tuple[int, int]
 """Elements ``begin`` to ``end`` - 1 of a flat tensor."""
@@ -143,6 +146,22 @@ class WorkerThreads:
 
         for done in [self._pool.submit(serve) for _ in range(self._threads)]:
             done.result()
+
+    def in_order(self, work: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+        """What ``work`` makes of every item, in the order of the items; no more of it waits than there are threads."""
+        self._begin()
+        waiting: deque[Future[Made]] = deque()
+        try:
+            for item in items:
+                waiting.append(self._pool.submit(work, item))
+                if len(waiting) > self._threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for left in waiting:
+                left.cancel()
+            wait(waiting)
 
     def _begin(self) -> None:
         """Have every thread there: one that begins later changes for a moment what torch uses in other new ones."""

@@ -9,6 +9,7 @@ from fastapi.responses import HTMLResponse
 
 from evomerge.errors import InputError
 from evomerge.report.entries import SOURCE
+from evomerge.report.licences import CARD
 from evomerge.report.search_status import SearchStatus
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.service.api.searches import status_with
@@ -21,8 +22,6 @@ from evomerge.service.pages.search import choices, place
 from evomerge.service.problems import ProblemError
 
 router = APIRouter(include_in_schema=False)
-
-CARD_NAME = "README.md"
 
 
 @router.get("/searches/{name}/exports")
@@ -62,7 +61,7 @@ def _card(known: Exporter, name: str, export: Export) -> Card | None:
     if export.state != "done":
         return None
     try:
-        text = known.file(name, export.id, CARD_NAME).read_text(encoding="utf-8", errors="replace")
+        text = known.file(name, export.id, CARD).read_text(encoding="utf-8", errors="replace")
     except (ProblemError, OSError):
         return None
     return card_of(text, f"{api_url(name)}/exports/{export.id}/files/")
