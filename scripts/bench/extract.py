@@ -1,9 +1,10 @@
 """What extracting an adapter costs next to mergekit-extract-lora, in one run. Prints a table.
 
 A bfloat16 model of 468 M parameters and one that differs from it in every weight, rank 32, whole commands on two cores
-in turns: process start, reading, the decomposition of 168 matrices, writing. Memory is what is no file's: the models are
-mapped, and the system takes those pages back when it needs them; the largest resident set has them in it. On a machine that others use, too, seconds of processors say more than the
-clock. Energy lost is of the linear layers, each adapter's own.
+in turns: process start, reading, the decomposition of 168 matrices, writing. Memory is what is no file's: models are
+mapped, and the system takes those pages back when it needs them; the most that is resident has them in it. On a machine
+that others use, too, seconds of processors say more than the clock. Energy lost is of the linear layers, each
+adapter's own.
 
     python scripts/bench/extract.py --mergekit PYTHON [--layers 24] [--rank 32] [--rounds 3] [--json FILE]
 
@@ -53,21 +54,26 @@ class Run:
 def run(command: list[str]) -> Run:
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | CORES)
-    own = 0
+    most: dict[str, int] = {}
     while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-        own = max(own, anonymous(process.pid))
+        most = {key: max(now, most.get(key, 0)) for key, now in memory(process.pid).items()}
         time.sleep(_LOOKS_EVERY_S)
     _, status, used = ended
     if status:
         raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
     took = time.perf_counter() - begin
-    return Run(took, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9, own / 1e9)
+    # Not what wait4 says: the most of a process begins there with what its parent had when it started it.
+    return Run(took, used.ru_utime + used.ru_stime, most["VmHWM"] / 1e9, most["RssAnon"] / 1e9)
 
 
-def anonymous(process: int) -> int:
-    """Bytes of a process's memory that are of no file; 0 of one that has ended and that nobody has waited for."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+def memory(process: int) -> dict[str, int]:
+    """Bytes that a process had resident at most so far, and that it has of no file; 0 of one that has ended."""
+    found = dict.fromkeys(("VmHWM", "RssAnon"), 0)
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key in found:
+            found[key] = int(value.split()[0]) * 1024
+    return found
 
 
 def lost(folder: Path, adapter: Path, layers: int) -> float:
@@ -124,10 +130,8 @@ def main() -> None:
                 share[name] = lost(folder, folder / name, given.layers)
                 shutil.rmtree(folder / name)
                 times = f"{took.seconds:7.1f} s {took.cpu_seconds:7.1f} s of processors"
-                print(
-                    f"{name:22} {times} {took.own_gb:6.2f} GB, {took.peak_gb:6.2f} GB with files  {share[name]:.2%} lost",
-                    flush=True,
-                )
+                sizes = f"{took.own_gb:6.2f} GB, {took.peak_gb:6.2f} GB with files"
+                print(f"{name:22} {times} {sizes}  {share[name]:.2%} lost", flush=True)
     ratios = {
         key: [getattr(theirs, key) / getattr(ours, key) for ours, theirs in zip(runs[OURS], runs[THEIRS], strict=True)]
         for key in ("seconds", "cpu_seconds")

@@ -24,7 +24,8 @@ _STREAM_BYTES = 1 << 22  # from this size on a tensor is written past the caches
 _local = threading.local()
 _setting_threads = threading.Lock()
 
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 Piece = tuple[int, int]
 """Elements ``begin`` to ``end`` - 1 of a flat tensor."""
