@@ -1,7 +1,8 @@
 """How often a race is wrong: candidates that it eliminates though the optimizer would have learnt from them.
 
 Generations of searches that scored every candidate on every item (recorded by ``search_cost.py``, or simulated here)
-are raced again from their scores. A candidate is wrongly eliminated when it is among the best ``keep`` by all items.
+are raced again from their scores, by rungs of fewer items than they have. A candidate is wrongly eliminated when it is
+among the best ``keep`` by all items.
 
     python scripts/bench/racing.py [--recorded FOLDER] [--json docs/racing.json]
 
@@ -24,7 +25,7 @@ from evomerge.search.estimation.racing import surely_better, verdicts
 from evomerge.store import Store
 
 Losses = NDArray[np.float64]
-RUNGS = ((25, 75), (50, 150), (100, 300))
+RUNGS = ((25, 50), (25, 75), (50, 150), (100, 300))
 CONFIDENCES = (0.8, 0.9, 0.95)
 ORDERS = 10  # of items, for each recorded search
 
@@ -84,11 +85,11 @@ def race(losses: Losses, order: ItemOrder, rungs: Sequence[int], keep: int, conf
 
 
 def recorded(folder: Path) -> Iterator[list[Losses]]:
-    """Each search's generations, baselines first."""
+    """The generations of each search by CMA-ES that scored every candidate on all items, baselines first."""
     for path in sorted(folder.glob("*/search.db")):
         with Store.open(path) as store:
             settings = store.search().settings
-            if settings.get("racing") or settings.get("screen"):
+            if settings.get("racing") or settings.get("screen") or settings["optimizer"]["name"] != "cma":
                 continue
             (objective,) = store.search().fingerprints["objectives"]
             sign = -1.0 if objective["maximise"] else 1.0
@@ -120,9 +121,10 @@ def simulated(searches: int, items: int = 500, population: int = 9) -> Iterator[
 def measure(searches: Sequence[list[Losses]], orders: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for rungs in RUNGS:
-        for confidence in CONFIDENCES:
+        longer = [search for search in searches if search[0].shape[1] > rungs[-1]]
+        for confidence in CONFIDENCES if longer else ():
             tally = Tally()
-            for number, (baselines, *generations) in enumerate(searches):
+            for number, (baselines, *generations) in enumerate(longer):
                 for seed in range(orders):
                     order = item_order(baselines, 1000 * number + seed)
                     for losses in generations:
