@@ -294,9 +294,9 @@ def _write_at(stream: BinaryIO, raw: memoryview, offset: int) -> None:
 
 
 def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
+    with stream:
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _size(count: int) -> str:
