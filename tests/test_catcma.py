@@ -335,6 +335,7 @@ def test_long_searches_go_on(space: list[Parameter]) -> None:
     assert len({genome.tobytes() for genome in late}) > 1
 
 
+@pytest.mark.nightly  # processes; test_optimizers has it of cma
 def test_same_bits_on_any_number_of_threads() -> None:
     """A full covariance matrix of 100 parameters: two threads of OpenBLAS do differ from one there."""
     code = """if True:

@@ -266,6 +266,7 @@ assert not any(name == "evomerge" or name.startswith("evomerge.") for name in sy
 """
 
 
+@pytest.mark.nightly  # a process that imports everything; test_verifying compares exports in this one
 def test_a_process_without_evomerge_generates_what_the_candidate_did(exported: Path, searched: Path) -> None:
     from evomerge.merging.materialise import Materialiser
     from evomerge.search.preparing.prepare import open_sources
@@ -565,6 +566,7 @@ def test_the_knee_and_a_named_candidate_are_exported(searched: Path, tmp_path: P
         assert (out / "model.safetensors").is_file()
 
 
+@pytest.mark.nightly  # test_service_walk pauses and resumes by the same commands of the store
 def test_a_pause_from_another_terminal_is_heard_and_resume_wakes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -412,6 +412,7 @@ def test_cycle_qd_covers_as_much_as_archives_of_ribs_in_turn() -> None:
     )
 
 
+@pytest.mark.nightly  # test_plugins searches and resumes an archive
 def test_map_elites_is_searched_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = {"task": "mini_math_ja", "search": "validation[:10]", "held_out": "test[:4]"}
     changes = {

@@ -84,6 +84,7 @@ def told(folder: Path) -> int:
         return sum(step.kind == "tell" for step in store.steps())
 
 
+@pytest.mark.nightly  # a process that imports everything; signals are those of test_control, resuming that of kill -9
 @pytest.mark.timeout(300)
 def test_ctrl_c_stops_with_code_130_and_the_line_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = short_search_file(tmp_path, budget={"candidates": 2000})

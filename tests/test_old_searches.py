@@ -110,6 +110,7 @@ def race(folder: Path) -> None:
     print(json.dumps(candidates(folder)))
 
 
+@pytest.mark.nightly  # every format of store goes on above
 def test_a_race_goes_on(tmp_path: Path) -> None:
     """With the kernels that it was recorded with: OpenBLAS chooses them by the processor when it is loaded, and the
     last bit of CMA-ES's genomes hangs on that."""

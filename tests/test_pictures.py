@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ def encoded(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
     return stream.getvalue()
 
 
+def large(side: int) -> bytes:
+    """A picture that says it is large, of which nothing but the head is read before it is refused."""
+    small = encoded(Image.new("1", (1, 1)))
+    head = b"IHDR" + side.to_bytes(4, "big") * 2 + small[24:29]  # its width and height, and as before its depth
+    return small[:12] + head + zlib.crc32(head).to_bytes(4, "big") + small[33:]
+
+
 def turned() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -42,8 +50,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "truncated png": (encoded(drawn(64, 64))[:-400], "is cut or damaged"),
     "truncated jpeg": (encoded(drawn(64, 64), "JPEG")[:-300], "is cut or damaged"),
     "header alone": (encoded(drawn())[:20], "is cut or damaged|is no picture"),
-    "huge": (encoded(Image.new("1", (9000, 9000))), "has 9,000 by 9,000 pixels; there may be 64,000,000"),
-    "a bomb": (encoded(Image.new("1", (30000, 30000))), "DecompressionBomb|by 30,000 pixels"),
+    "huge": (large(9000), "has 9,000 by 9,000 pixels; there may be 64,000,000"),
+    "a bomb": (large(30000), "DecompressionBomb|by 30,000 pixels"),
     "animated gif": (encoded(drawn(), "GIF", save_all=True, append_images=[drawn(seed=1)]), "is animated"),
     "animated png": (encoded(drawn(), save_all=True, append_images=[drawn(seed=1)]), "is animated"),
     "pages": (encoded(drawn(), "TIFF", save_all=True, append_images=[drawn(seed=1)]), "several pages"),

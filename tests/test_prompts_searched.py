@@ -43,6 +43,7 @@ def prompts_file(folder: Path, prompts: dict[str, Path], *names: str, space: Any
     return search_file(folder, **{**file, **changes})
 
 
+@pytest.mark.nightly  # prefixes are, below
 def test_soft_prompts_are_searched_and_exported(prompts: dict[str, Path], tmp_path: Path) -> None:
     file = prompts_file(tmp_path, prompts, "started1", "started2", space={"arithmetic": True, "tokens": 6})
     assert evomerge("search", file, "--dir", tmp_path / "search") == 0

@@ -23,6 +23,7 @@ def everything(store: Store) -> list[tuple[object, ...]]:
     return found
 
 
+@pytest.mark.nightly  # test_store_postgres holds both databases to one contract
 def test_a_search_is_the_same_in_either_database_and_goes_on_there(
     tmp_path: Path, postgres: Server, database: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
