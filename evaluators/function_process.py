@@ -32,8 +32,8 @@ LARGEST = 3.4028234663852886e38
 PICTURES = "pictures"
 """The key under which a function may return pictures beside numbers."""
 
-_MOST_BYTES = 1 << 30
-_MOST_SHOWN = 100
+_MAX_BYTES = 1 << 30
+_MAX_SHOWN = 100
 
 
 def send(channel: socket.socket, message: Mapping[str, Any]) -> None:
@@ -50,7 +50,7 @@ def receive(channel: socket.socket) -> dict[str, Any] | None:
     """
     head = _read(channel, 8)
     size = int.from_bytes(head, "big")
-    if size > _MOST_BYTES:
+    if size > _MAX_BYTES:
         raise ValueError(f"a message of {size} bytes")
     content = _read(channel, size) if head else b""
     return json.loads(content) if content else None
@@ -220,7 +220,7 @@ def _numbers(returned: Any, count: int) -> list[float] | dict[str, Any]:
 
 def _shown(value: object) -> str:
     try:
-        return repr(value)[:_MOST_SHOWN]
+        return repr(value)[:_MAX_SHOWN]
     except ValueError:  # a whole number of thousands of digits
         return f"a number of {type(value).__name__} that is too large"
 

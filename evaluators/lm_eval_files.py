@@ -21,7 +21,7 @@ from evomerge.yaml import check_yaml
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 
-_MOST_BYTES = 1_000_000  # of a task file
+_MAX_BYTES = 1_000_000  # of a task file
 _MANY_BRACKETS = 1_000
 _NAMES = re.compile(rb"^[ \t-]*[\"']?(?:task|group|tag)[\"']?:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
 
@@ -112,7 +112,7 @@ def _task_files(folder: Path) -> Iterator[Path]:
 def _content(file: Path) -> bytes:
     """What a task file says; nothing where it is no plain file, which is said when the task is loaded."""
     try:
-        if file.is_file() and file.stat().st_size <= _MOST_BYTES:
+        if file.is_file() and file.stat().st_size <= _MAX_BYTES:
             return file.read_bytes()
     except OSError:
         pass

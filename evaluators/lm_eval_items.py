@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SPEC = re.compile(r"(?P<name>[^\[\]]+?)\s*(\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\])?")
 
-_MOST_DIGITS = 18
+_MAX_DIGITS = 18
 
 FEWSHOT_SEED = 1234  # lm-eval's default
 
@@ -102,7 +102,7 @@ def _read_split(task: ConfigurableTask, spec: str, place: str, processed: dict[s
             raise explain(error, place) from error
     docs = processed[source]
     # More digits than any number of items has would be no number to Python.
-    start, stop = (None if bound is None else int(bound[:_MOST_DIGITS]) for bound in (match["start"], match["stop"]))
+    start, stop = (None if bound is None else int(bound[:_MAX_DIGITS]) for bound in (match["start"], match["stop"]))
     rows = range(len(docs))[start:stop]
     if not rows:
         raise InputError(place, f"{spec!r} has no items; {source!r} has {len(docs)}")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from evaluators.lm_eval import LmEvalSettings
 
 LIBRARY_TASKS = library_tasks()
-_MOST_CHARACTERS, _MOST_SECONDS, _MOST_TURNS = 10_000_000, 5.0, 1_000_000  # of a template and one item
+_MAX_CHARACTERS, _MAX_SECONDS, _MAX_TURNS = 10_000_000, 5.0, 1_000_000  # of a template and one item
 TASK_KEYS = {field.name for field in dataclasses.fields(TaskConfig)} | {"class", "group", "task_list"}
 
 
@@ -54,7 +54,7 @@ def _apply_template(template: str, doc: Mapping[str, Any]) -> str:
     for piece in _compiled(template).generate(**doc):
         pieces.append(piece)
         size += len(piece)
-        if size > _MOST_CHARACTERS or time.thread_time() - started > _MOST_SECONDS:
+        if size > _MAX_CHARACTERS or time.thread_time() - started > _MAX_SECONDS:
             raise ValueError(f"its template has made {size:,} characters of an item, and does not end")
     return "".join(pieces)
 
@@ -62,7 +62,7 @@ def _apply_template(template: str, doc: Mapping[str, Any]) -> str:
 def _range(*bounds: int) -> range:
     """Jinja's ``range``, of no more numbers than a prompt could tell."""
     numbers = range(*bounds)
-    if len(numbers) > _MOST_TURNS:
+    if len(numbers) > _MAX_TURNS:
         raise ValueError(f"its template counts to {len(numbers):,}")
     return numbers
 
@@ -214,8 +214,8 @@ def _check_generation(wanted: Mapping[str, Any], place: str) -> None:
         raise InputError(f"{place}.until", "is neither a text nor a list of texts", 'Write `until: ["\\n"]`.')
     for key, value in wanted.items():
         a_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key in _ANSWER_LENGTHS and not (isinstance(value, int) and a_number and 1 <= value <= _MOST_TOKENS):
-            raise InputError(f"{place}.{key}", f"must be a whole number from 1 to {_MOST_TOKENS:,}")
+        if key in _ANSWER_LENGTHS and not (isinstance(value, int) and a_number and 1 <= value <= _MAX_TOKENS):
+            raise InputError(f"{place}.{key}", f"must be a whole number from 1 to {_MAX_TOKENS:,}")
         if key in _NUMBERS and value is not None and not (a_number and math.isfinite(value)):
             raise InputError(f"{place}.{key}", "must be a finite number")
         if key in _SWITCHES and value is not None and not isinstance(value, bool):
@@ -223,7 +223,7 @@ def _check_generation(wanted: Mapping[str, Any], place: str) -> None:
 
 
 _ANSWER_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_MOST_TOKENS = 2**31 - 1
+_MAX_TOKENS = 2**31 - 1
 _NUMBERS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "length_penalty", "num_beams")
 _SWITCHES = ("do_sample", "early_stopping", "use_cache")
 _GENERATION_KEYS = {*vars(GenerationConfig()), *_ANSWER_LENGTHS, "until"}

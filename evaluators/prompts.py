@@ -20,7 +20,7 @@ ENCODING = "tokens 2"
 """Part of an evaluator's version: changes whenever equal texts could become other tokens."""
 
 _FITTING = 64
-_MOST_TOKENISED = 4096
+_MAX_TOKENISED = 4096
 _NAMED = 3
 
 
@@ -255,7 +255,7 @@ def too_long(asked: Callable[[int], Sequence[Prompt]], sizes: Sequence[int]) -> 
         sizes: about how long each item is. The longest are looked at first, until many in a row fit.
     """
     fitting = 0
-    for position in sorted(range(len(sizes)), key=lambda i: -sizes[i])[:_MOST_TOKENISED]:
+    for position in sorted(range(len(sizes)), key=lambda i: -sizes[i])[:_MAX_TOKENISED]:
         longest = max(asked(position), key=lambda prompt: prompt.lost, default=None)
         if longest is None or not longest.lost:
             fitting += 1

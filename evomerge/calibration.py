@@ -17,7 +17,7 @@ from evomerge.errors import InputError
 from evomerge.json_lines import read_lines, text_lines
 from evomerge.plugins import unknown_name
 
-_LEAST_CHARACTERS = 20
+_MIN_CHARACTERS = 20
 """What is shorter says next to nothing of what layers are given."""
 
 _MISSING_HINT = "Give texts for all sources that have none of their own, or for each of these."
@@ -137,8 +137,8 @@ def read_texts(file: Path, prompts: int, place: str) -> list[str]:
     """
     texts = []
     for line_place, text in islice(_texts(file, place), prompts):
-        if len(text) < _LEAST_CHARACTERS:
-            problem = f"has {len(text)} characters; a text of fewer than {_LEAST_CHARACTERS} calibrates nothing"
+        if len(text) < _MIN_CHARACTERS:
+            problem = f"has {len(text)} characters; a text of fewer than {_MIN_CHARACTERS} calibrates nothing"
             raise InputError(line_place, problem, "Give whole sentences, such as prompts of the task.")
         texts.append(text)
     if not texts:

@@ -29,9 +29,9 @@ GGUF = ".gguf"
 TENSORS = ".safetensors"
 """The end of the name of a file of tensors, which is a model by itself where it is a table of these."""
 
-_MOST_VALUES = 5_000_000  # in one JSON text; as Python objects they take some 500 MB
-_MOST_DEEP = 100
-_MOST_DIGITS = 40  # 10**30 is what tokenizers write for "no limit"
+_MAX_VALUES = 5_000_000  # in one JSON text; as Python objects they take some 500 MB
+_MAX_DEEP = 100
+_MAX_DIGITS = 40  # 10**30 is what tokenizers write for "no limit"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 _KINDS = {
@@ -135,12 +135,12 @@ def parse_json(raw: bytes, *, unique: bool = False) -> Any:
         ValueError: it is no JSON, beyond a bound, or holds half of a surrogate pair, which no file can be written with.
     """
     values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
-    if values > _MOST_VALUES:
-        raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
+    if values > _MAX_VALUES:
+        raise ValueError(f"it holds more than {_MAX_VALUES:,} values")
     try:
         content = json.loads(raw.decode("utf-8"), parse_int=_integer, object_pairs_hook=_unique if unique else None)
     except RecursionError:
-        raise ValueError(f"it is nested more than {_MOST_DEEP} deep") from None
+        raise ValueError(f"it is nested more than {_MAX_DEEP} deep") from None
     _check_depth(content)
     if _SURROGATE.search(raw):
         try:
@@ -190,7 +190,7 @@ def _why_not(error: OSError | ValueError) -> str:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
+    if len(digits) > _MAX_DIGITS:
         raise ValueError(f"it holds a whole number of {len(digits):,} digits")
     return int(digits)
 
@@ -206,7 +206,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_depth(content: Any) -> None:
     level = [content]
-    for _ in range(_MOST_DEEP):
+    for _ in range(_MAX_DEEP):
         level = [
             value
             for outer in level
@@ -215,7 +215,7 @@ def _check_depth(content: Any) -> None:
         ]
         if not level:
             return
-    raise ValueError(f"it is nested more than {_MOST_DEEP} deep")
+    raise ValueError(f"it is nested more than {_MAX_DEEP} deep")
 
 
 def is_model_here(path: str) -> bool:

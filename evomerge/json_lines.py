@@ -11,7 +11,7 @@ from typing import Any
 from evomerge.errors import InputError
 from evomerge.files import open_file, parse_json
 
-_MOST_BYTES = 2_000_000_000  # of a file
+_MAX_BYTES = 2_000_000_000  # of a file
 _LINE_BYTES = 8_000_000  # an item of as many is beyond any model's context
 
 
@@ -58,7 +58,7 @@ def text_lines(file: Path, name: str | None = None) -> Iterator[tuple[str, str]]
         which = "" if name is None else f": {file}"
         hint = "A path is relative to the folder of the search file."
         raise InputError(name or str(file), f"there is no such file{which}", hint)
-    with open_file(file, name or str(file), _MOST_BYTES) as stream:
+    with open_file(file, name or str(file), _MAX_BYTES) as stream:
         for number in itertools.count(1):
             raw = stream.readline(_LINE_BYTES + 1)  # in bytes, for text would also be cut inside of it, at U+2028
             if not raw:

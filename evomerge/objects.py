@@ -29,7 +29,7 @@ _EXTRAS = {"s3": "s3", "s3a": "s3"}  # the extra of ours that brings what a kind
 _SECRET_NAME = re.compile(r"KEY|SECRET|TOKEN|PASSWORD", re.IGNORECASE)
 _SECRET_LENGTH = 8  # what is shorter is no secret, and would be found in ordinary words
 _WITH_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]*@")
-_MOST_SHOWN = 300  # characters of what a storage's library says
+_MAX_SHOWN = 300  # characters of what a storage's library says
 
 
 _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "created")
@@ -209,4 +209,4 @@ def _public(error: Exception) -> str:
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= _SECRET_LENGTH:
             text = text.replace(value, "***")
-    return _WITH_PASSWORD.sub("://***@", text)[:_MOST_SHOWN]
+    return _WITH_PASSWORD.sub("://***@", text)[:_MAX_SHOWN]

@@ -143,7 +143,7 @@ NOUNS: Mapping[str, str] = {
 
 Base = TypeVar("Base")
 
-_MOST_NAME, _MOST_LISTED = 100, 300  # characters
+_MAX_NAME, _MAX_LISTED = 100, 300  # characters
 
 
 def plugins(group: str) -> Mapping[str, EntryPoint]:
@@ -224,14 +224,14 @@ def _load(point: EntryPoint) -> object:
 def unknown_name(name: str, known: Iterable[str], place: str, noun: str) -> InputError:
     """The error for a name that is not among those known: the nearest is named, or as many as fit on a line or two."""
     names = sorted(known)
-    near = difflib.get_close_matches(name[:_MOST_NAME], names, n=1)
+    near = difflib.get_close_matches(name[:_MAX_NAME], names, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"There are: {_listed(names)}."
-    return InputError(place, f"there is no {noun} {printable(name, _MOST_NAME)!r}", hint)
+    return InputError(place, f"there is no {noun} {printable(name, _MAX_NAME)!r}", hint)
 
 
 def _listed(names: Sequence[str]) -> str:
     ends = itertools.accumulate(len(name) + 2 for name in names)
-    fitting = sum(end <= _MOST_LISTED for end in ends)
+    fitting = sum(end <= _MAX_LISTED for end in ends)
     if fitting == len(names):
         return ", ".join(names)
     return f"{', '.join(names[:fitting])} and {len(names) - fitting:,} more"

@@ -12,14 +12,14 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MOST_CHARACTERS = 480
+MAX_CHARACTERS = 480
 """Of a message, so that it stays below 500 with what a command puts before it."""
 
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 """Characters that print nothing although they are letters or marks to Unicode."""
 
 
-def printable(text: str, most: int = MOST_CHARACTERS) -> str:
+def printable(text: str, most: int = MAX_CHARACTERS) -> str:
     """A text on one line of at most ``most`` characters, what cannot be seen written as an escape (``\\x1b``).
 
     What is left out of the middle is marked by an ellipsis. A text that is printable and short enough stays as it is.
@@ -34,7 +34,7 @@ def printable(text: str, most: int = MOST_CHARACTERS) -> str:
     return f"{text[:start]}…{text[len(text) - (most - start - 1) :]}"
 
 
-def fitted(texts: Sequence[str], most: int = MOST_CHARACTERS) -> list[str]:
+def fitted(texts: Sequence[str], most: int = MAX_CHARACTERS) -> list[str]:
     """Texts that are printed together, printable and of at most ``most`` characters in all: the longest are cut."""
     shown = [printable(text, most) for text in texts]
     room = dict.fromkeys(range(len(shown)), 0)

@@ -14,12 +14,12 @@ import yaml
 
 from evomerge.errors import InputError
 
-MOST_VALUES = 200_000
+MAX_VALUES = 200_000
 """Of a text, and of what it says once its aliases are written out."""
 
-_MOST_DEEP = 100
-_MOST_SCALAR = 1_000_000  # characters
-_MOST_DIGITS = 40
+_MAX_DEEP = 100
+_MAX_SCALAR = 1_000_000  # characters
+_MAX_DIGITS = 40
 _LONG = 100_000  # characters that the slower of the two parsers need not look at when the other finds fault with them
 _MERGE = "tag:yaml.org,2002:merge"
 _STR, _INT = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
@@ -58,7 +58,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         digits = str(node.value)
-        if len(digits) > _MOST_DIGITS:
+        if len(digits) > _MAX_DIGITS:
             raise _fault(node, f"a whole number of {len(digits):,} digits")
         if re.fullmatch(r"[-+]?0[0-9_]+", digits):
             raise _fault(node, f"{digits} may be meant in tens or in eights; leave the zero out, or put it in quotes")
@@ -91,7 +91,7 @@ _StrictLoader.yaml_implicit_resolvers = {
 }
 
 
-def load_yaml(text: str, place: str, *, most_values: int = MOST_VALUES) -> Any:
+def load_yaml(text: str, place: str, *, most_values: int = MAX_VALUES) -> Any:
     """The content of one YAML document; None when it is empty.
 
     Raises:
@@ -125,7 +125,7 @@ def load_documents(text: str, place: str) -> list[Any]:
     return [content for content in found if content is not None]
 
 
-def check_yaml(text: str, place: str, *, most_values: int = MOST_VALUES) -> None:
+def check_yaml(text: str, place: str, *, most_values: int = MAX_VALUES) -> None:
     """Refuse a YAML text that would explode; no value is made of it, and no tag is looked at.
 
     Raises:
@@ -169,11 +169,11 @@ def _count_events(events: Iterable[yaml.Event], place: str, most: int) -> None:
             raise InputError(place, f"holds more than {most:,} values")
         if isinstance(event, yaml.CollectionStartEvent):
             deep += 1
-            if deep > _MOST_DEEP:
+            if deep > _MAX_DEEP:
                 raise InputError(place, "is nested too deeply")
         elif isinstance(event, yaml.CollectionEndEvent):
             deep -= 1
-        elif isinstance(event, yaml.ScalarEvent) and len(event.value) > _MOST_SCALAR:
+        elif isinstance(event, yaml.ScalarEvent) and len(event.value) > _MAX_SCALAR:
             where = f"{place}, line {event.start_mark.line + 1}" if event.start_mark is not None else place
             raise InputError(where, f"is a text of {len(event.value):,} characters")
 

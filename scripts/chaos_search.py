@@ -35,7 +35,7 @@ from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
 
 ITEMS = 20
 MERGE_S, SCORE_S = 0.1, 0.2
-LEAST_S = 12.0  # the shortest deadline, in place of a minute; a straggler and a zombie take longer
+MIN_S = 12.0  # the shortest deadline, in place of a minute; a straggler and a zombie take longer
 NOTICE_S = 5.0  # in which Ray notices a lost node here, in place of 15 s: its health checks are as many, and closer
 ATTEMPTS = 5  # several faults may hit one candidate, and none of them is its own
 ZOMBIE = "raylet killed"
@@ -97,7 +97,7 @@ class Worker(RayWorker):
         if kind == ZOMBIE:
             scores = scores + self._outlive_the_node(job)
         if kind == "straggler" and job.attempt == 1:
-            time.sleep(10 * LEAST_S)
+            time.sleep(10 * MIN_S)
         for phase, seconds in (("merge", MERGE_S), ("score", SCORE_S), ("report", 0.05)):
             self._say(job, phase)
             time.sleep(seconds)
@@ -132,7 +132,7 @@ class Worker(RayWorker):
 
 def drive(folder: Path, place: str, address: str, candidates: int) -> None:
     """One search, from wherever the store has it."""
-    deadlines.LEAST_S = LEAST_S
+    deadlines.MIN_S = MIN_S
     real = time.time
 
     def offset() -> float:

@@ -28,7 +28,7 @@ from search_spaces.data_flow_space import DataFlowSpace, Layer, Member, other_so
 from search_spaces.method_genes import MethodGenes
 from search_spaces.parameter_space import ParameterSpaceSettings
 from search_spaces.path_encodings import Slot
-from search_spaces.paths import MOST_PARAMETERS, EncodingName, PathGenes, PathSettings
+from search_spaces.paths import MAX_PARAMETERS, EncodingName, PathGenes, PathSettings
 from search_spaces.step_genes import StepSettings
 
 MERGED = "merged"
@@ -198,8 +198,8 @@ class JointSpace:
             *self._path.parameters,
             *(p for slot in slots for p in self._genes.parameters(slot.name, slot.group)),
         ]
-        if len(self.parameters) > MOST_PARAMETERS:
-            problem = f"makes {len(self.parameters):,} parameters; {MOST_PARAMETERS:,} is the limit"
+        if len(self.parameters) > MAX_PARAMETERS:
+            problem = f"makes {len(self.parameters):,} parameters; {MAX_PARAMETERS:,} is the limit"
             raise InputError("space.granularity", problem, "Set it to model.")
         self.hops = max(self._path.most, context.layers)
         self.layer_buffers = context.layers if self._one else self.hops

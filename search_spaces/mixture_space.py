@@ -28,7 +28,7 @@ from search_spaces.method_genes import MethodGenes
 
 _TEMPERATURES = (-1.0, 1.0)  # as powers of ten
 _BIASES = (-0.5, 0.5)  # beside scores from 0 to 1
-_MOST_SLOTS = 8
+_MAX_SLOTS = 8
 
 
 class MixtureSpaceSettings(SpaceSettings):
@@ -71,8 +71,8 @@ class MixtureSpaceSettings(SpaceSettings):
         if len(set(slots)) < len(slots):
             hint = "A copy of an expert only splits its share of the tokens."
             raise InputError("space.slots", "names a source twice", hint)
-        if not 2 <= len(slots) <= _MOST_SLOTS:
-            raise InputError("space.slots", f"are {len(slots)}; a mixture has 2 to {_MOST_SLOTS} experts")
+        if not 2 <= len(slots) <= _MAX_SLOTS:
+            raise InputError("space.slots", f"are {len(slots)}; a mixture has 2 to {_MAX_SLOTS} experts")
         if self.top_k is not None and self.top_k > len(slots):
             raise InputError("space.top_k", f"is {self.top_k}, but there are {len(slots)} slots")
         if self.groups > context.layers:

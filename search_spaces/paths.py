@@ -17,7 +17,7 @@ from evomerge.recipes.stack import Scaling
 from search_spaces.base import SpaceSettings
 from search_spaces.path_encodings import ON, Blocks, Encoding, Indicators, Integers, Slot, SlotLayer
 
-MOST_PARAMETERS = 10_000
+MAX_PARAMETERS = 10_000
 """Of a space. A search of some thousand candidates learns nothing of so many numbers, and a store holds them all."""
 
 EncodingName = Literal["indicators", "integers", "blocks", "pruning"]
@@ -124,8 +124,8 @@ class PathSettings(SpaceSettings):
         every, pairs = sum(depths.values()), 0
         if self.scale == "transition":
             pairs = every**2
-            if pairs > MOST_PARAMETERS:
-                problem = f"makes {pairs:,} parameters of {every} layers; {MOST_PARAMETERS:,} is the limit"
+            if pairs > MAX_PARAMETERS:
+                problem = f"makes {pairs:,} parameters of {every} layers; {MAX_PARAMETERS:,} is the limit"
                 raise InputError("space.scale", problem, "Use `scale: hop`.")
         key, slots, genes = {
             "indicators": ("repeats", every * (self.repeats or 3), 1),
@@ -133,8 +133,8 @@ class PathSettings(SpaceSettings):
             "blocks": ("segments", self.segments or 4, 3),
             "pruning": ("encoding", every, 1),
         }[self.encoding]
-        if (count := slots * (genes + (self.scale == "hop")) + pairs) > MOST_PARAMETERS:
-            raise InputError(f"space.{key}", f"makes about {count:,} parameters; {MOST_PARAMETERS:,} is the limit")
+        if (count := slots * (genes + (self.scale == "hop")) + pairs) > MAX_PARAMETERS:
+            raise InputError(f"space.{key}", f"makes about {count:,} parameters; {MAX_PARAMETERS:,} is the limit")
 
 
 class PathGenes:

@@ -26,7 +26,7 @@ from search_spaces.base import SpaceContext, SpaceSettings
 NONE, MIXED = "none", "mixed"
 """What a block may be beside a source: empty, or rows of all prompts mixed."""
 
-_MOST_WEIGHT = 1.5
+_MAX_WEIGHT = 1.5
 
 
 class PromptsSpaceSettings(SpaceSettings):
@@ -116,7 +116,7 @@ class PromptsSpace:
                 for n in range(self._blocks)
             ),
             *(
-                Parameter(f"weight.{name}", 0.0, _MOST_WEIGHT, 1.0 / len(prompts), group="weights")
+                Parameter(f"weight.{name}", 0.0, _MAX_WEIGHT, 1.0 / len(prompts), group="weights")
                 for name in (prompts if settings.arithmetic else ())
             ),
         )

@@ -20,7 +20,7 @@ from evomerge.recipes.routed import Balance, Gate, LayerGroup, RoutedRecipe, Rou
 from evomerge.recipes.stack import Blend
 from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.parameter_space import FITTED
-from search_spaces.paths import MOST_PARAMETERS
+from search_spaces.paths import MAX_PARAMETERS
 from search_spaces.places import layers_name
 from search_spaces.routed_forms import FORMS, MOLA_SHAPES, OPEN, Form
 from search_spaces.routed_genes import ALL, BOUNDS, GroupGenes, Presence, group_of, spans
@@ -118,8 +118,8 @@ class RoutedSpaceSettings(SpaceSettings):
         _check_numbers(settings, len(experts))
         _check_router(settings, context, [kind for name in experts for kind in context.adapters(name)])
         space = RoutedSpace(settings, experts, context)
-        if len(space.parameters) > MOST_PARAMETERS:
-            problem = f"makes {len(space.parameters):,} parameters; {MOST_PARAMETERS:,} is the limit"
+        if len(space.parameters) > MAX_PARAMETERS:
+            problem = f"makes {len(space.parameters):,} parameters; {MAX_PARAMETERS:,} is the limit"
             raise InputError("space.groups", problem, "Take fewer groups, or `granularity: model`.")
         return space
 

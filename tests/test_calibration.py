@@ -106,7 +106,7 @@ def test_how_many_layers_are_recorded_at_a_time_changes_nothing(
 ) -> None:
     stored = "model.layers.1.mlp.up_proj.weight"
     wanted = inputs(llama, tmp_path / "whole").of(("a", stored)).gram
-    monkeypatch.setattr(inputs_module, "_MOST_BYTES", 1)
+    monkeypatch.setattr(inputs_module, "_MAX_BYTES", 1)
     assert torch.equal(inputs(llama, tmp_path / "parts" if kept else None).of(("a", stored)).gram, wanted)
 
 

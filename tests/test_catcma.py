@@ -16,7 +16,7 @@ from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
 from evomerge.optimizers import CatCmaSettings, Observation, OptunaSettings
 from evomerge.optimizers.base import Settings
-from evomerge.optimizers.catcma import MOST_GAUSSIAN
+from evomerge.optimizers.catcma import MAX_GAUSSIAN
 from evomerge.optimizers.scalarisation import Chebyshev, WeightedSum
 from evomerge.testing.optimizers import SPACE, OptimizerContract, inside
 
@@ -106,7 +106,7 @@ def test_refuses_what_cannot_work(
 
 
 def test_takes_any_number_of_choices() -> None:
-    CATCMA.check(choices(4 * MOST_GAUSSIAN), 1, "optimizer")
+    CATCMA.check(choices(4 * MAX_GAUSSIAN), 1, "optimizer")
 
 
 def test_starts_at_the_defaults() -> None:

@@ -19,7 +19,7 @@ from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool, Simulation
 from evomerge.search.settings.sections import Mode, Racing
-from evomerge.search.work.deadlines import ENOUGH, FACTOR, LEAST_S, MOST_S, Deadlines, recorded_attempts
+from evomerge.search.work.deadlines import ENOUGH, FACTOR, MAX_S, MIN_S, Deadlines, recorded_attempts
 from evomerge.search.work.jobs import Failed, Finished, Job, Measured, Task
 from evomerge.store import EventRow, Store, acquire
 
@@ -39,27 +39,27 @@ def test_a_job_without_tasks_is_bound_by_nothing_that_was_learned() -> None:
     deadlines = Deadlines()
     for _ in range(2 * ENOUGH):
         deadlines.learn([Task(0, "search", range(10))], 1.0)
-    assert deadlines.bound_s([Task(0, "search", range(10))]) == LEAST_S
-    assert deadlines.bound_s([]) == MOST_S
+    assert deadlines.bound_s([Task(0, "search", range(10))]) == MIN_S
+    assert deadlines.bound_s([]) == MAX_S
 
 
 @given(st.lists(st.floats(20.0, 2000.0), min_size=ENOUGH, max_size=60))
 def test_the_bound_is_five_times_the_quantile_of_those_alike(seconds: list[float]) -> None:
     bound = learned(*((items(10), s) for s in seconds)).bound_s(items(10))
     twentieths = statistics.quantiles(seconds, n=20, method="inclusive")  # the standard library's own interpolation
-    assert bound == pytest.approx(max(LEAST_S, FACTOR * twentieths[-1]))
+    assert bound == pytest.approx(max(MIN_S, FACTOR * twentieths[-1]))
 
 
 def test_nothing_is_known_of_few_and_short_ones_are_never_hurried() -> None:
-    assert learned(*[(items(10), 100.0)] * (ENOUGH - 1)).bound_s(items(10)) == MOST_S
-    assert learned(*[(items(10), 0.01)] * ENOUGH).bound_s(items(10)) == LEAST_S
+    assert learned(*[(items(10), 100.0)] * (ENOUGH - 1)).bound_s(items(10)) == MAX_S
+    assert learned(*[(items(10), 0.01)] * ENOUGH).bound_s(items(10)) == MIN_S
 
 
 def test_of_more_items_more_is_allowed_and_of_fewer_not_less_than_was_seen() -> None:
     deadlines = learned(*[(items(10), 100.0)] * ENOUGH)
     assert deadlines.bound_s(items(40)) == pytest.approx(2000.0)
     assert deadlines.bound_s(items(1)) == pytest.approx(500.0), "to merge takes as long for one item as for ten"
-    assert deadlines.bound_s(items(10, 5)) == MOST_S, "nobody has scored items of the second evaluator"
+    assert deadlines.bound_s(items(10, 5)) == MAX_S, "nobody has scored items of the second evaluator"
 
 
 def test_those_of_as_many_items_count_alone_when_there_are_enough() -> None:
@@ -116,13 +116,13 @@ def test_a_hang_of_every_worker_does_not_hang_the_search() -> None:
     notes, seconds = run(all_hang, candidates=20, workers=4, deadlines=Deadlines(most_s=600.0))
     assert sorted(notes.done) == [(n, 2 if n < 4 else 1) for n in range(20)]
     assert notes.reasons == ["timeout"] * 4
-    assert 600 < seconds < 600 + LEAST_S + 20
+    assert 600 < seconds < 600 + MIN_S + 20
 
 
 def test_when_everything_hangs_every_candidate_fails_and_the_search_ends() -> None:
     notes, seconds = run(lambda job: (math.inf, scores_of(job)), 6, 3, Deadlines(most_s=100.0))
     assert (notes.done, sorted(notes.final)) == ([], list(range(6)))
-    assert 400 < seconds <= 4 * (100 + LEAST_S), "two rounds of three, two attempts each"
+    assert 400 < seconds <= 4 * (100 + MIN_S), "two rounds of three, two attempts each"
 
 
 def uneven(job: Job) -> tuple[float, Measured | Failed]:
@@ -227,4 +227,4 @@ def test_the_longest_attempt_is_what_the_search_file_says(tmp_path: Path) -> Non
         pool = SimulatedPool(3, hangs, clock)
         word = Control(store.take_commands)
         Driver(Drive(setup, store, pool, word, logs=tmp_path, clock=clock, attempt_s=1800.0)).run()
-    assert 1800 < clock.now < 1800 + 2 * LEAST_S
+    assert 1800 < clock.now < 1800 + 2 * MIN_S

@@ -35,7 +35,7 @@ from evomerge.testing.models import byte_tokenizer, tiny_live
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MOST = 9
+MAX = 9
 SHOTS = "w1 w2 w3 w1 w2"
 QUESTIONS = ["w4", "w5 w6 w7", "w8 w9 w10 w11 w12 w13", "w4 w5", "w14", "w15 w3 w3", "w20 w21 w22 w23 w24", "w5 w4"]
 PROMPTS = [f"{SHOTS} {question}" for question in QUESTIONS]
@@ -77,7 +77,7 @@ def text_of(live: LiveModel, tokens: Sequence[int], stop: Sequence[str]) -> str:
     return min((text.split(ending)[0] for ending in stop), key=len, default=text)
 
 
-def table(live: LiveModel, prompts: Sequence[Sequence[int]], most: int = MOST) -> Decoder:
+def table(live: LiveModel, prompts: Sequence[Sequence[int]], most: int = MAX) -> Decoder:
     return Decoder(live.model, prompts, most, frozenset(), lambda answers: [False] * len(answers))
 
 
@@ -86,7 +86,7 @@ def test_every_architecture_answers_as_for_each_prompt_alone(name: str, word_tok
     encoded = [word_tokenizer.encode(prompt) for prompt in PROMPTS]
     for scale in (1.0, 0.4, 0.1):  # at which answers differ from prompt to prompt
         live = LiveModel(random_model(*MODELS[name], scale), word_tokenizer)
-        answers = [alone(live, ids, MOST) for ids in encoded]
+        answers = [alone(live, ids, MAX) for ids in encoded]
         if len(set(map(tuple, answers))) > 3:
             break
     assert len(set(map(tuple, answers))) > 3
@@ -98,17 +98,17 @@ def test_every_architecture_answers_as_for_each_prompt_alone(name: str, word_tok
     for stop in ([], ["w7", "w9 w"]):
         expected = [text_of(live, answer, stop) for answer in answers]
         for batch_size in (3, 50):
-            assert generate(live, PROMPTS, MOST, stop, batch_size) == expected
+            assert generate(live, PROMPTS, MAX, stop, batch_size) == expected
 
 
 def test_a_window_that_never_moves_keeps_every_token(word_tokenizer: Any) -> None:
     kind, changes = MODELS["mistral"]
-    longest = max(len(prompt.split()) for prompt in PROMPTS) + MOST
+    longest = max(len(prompt.split()) for prompt in PROMPTS) + MAX
     encoded = [word_tokenizer.encode(prompt) for prompt in PROMPTS]
     live = LiveModel(random_model(kind, {**changes, "sliding_window": longest + 1}), word_tokenizer)
     table(live, encoded)
-    expected = [text_of(live, alone(live, ids, MOST), []) for ids in encoded]
-    assert generate(live, PROMPTS, MOST, [], 3) == expected
+    expected = [text_of(live, alone(live, ids, MAX), []) for ids in encoded]
+    assert generate(live, PROMPTS, MAX, [], 3) == expected
     live = LiveModel(random_model(kind, {**changes, "sliding_window": longest}), word_tokenizer)
     with pytest.raises(NoTableError):
         table(live, encoded)

@@ -17,7 +17,7 @@ from evomerge.genome import Genome
 from evomerge.optimizers import CmaSettings, Observation, ProxyDescentSettings, Settings
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.descents import HALVINGS, PATIENCE
-from evomerge.search.estimation.agreement import LEAST_POINTS, LEAST_TAU, MOST_POINTS, Agreement, along
+from evomerge.search.estimation.agreement import MAX_POINTS, MIN_POINTS, MIN_TAU, Agreement, along
 from evomerge.search.preparing.prepare import prepare
 from evomerge.search.preparing.setup import EvaluatorInfo, ProxyInfo, Setup
 from evomerge.search.settings.search_file import load_search_file
@@ -110,7 +110,7 @@ def test_a_proxy_that_the_objective_agrees_with_says_so(tmp_path: Path) -> None:
     drive(tmp_path, proxied(candidates=30), simulation=towards(BEST))
     last = agreements(tmp_path)[-1]
     assert last.on
-    assert LEAST_POINTS <= last.points <= MOST_POINTS
+    assert MIN_POINTS <= last.points <= MAX_POINTS
     assert last.tau > 0.5
 
 
@@ -120,7 +120,7 @@ def test_a_proxy_that_the_objective_contradicts_rests_without_another_try(tmp_pa
     assert len(descents(tmp_path)) <= PATIENCE + 1
     last = agreements(tmp_path)[-1]
     assert not last.on
-    assert last.tau < LEAST_TAU
+    assert last.tau < MIN_TAU
 
 
 def test_the_proxy_at_a_point_is_read_off_a_line_through_its_steps() -> None:
@@ -131,11 +131,11 @@ def test_the_proxy_at_a_point_is_read_off_a_line_through_its_steps() -> None:
 
 def test_points_that_failed_say_nothing_of_the_proxy() -> None:
     agreement = Agreement()
-    for value in range(LEAST_POINTS):
+    for value in range(MIN_POINTS):
         agreement.take(float(value), [math.inf])
     assert agreement.points == 0
     assert not agreement.is_low
-    for value in range(LEAST_POINTS):
+    for value in range(MIN_POINTS):
         agreement.take(float(value), [-value, 2.0 * value])  # of two objectives, of which one agrees
     assert agreement.tau == 0.0
 

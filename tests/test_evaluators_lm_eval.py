@@ -383,7 +383,7 @@ def test_code_of_others_needs_consent(tmp_path: Path) -> None:
     ],
 )
 def test_a_template_without_an_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
-    monkeypatch.setattr(lm_eval_tasks, "_MOST_SECONDS", 0.2)
+    monkeypatch.setattr(lm_eval_tasks, "_MAX_SECONDS", 0.2)
     splits = {split: questions(split, 3) for split in ("validation", "test")}
     write_task(tmp_path, "endless", GENERATE.replace("Q: {{question}}\\nA:", template), **splits)
     assert "task endless" in refusal(tmp_path, "endless")

@@ -20,7 +20,7 @@ from evomerge.files import open_file, parse_json, read_json, read_text
 from evomerge.plugins import unknown_name
 from evomerge.printable import printable
 
-MOST_MESSAGE = 500
+MAX_MESSAGE = 500
 
 
 def _socket(path: Path) -> None:
@@ -166,7 +166,7 @@ def test_messages_have_an_end() -> None:
         unknown_name(million, ["maths", "japanese"], "task", "task"),
         unknown_name("qqqq", (f"benchmark_of_{i}" for i in range(14_000)), "task", "task"),
     ):
-        assert len(f"error: {error}") < MOST_MESSAGE
+        assert len(f"error: {error}") < MAX_MESSAGE
     assert "Take it out." in str(InputError("search.yaml", f"has {million} in it", "Take it out."))
 
 

@@ -188,7 +188,7 @@ def test_each_row_of_a_part_has_the_group_of_its_item(
     live = StackBuilder(context).write(recipe)
     fit = context.fit
     assert fit is not None
-    monkeypatch.setattr("evomerge.inference.proxy.MOST_TOKENS", 400)
+    monkeypatch.setattr("evomerge.inference.proxy.MAX_TOKENS", 400)
     kinds = [fit.kinds for _ in fit.passes(live, 0)]
     assert len(kinds) > 1
     assert sum(kinds, ()) == (0,) * 15 + (1,) * 15  # type: ignore[arg-type]

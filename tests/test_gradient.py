@@ -430,11 +430,11 @@ def test_layers_are_computed_again_where_memory_is_short_and_batches_do_not_show
         with mock.patch.multiple(proxy, **limits), mock.patch.object(layer, "forward", count):  # type: ignore[arg-type]
             return gradient_of(tied, space, somewhere(space), live)[1]
 
-    whole = found(MOST_TOKENS=2048)
+    whole = found(MAX_TOKENS=2048)
     assert len(passes) == 2
     np.testing.assert_allclose(found(SHARE_OF_FREE=0.0), whole, rtol=1e-9)
     assert len(passes) == 4
-    np.testing.assert_allclose(found(MOST_TOKENS=1), whole, rtol=1e-5)
+    np.testing.assert_allclose(found(MAX_TOKENS=1), whole, rtol=1e-5)
     assert len(passes) == 2 * len(PROMPTS)
     np.testing.assert_allclose(found(_LOGITS_BYTES=1), whole, rtol=1e-5)
 

@@ -98,7 +98,7 @@ def test_a_staged_search_is_the_same_search_from_its_own_folder(tmp_path: Path) 
 
 def test_sources_stay_and_what_is_large_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = load_search_file(with_file(tmp_path))
-    monkeypatch.setattr(launching, "_MOST_BYTES", 10)
+    monkeypatch.setattr(launching, "_MAX_BYTES", 10)
     staged = tmp_path / "staged"
     staged.mkdir()
     assert stage(file, staged) == [str(tmp_path / "items.jsonl")]

@@ -15,7 +15,7 @@ from evomerge.errors import InputError
 from evomerge.genome import Parameter
 from evomerge.optimizers import Best, CmaSettings, LqCmaSettings, Observation
 from evomerge.optimizers.base import Settings, random_state
-from evomerge.optimizers.lq_cma import MOST_PARAMETERS
+from evomerge.optimizers.lq_cma import MAX_PARAMETERS
 from evomerge.optimizers.scalarisation import Chebyshev
 from evomerge.testing.optimizers import SPACE, OptimizerContract, sphere
 
@@ -247,7 +247,7 @@ def test_late_results_are_foreign() -> None:
     [
         (LQ, reals(3), 2, "optimizer", r"lq_cma takes one objective"),
         (LqCmaSettings(name="lq_cma", population=2), reals(3), 1, "optimizer.population", "is 2. Give 3 or more"),
-        (LQ, reals(MOST_PARAMETERS + 1), 1, "optimizer", "at most 40 parameters.*has 41.*903 coefficients.*Use cma"),
+        (LQ, reals(MAX_PARAMETERS + 1), 1, "optimizer", "at most 40 parameters.*has 41.*903 coefficients.*Use cma"),
     ],
 )
 def test_check_refuses(
@@ -259,4 +259,4 @@ def test_check_refuses(
 
 
 def test_check_takes_the_most_parameters() -> None:
-    LQ.check(reals(MOST_PARAMETERS), 1, "optimizer")
+    LQ.check(reals(MAX_PARAMETERS), 1, "optimizer")

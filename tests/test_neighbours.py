@@ -13,7 +13,7 @@ from test_generation import COUNT, items_scored, setup_of, simulate
 
 from evomerge.errors import InputError
 from evomerge.search.estimation import neighbours
-from evomerge.search.estimation.neighbours import LEAST_POINTS, Neighbours, posterior
+from evomerge.search.estimation.neighbours import MIN_POINTS, Neighbours, posterior
 from evomerge.search.preparing.setup import ObjectiveInfo
 from evomerge.search.settings.search_file import parse_search_file
 from evomerge.search.settings.sections import Racing
@@ -79,14 +79,14 @@ def test_a_lucky_rival_does_not_keep_a_good_candidate_from_being_looked_at() -> 
 
 def test_there_is_no_model_of_few_candidates_or_without_a_rival() -> None:
     known = Neighbours(FakeSpace(2).parameters, OBJECTIVE)
-    for genome in RANDOM.random((LEAST_POINTS, 2)):
+    for genome in RANDOM.random((MIN_POINTS, 2)):
         known.take(genome, of_items(0.5, 75), is_rival=False)
     assert not known.are_enough(5)
     known.take(np.array([0.5, 0.5]), of_items(0.5, ITEMS), is_rival=True)
     assert known.are_enough(0)
     fresh = Neighbours(FakeSpace(2).parameters, OBJECTIVE)
     fresh.take(np.array([0.5, 0.5]), of_items(0.5, ITEMS), is_rival=True)
-    assert not fresh.are_enough(LEAST_POINTS - 2)
+    assert not fresh.are_enough(MIN_POINTS - 2)
 
 
 def test_who_leads_is_scored_on_every_item_before_it_is_the_best(tmp_path: Path) -> None:

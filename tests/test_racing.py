@@ -23,7 +23,7 @@ from evomerge.search.estimation.racing import (
     verdicts,
 )
 from evomerge.search.estimation.scores import ScoreTable, estimate
-from evomerge.search.estimation.screening import LEAST_PAIRS, ScoredPair, Screener, weighted_tau
+from evomerge.search.estimation.screening import MIN_PAIRS, ScoredPair, Screener, weighted_tau
 from evomerge.search.preparing.setup import ScreenInfo, Setup
 
 STRATUM = np.array([0, 0, 0, 1, 1, 1, 1])  # a population of seven items in two strata
@@ -196,7 +196,7 @@ def test_a_screen_leaves_out_the_poorest_but_one_while_it_agrees(maximise: bool)
     screen = screening(maximise=maximise)
     means = {number: float(number if maximise else -number) for number in range(100, 110)}
     assert screen.poorest(means) == set()
-    good = {number: float(number) for number in range(LEAST_PAIRS)}
+    good = {number: float(number) for number in range(MIN_PAIRS)}
     screen.remember({n: v if maximise else -v for n, v in good.items()}, good)
     assert screen.is_on
     left_out = screen.poorest(means)

@@ -38,7 +38,7 @@ from evomerge.service.figures.progress import growth
 from evomerge.service.figures.recipe import share_in
 from evomerge.service.figures.style import MARKS, is_empty, without_notes, words_of
 from evomerge.service.figures.workers import AttemptSpan, attempts_of, idle_share, stops_of
-from evomerge.service.projection import MOST_PARAMETERS, genes_of, projection_of
+from evomerge.service.projection import MAX_PARAMETERS, genes_of, projection_of
 from evomerge.service.reading import PerState, columns_of, confirmed_values, thinned
 from evomerge.service.root import Root
 from evomerge.store import CandidateRow, Estimate, EventRow, NewCandidate, Store, acquire, tables
@@ -143,7 +143,7 @@ def test_a_team_is_a_matrix_of_what_its_members_solve(tmp_path: Path) -> None:
 
 def test_of_many_items_evenly_many_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_team(tmp_path)
-    monkeypatch.setattr("evomerge.service.figures.team._MOST_ITEMS", 7)
+    monkeypatch.setattr("evomerge.service.figures.team._MAX_ITEMS", 7)
     with Store.open(tmp_path / "team" / "search.db") as store:
         drawn = draw(store, "team")
     assert np.array(drawn.data[0].z).shape == (4, 7)
@@ -380,7 +380,7 @@ def test_many_parameters_are_told_by_means_over_layer_groups() -> None:
 
 
 def test_of_too_many_means_those_that_vary_most_are_taken() -> None:
-    parameters = [Parameter(f"g.p{i}", 0.0, 1.0, 0.5, group="g") for i in range(MOST_PARAMETERS + 5)]
+    parameters = [Parameter(f"g.p{i}", 0.0, 1.0, 0.5, group="g") for i in range(MAX_PARAMETERS + 5)]
     genomes = np.random.default_rng(0).random((50, len(parameters)))
     genomes[:, :5] = 0.5
     assert [gene.name for gene in genes_of(parameters, genomes)] == [p.name for p in parameters[5:]]
@@ -693,8 +693,8 @@ def test_what_is_kept_of_a_store_is_read_again_when_something_happens(tmp_path: 
 
 
 def test_a_large_search_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch, two: Store) -> None:
-    monkeypatch.setattr("evomerge.service.figures.front.MOST_POINTS", 7)
-    monkeypatch.setattr("evomerge.service.figures.progress.MOST_POINTS", 7)
+    monkeypatch.setattr("evomerge.service.figures.front.MAX_POINTS", 7)
+    monkeypatch.setattr("evomerge.service.figures.progress.MAX_POINTS", 7)
     plain = [row for row in own(two) if row.step > 0 and not row.on_front]
     assert words_of(draw(two, "front")) == f"7 of {len(plain)} candidates are drawn, evenly over the search."
     assert "candidates are drawn" in words_of(draw(two, "history"))

@@ -23,7 +23,7 @@ from helpers_service import BEARER, NAME, TOKEN, client_of, make_app, make_searc
 from starlette.testclient import TestClient
 
 from evomerge.service import connections
-from evomerge.service.checking import MOST_WAITING, Checker
+from evomerge.service.checking import MAX_WAITING, Checker
 from evomerge.service.connections import Server, most_connections
 from evomerge.store import Store, acquire
 from evomerge.store.events import BeganAgain
@@ -230,14 +230,14 @@ def test_checks_that_wait_take_nothing_from_the_rest(root: Path, monkeypatch: py
         clients = [threading.Thread(target=ask) for _ in range(60)]
         for client in clients:
             client.start()
-        while len(answered) < 60 - 1 - MOST_WAITING:
+        while len(answered) < 60 - 1 - MAX_WAITING:
             time.sleep(0.01)
         for path in ("/healthz", "/login", "/static/common.js", f"/searches/{NAME}", f"{API}/searches"):
             assert httpx.get(url + path, headers=BEARER, timeout=60, trust_env=False).status_code == 200
         free.set()
         for client in clients:
             client.join()
-    assert sorted(answered) == [200] * (1 + MOST_WAITING) + [503] * (60 - 1 - MOST_WAITING)
+    assert sorted(answered) == [200] * (1 + MAX_WAITING) + [503] * (60 - 1 - MAX_WAITING)
 
 
 def test_a_check_is_given_up_when_its_client_goes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_a_check_is_given_up_when_its_client_goes(root: Path, monkeypatch: pytes
     with slow_checks(monkeypatch) as free, served(root, most=100) as port:
         url = f"http://127.0.0.1:{port}{API}/sources/inspect"
         ask = {"json": {"sources": {"a": "base"}}, "headers": BEARER, "trust_env": False}
-        for _ in range(2 + MOST_WAITING):
+        for _ in range(2 + MAX_WAITING):
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(url, timeout=httpx.Timeout(60, read=0.2), **ask)  # type: ignore[arg-type]
         free.set()
@@ -253,7 +253,7 @@ def test_a_check_is_given_up_when_its_client_goes(root: Path, monkeypatch: pytes
 
 
 def test_a_check_that_takes_too_long_ends_and_the_next_is_answered(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evomerge.service.checking.MOST_S", 0.1)
+    monkeypatch.setattr("evomerge.service.checking.MAX_S", 0.1)
     with slow_checks(monkeypatch) as free, client_of(make_app(root)) as client:
         found = client.post(f"{API}/sources/inspect", json={"sources": {"a": "base"}})
         assert (found.status_code, found.json()["title"]) == (503, "The check did not finish")

@@ -195,7 +195,7 @@ def test_a_caption_counts_what_of_the_front_is_shown(root: Path, monkeypatch: py
     rows = list(pages_search._rows(status))
     assert front <= {row.entry.id for row in rows}
     assert pages_search._caption(status, rows).endswith("and the front")
-    monkeypatch.setattr(pages_search, "MOST_ON_FRONT", 1)
+    monkeypatch.setattr(pages_search, "MAX_ON_FRONT", 1)
     rows = list(pages_search._rows(status))
     shown = sum(row.entry.id in front for row in rows)
     assert 0 < shown <= len(front & baselines | set(status.best_by_role.values())) < len(front)

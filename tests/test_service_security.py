@@ -23,7 +23,7 @@ from evomerge.errors import InputError
 from evomerge.service import guard, processes
 from evomerge.service.allowed import checked_file, located
 from evomerge.service.checking import Checker
-from evomerge.service.guard import MOST_BYTES, MOST_FAILURES, local_target
+from evomerge.service.guard import MAX_BYTES, MAX_FAILURES, local_target
 from evomerge.service.server import is_loopback, serve
 from evomerge.store import Store
 
@@ -180,7 +180,7 @@ def test_many_wrong_tokens_have_to_wait_and_the_right_one_never(
     stranger: TestClient, app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = {"authorization": "Bearer no"}
-    tries = [stranger.get(f"{API}/searches", headers=wrong) for _ in range(MOST_FAILURES)]
+    tries = [stranger.get(f"{API}/searches", headers=wrong) for _ in range(MAX_FAILURES)]
     assert {response.status_code for response in tries} == {401}
     for response in (
         stranger.get(f"{API}/searches", headers=wrong),
@@ -210,7 +210,7 @@ def test_a_logout_ends_the_cookie_of_one_browser(stranger: TestClient, app: Fast
         named = {"cookie": f"{app.state.door.cookie_name}={copied}"}
         assert stranger.get(f"{API}/searches", headers=named).status_code == 401
         assert other.get(f"{API}/searches").status_code == 200
-        with mock.patch.object(guard, "_MOST_COOKIES", 1):
+        with mock.patch.object(guard, "_MAX_COOKIES", 1):
             stranger.get(f"/?token={TOKEN}")
         assert stranger.get(f"{API}/searches").status_code == 200
         assert other.get(f"{API}/searches").status_code == 401  # the oldest login, where there are too many
@@ -297,7 +297,7 @@ def test_every_answer_has_the_headers_that_keep_browsers_safe(client: TestClient
 
 
 def test_a_body_that_is_too_large_is_refused(client: TestClient) -> None:
-    content = b"x" * (MOST_BYTES + 1)
+    content = b"x" * (MAX_BYTES + 1)
     assert client.post(f"{API}/searches", content=content).status_code == 413
     assert client.post(f"{API}/searches", content=b"{}", headers={"content-length": "-1"}).status_code == 413
 

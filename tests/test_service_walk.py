@@ -19,7 +19,7 @@ from evomerge.store import Store, current_holder
 PICTURES = ROOT / "docs" / "pictures"
 DRAWS = os.environ.get("EVOMERGE_PICTURES") == "1"  # make the pictures of docs/service.md anew
 ITEMS = 60 if DRAWS else 8  # of each split
-LEAST = 45 if DRAWS else 6  # candidates before the walk goes on
+MIN = 45 if DRAWS else 6  # candidates before the walk goes on
 WALK_MS = 90_000  # for what imports torch, beside other tests on a small machine
 
 
@@ -125,7 +125,7 @@ def watch(page: Page) -> None:
     """Candidates come without the page being loaded again."""
     badge, count = page.locator("#title .badge"), page.locator("#finished")
     expect(badge).to_have_text("running", timeout=WALK_MS)
-    while int(count.inner_text().split()[0]) < LEAST:
+    while int(count.inner_text().split()[0]) < MIN:
         before = count.inner_text()
         expect(count).not_to_have_text(before, timeout=WALK_MS)
     expect(page.locator("#table tbody tr").first).to_be_attached()

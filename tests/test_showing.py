@@ -246,7 +246,7 @@ def test_what_memory_has_no_room_for_goes_to_the_evidence(tmp_path: Path, monkey
     live = miniature()
     asked = tasks("en").requests(Reader.of(live), "search", range(4))
     wanted = respond_to(TransformersEngine(live), asked)
-    monkeypatch.setattr(showing, "MOST_BYTES", 1)
+    monkeypatch.setattr(showing, "MAX_BYTES", 1)
     monkeypatch.setattr(showing, "_tokens", weakref.WeakKeyDictionary())
     evidence = Evidence(tmp_path, {"vision": "1"})
     engine, tokens = TransformersEngine(live, kept=evidence), image_tokens(live, evidence)

@@ -35,8 +35,8 @@ _ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha", "LOHA": "alpha", "LOKR"
 
 _WITHOUT_SCALE = ("IA3", "VERA", "OFT", "BOFT")
 
-_MOST_SCALE = 1e9  # of alpha and rank
-_MOST_PATTERNS = 10_000
+_MAX_SCALE = 1e9  # of alpha and rank
+_MAX_PATTERNS = 10_000
 _PATTERN_SECONDS = 2.0  # for one pattern on one module, and of the CPU for all of them
 
 
@@ -96,7 +96,7 @@ class AdapterSettings:
         for key in ("init_r" if self.kind == "ADALORA" else "r", _ALPHA[self.kind]):
             if not _positive(self.config.get(key)):
                 wrong = printable(repr(self.config.get(key)), 100)
-                raise self.fault(f"{key} is {wrong}; it must be a number above 0 and at most {_MOST_SCALE:g}", "")
+                raise self.fault(f"{key} is {wrong}; it must be a number above 0 and at most {_MAX_SCALE:g}", "")
         for key in ("use_dora", "use_rslora"):
             if not isinstance(self.config.get(key), bool | None):
                 raise self.fault(f"{key} is {printable(repr(self.config[key]), 100)}; it must be true or false", "")
@@ -107,7 +107,7 @@ class AdapterSettings:
         patterns = self.config.get(key) or {}
         if not isinstance(patterns, dict) or not all(_positive(value) for value in patterns.values()):
             raise self.fault(f"{key} must give numbers by module", "")
-        if len(patterns) > _MOST_PATTERNS:
+        if len(patterns) > _MAX_PATTERNS:
             raise self.fault(f"{key} has {len(patterns):,} patterns, which no adapter needs")
         for pattern in patterns:
             try:
@@ -160,10 +160,10 @@ class AdapterSettings:
 
 
 def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= _MOST_SCALE
+    return type(value) in (int, float) and 0 < value <= _MAX_SCALE
 
 
-@functools.lru_cache(_MOST_PATTERNS)
+@functools.lru_cache(_MAX_PATTERNS)
 def _compiled(pattern: str) -> Any:
     return regex.compile(_in_full(pattern))
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_MOST_KEPT = 1 << 28
+_MAX_KEPT = 1 << 28
 """Bytes of a buffer up to which it is kept: what is larger (an embedding) goes back to the system."""
 
 
@@ -36,7 +36,7 @@ class Buffers:
         count = math.prod(shape)
         buffer = self._take(count)
         lent = buffer[:count]  # lives as long as the tensor's storage, which all views of it share
-        if buffer.nbytes <= _MOST_KEPT:
+        if buffer.nbytes <= _MAX_KEPT:
             weakref.finalize(lent, self._free.append, buffer).atexit = False
         return torch.from_numpy(lent).view(tuple(shape))
 

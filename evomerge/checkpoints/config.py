@@ -22,8 +22,8 @@ _BUILT_IN = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 _QUANTISED = {"quantization_config", "compression_config"}
 _COUNTS_MODULES = re.compile(r"(layers?|blocks?|experts?|heads?)$")
 _COUNTS = re.compile(r"(num|n)_")
-_MOST_LABELS, _MOST_MODULES, _MOST_COUNTED = 100_000, 10_000, 10_000_000
-_MOST_LISTED = 10_000  # values in one list, a value for each layer being the longest that models have
+_MAX_LABELS, _MAX_MODULES, _MAX_COUNTED = 100_000, 10_000, 10_000_000
+_MAX_LISTED = 10_000  # values in one list, a value for each layer being the longest that models have
 
 
 def check_config(config: Mapping[str, Any], place: str) -> None:
@@ -63,7 +63,7 @@ def check_lists(content: Mapping[str, Any], file: str, place: str) -> None:
         InputError: naming the key.
     """
     for key, value in _walk(content):
-        if isinstance(value, list) and len(value) > _MOST_LISTED:
+        if isinstance(value, list) and len(value) > _MAX_LISTED:
             problem = f"{file}: {printable(key, 100)} lists {len(value):,} values, which no model does"
             raise InputError(place, problem)
 
@@ -77,10 +77,10 @@ def _is_harmless(key: str, value: Any) -> bool:
 def _most(key: str) -> float:
     """The largest number that a key can have, where things are made in that number before anything is looked at."""
     if key == "num_labels":  # each of which transformers gives a name
-        return _MOST_LABELS
+        return _MAX_LABELS
     if _COUNTS_MODULES.search(key):
-        return _MOST_MODULES
-    return _MOST_COUNTED if _COUNTS.match(key) else math.inf
+        return _MAX_MODULES
+    return _MAX_COUNTED if _COUNTS.match(key) else math.inf
 
 
 def _quantisation(config: Any) -> str:

@@ -41,8 +41,8 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 _READS_FILES = ("init_inputs", "vocab", "merges", "tokenizer_object", "rewriting_rules", "entity_vocab", "subfolder")
 """Keys of a tokenizer's configuration that its class may take for a file, or for where to look for files."""
 
-_MOST_PATH = 4_096  # characters
-_MOST_FILES = 5_000
+_MAX_PATH = 4_096  # characters
+_MAX_FILES = 5_000
 
 _QUANTISERS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
 """Files that quantisers put beside weights, some of them without a word in config.json."""
@@ -69,8 +69,8 @@ def check_files(folder: Path, place: str) -> tuple[str, ...]:
     """
     elsewhere = []
     for number, file in enumerate(_entries(folder, place)):
-        if number == _MOST_FILES:
-            raise InputError(place, f"holds more than {_MOST_FILES:,} files, which no model has")
+        if number == _MAX_FILES:
+            raise InputError(place, f"holds more than {_MAX_FILES:,} files, which no model has")
         name = str(file.relative_to(folder))
         if file.is_symlink():
             if not _is_loop_free(file):
@@ -190,7 +190,7 @@ def _reads_files(key: str, value: Any) -> bool:
         return bool(value)
     if key.endswith("_kwargs") and isinstance(value, dict):  # for SentencePiece and MeCab, which take files by name
         return any(isinstance(inner, str) and "/" in inner for inner in value.values())
-    named = isinstance(value, str) and len(value) < _MOST_PATH and "/" in value and not key.endswith("_file")
+    named = isinstance(value, str) and len(value) < _MAX_PATH and "/" in value and not key.endswith("_file")
     return named and "\0" not in value and os.path.isfile(value)
 
 

@@ -23,9 +23,9 @@ from evomerge.files import open_file, parse_json
 from evomerge.printable import printable
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own cap
-_MOST_SIZES = 64  # of a shape, as in torch
-_MOST_SIZE = 2**63 - 1
-_MOST_NAME = 1_000  # characters
+_MAX_SIZES = 64  # of a shape, as in torch
+_MAX_SIZE = 2**63 - 1
+_MAX_NAME = 1_000  # characters
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -130,7 +130,7 @@ def read_header(file: Path, place: str) -> dict[str, TensorEntry]:
     header.pop("__metadata__", None)
     entries = []
     for name, fields in header.items():
-        if len(name) > _MOST_NAME:
+        if len(name) > _MAX_NAME:
             raise refuse(f"has a tensor whose name has {len(name):,} characters", "Do not use this file.")
         entry = _entry(fields, file, 8 + length)
         if isinstance(entry, str):
@@ -170,7 +170,7 @@ def _entry(fields: Any, file: Path, data_start: int) -> TensorEntry | str:
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         return f"unknown dtype {dtype!r}"
-    if not _whole_numbers(shape, _MOST_SIZES):
+    if not _whole_numbers(shape, _MAX_SIZES):
         return f"shape {_short(shape)}"
     if not _whole_numbers(offsets, 2) or len(offsets) != 2:
         return f"data_offsets {_short(offsets)}"
@@ -183,10 +183,10 @@ def _entry(fields: Any, file: Path, data_start: int) -> TensorEntry | str:
 def _whole_numbers(values: Any, most: int) -> bool:
     if not isinstance(values, list) or len(values) > most:
         return False
-    return all(type(value) is int and 0 <= value <= _MOST_SIZE for value in values)
+    return all(type(value) is int and 0 <= value <= _MAX_SIZE for value in values)
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, list) and len(value) > _MOST_SIZES:
+    if isinstance(value, list) and len(value) > _MAX_SIZES:
         return f"of {len(value):,} numbers"
     return printable(repr(value), 100)

@@ -19,7 +19,7 @@ FORMS: Mapping[str, PromptForm] = {
 }
 """By peft's name. P_TUNING is v1, whose encoder's output is what is saved; P-tuning v2 is PREFIX_TUNING."""
 
-_MOST_ROWS = 100_000
+_MAX_ROWS = 100_000
 _AGAIN = "Save it again with peft's `save_pretrained`."
 
 
@@ -33,9 +33,9 @@ def prompt_facts(config: Mapping[str, Any], place: str) -> PromptFacts | None:
     if not isinstance(kind, str) or kind not in FORMS:
         return None
     rows = config.get("num_virtual_tokens")
-    if type(rows) is not int or not 0 < rows <= _MOST_ROWS:
+    if type(rows) is not int or not 0 < rows <= _MAX_ROWS:
         wrong = printable(repr(rows), 100)
-        problem = f"{CONFIG}: num_virtual_tokens is {wrong}; it must be a whole number from 1 to {_MOST_ROWS:,}"
+        problem = f"{CONFIG}: num_virtual_tokens is {wrong}; it must be a whole number from 1 to {_MAX_ROWS:,}"
         raise InputError(place, problem, _AGAIN)
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         task = printable(repr(config["task_type"]), 100)

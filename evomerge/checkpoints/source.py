@@ -42,7 +42,7 @@ from evomerge.files import split_expert
 from evomerge.printable import printable
 from evomerge.recipes.stack import Role, renumber
 
-_MOST_NAME = 100  # characters of a tensor's name in a sentence
+_MAX_NAME = 100  # characters of a tensor's name in a sentence
 
 
 @dataclass
@@ -473,6 +473,6 @@ def _dominant_dtype(tensors: Mapping[str, TensorEntry]) -> torch.dtype:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(printable(name, _MOST_NAME) for name in names[:3]) + (
+    return ", ".join(printable(name, _MAX_NAME) for name in names[:3]) + (
         f" and {len(names) - 3} more" if len(names) > 3 else ""
     )

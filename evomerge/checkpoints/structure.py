@@ -22,10 +22,10 @@ from evomerge.checkpoints.config import first_line
 from evomerge.errors import InputError
 from evomerge.printable import printable
 
-_MOST_TENSORS = 60_000  # of a model as transformers builds it, where the experts of a layer are one
-_MOST_BUFFER_BYTES = 500_000_000
+_MAX_TENSORS = 60_000  # of a model as transformers builds it, where the experts of a layer are one
+_MAX_BUFFER_BYTES = 500_000_000
 
-_MOST = {"num_hidden_layers": 1_000, "hidden_size": 1_000_000, "vocab_size": 10_000_000}
+_MAX = {"num_hidden_layers": 1_000, "hidden_size": 1_000_000, "vocab_size": 10_000_000}
 
 
 def parse_config(config: Mapping[str, Any], place: str) -> Any:
@@ -53,7 +53,7 @@ def parse_config(config: Mapping[str, Any], place: str) -> Any:
         text = text_config(parsed)
     except Exception as error:  # whatever a strange value does inside a configuration class
         raise InputError(place, f"config.json is not a configuration of {model_type}: {first_line(error)}") from error
-    for field, most in _MOST.items():
+    for field, most in _MAX.items():
         value = getattr(text, field, None)
         if type(value) is not int or not 1 <= value <= most:
             raise InputError(place, f"config.json: {field} is {value!r}; it must be a whole number from 1 to {most:,}")
@@ -81,7 +81,7 @@ def module_name(model: Any, wanted: Any) -> str:
     return name
 
 
-def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32, most_tensors: int = _MOST_TENSORS) -> Any:
+def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32, most_tensors: int = _MAX_TENSORS) -> Any:
     """The model of a configuration that goes on with a text, on the meta device: every module, no memory.
 
     Tensors have the dtypes that loading a checkpoint in ``dtype`` would give them.
@@ -100,7 +100,7 @@ def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32, mos
         problem = f"config.json describes no {kind} that transformers can build: {first_line(error)}"
         raise InputError(place, problem) from error
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    if (buffers := sum(buffer.nbytes for buffer in model.buffers())) > _MOST_BUFFER_BYTES + weights:
+    if (buffers := sum(buffer.nbytes for buffer in model.buffers())) > _MAX_BUFFER_BYTES + weights:
         raise InputError(place, f"config.json asks for tables of {buffers:,} bytes beside the weights")
     tensors = model.state_dict(keep_vars=True)
     for name in loaded_in_float32(model, dtype):

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_CPU_SECONDS, _MOST_SECONDS = 4, 120
+_CPU_SECONDS, _MAX_SECONDS = 4, 120
 _MEMORY_BYTES, _MEMORY_A_BYTE = 1_500_000_000, 20  # of address space: so much, and so much for each byte of the file
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _TEXTS = (
@@ -28,7 +28,7 @@ _TEXTS = (
     "二つの素数の和は常に偶数であるか。Ответ: нет! ¿Qué? \U0001f600",
     *(piece * 500 + "!" for piece in ("a", "aA", " ", "1", "\n", "?", "a b ", "あ", "-_-")),
 )
-_MOST_GROWTH, _MOST_ADDED = 20, 1_000  # tokens or characters for each byte, and beside them
+_MAX_GROWTH, _MAX_ADDED = 20, 1_000  # tokens or characters for each byte, and beside them
 _TALK = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
 
 
@@ -60,10 +60,10 @@ def _run(folder: Path) -> str:
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     try:
         process = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_MOST_SECONDS, check=False
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_MAX_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"a few texts took it more than {_MOST_SECONDS} s"
+        return f"a few texts took it more than {_MAX_SECONDS} s"
     if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return f"a few texts took it more than {_CPU_SECONDS} s"
     if process.returncode < 0:
@@ -79,7 +79,7 @@ def _try(folder: Path) -> None:
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in _TEXTS:
-        most = _MOST_GROWTH * len(text.encode()) + _MOST_ADDED
+        most = _MAX_GROWTH * len(text.encode()) + _MAX_ADDED
         ids = tokenizer.encode(text).ids
         if len(ids) > most or len(tokenizer.decode(ids)) > most:
             raise ValueError(f"it makes far more of a text of {len(text)} characters than that")

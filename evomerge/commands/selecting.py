@@ -35,7 +35,7 @@ from evomerge.search.work.jobs import Descended, Failed, Finished, Measured
 from evomerge.store import Estimate, Scores, Store
 from evomerge.store.events import Compared, Fate, ScoredItems, Selected, SelectedSource, SelectScored
 
-LEAST_KEPT = 2
+MIN_KEPT = 2
 """Sources that are kept whatever they add: of one there is nothing to merge."""
 
 KEPT, WITH_REST, CONTROL = "average of the kept", "average with the rest", "the first kept, and random directions"
@@ -129,7 +129,7 @@ class Selection(OutsideJobs):
     def _able(self) -> list[str]:
         """Those that are not out in every objective."""
         able = [name for name in self._choices if any(name not in race.out for race in self._races)]
-        return able if len(able) >= LEAST_KEPT else self._choices
+        return able if len(able) >= MIN_KEPT else self._choices
 
     @property
     def scored(self) -> int:
@@ -141,7 +141,7 @@ class Selection(OutsideJobs):
         """Those that are kept, in their order, once the race is run."""
         rows = {name: [self._row(name, o) for o in self._objectives] for name in self._able}
         base = [self._row(self._base, o) for o in self._objectives]
-        return list(by_gain(base, rows, self._section.keep, self._section.confidence, LEAST_KEPT))
+        return list(by_gain(base, rows, self._section.keep, self._section.confidence, MIN_KEPT))
 
     @cached_property
     def _rest(self) -> list[str]:

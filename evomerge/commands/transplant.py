@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.source import Source
 
 _TOKENS = 512  # of one piece of the text, with the one before it
-_MOST_BYTES = 1_000_000
+_MAX_BYTES = 1_000_000
 
 SHIPPED = Path(__file__).parents[1] / "checkpoints" / "transplant_text.txt"
 """The text that both models predict where none is given."""
@@ -37,7 +37,7 @@ def transplant(model: str, donor: str, out: Path, method: str, atoms: int | None
         raise unknown_name(method, get_args(RowMethod), "--method", "way to make rows")
     for place, reference in (("MODEL", model), ("DONOR", donor)):
         check_reference(reference, place)
-    sample = read_text(text or SHIPPED, "--text", _MOST_BYTES)
+    sample = read_text(text or SHIPPED, "--text", _MAX_BYTES)
     if not sample.strip():
         raise InputError("--text", "holds nothing that could be predicted")
     with opening():

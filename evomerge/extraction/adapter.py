@@ -26,7 +26,7 @@ from evomerge.extraction.targets import Target, find_targets, short_names
 from evomerge.merging.arithmetic.jobs import WorkerThreads
 
 REPORT = "extraction.json"
-_LEAST_MODULES = (nn.Linear, Conv1D, nn.Embedding)
+_MIN_MODULES = (nn.Linear, Conv1D, nn.Embedding)
 
 
 @dataclass
@@ -174,7 +174,7 @@ def _config(held: Held, rank: int, base: Source, classes: Mapping[str, type]) ->
         "lora_dropout": 0.0,
         "bias": "all" if held.has_bias else "none",
         "fan_in_fan_out": any(issubclass(classes[module], Conv1D) for module in held.modules),
-        "target_modules": short_names(list(held.modules), classes, _LEAST_MODULES),
+        "target_modules": short_names(list(held.modules), classes, _MIN_MODULES),
         "target_parameters": list(held.parameters) or None,
         "modules_to_save": held.saved or None,
         "trainable_token_indices": held.rows or None,

@@ -20,8 +20,8 @@ from evomerge.inference.media import Media
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_BYTES = 64_000_000
-MOST_PIXELS = 64_000_000
+MAX_BYTES = 64_000_000
+MAX_PIXELS = 64_000_000
 """More than cameras give; a file of a few kilobytes can hold billions of one colour."""
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -40,7 +40,7 @@ def file_media(file: Path, place: str) -> Media:
     Raises:
         InputError: the file cannot be read, or is no picture that can be shown.
     """
-    content = read_bytes(file, place, MOST_BYTES)
+    content = read_bytes(file, place, MAX_BYTES)
     _opened(content, file, place)
     return Media("image", file, hashlib.sha256(content).hexdigest())
 
@@ -60,7 +60,7 @@ def decoded(media: Media, place: str) -> Image:
     """
     if media.file is None:
         return _in_rgb(media.held)
-    content = read_bytes(media.file, place, MOST_BYTES)
+    content = read_bytes(media.file, place, MAX_BYTES)
     if media.sha256 and hashlib.sha256(content).hexdigest() != media.sha256:
         raise InputError(place, f"the picture {media.file} has changed since it was first read", "Put it back.")
     image = _opened(content, media.file, place)
@@ -140,8 +140,8 @@ def _damaged(file: Path, place: str, error: Exception) -> InputError:
 def _fault(image: Image) -> tuple[str, str] | None:
     """Why a picture is not to be shown, and what to do; None where it is."""
     width, height = image.size
-    if width * height > MOST_PIXELS:
-        return f"has {width:,} by {height:,} pixels; there may be {MOST_PIXELS:,}", "Save a smaller copy."
+    if width * height > MAX_PIXELS:
+        return f"has {width:,} by {height:,} pixels; there may be {MAX_PIXELS:,}", "Save a smaller copy."
     if image.format != "MPO" and getattr(image, "is_animated", False):  # what MPO adds to a photo is another view of it
         return "is animated or has several pages", "Save the one that is meant."
     if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
     from evomerge.inference.showing import ImageTokens
 
-_LEAST_STEP = 16
+_MIN_STEP = 16
 """Rows are padded to a multiple of so many tokens, and of an eighth of the power of two below their length."""
 
-_LEAST_ROWS = 16
+_MIN_ROWS = 16
 """The head's matrix multiplies as many rows at least: products of one to three rows round otherwise in float32."""
 
 _LOGITS_BYTES = 1 << 28
@@ -67,7 +67,7 @@ def _width(fed: int, context: int | None) -> int:
     There is padding but where the context has no room for it: without any, transformers computes without a mask, by
     another kernel, which rounds otherwise.
     """
-    step = max(_LEAST_STEP, 1 << max(0, fed.bit_length() - 4))
+    step = max(_MIN_STEP, 1 << max(0, fed.bit_length() - 4))
     width = (fed // step + 1) * step
     return width if context is None else max(fed, min(width, context))
 
@@ -137,7 +137,7 @@ def _sums(live: LiveModel, items: Sequence[Tokens], most: int, shown: ShownRows)
     row_logits = live.model.get_input_embeddings().weight.shape[0] * live.model.dtype.itemsize
     for batch in _batches(items, most, context, row_logits):
         width = _width(len(items[batch[0]].ids) - 1, context)
-        kept = min(width, max(_LEAST_ROWS, *(kept_columns(width, items[i]) for i in batch)))
+        kept = min(width, max(_MIN_ROWS, *(kept_columns(width, items[i]) for i in batch)))
         ids, mask = padded([items[i] for i in batch], width)
         sums = []
         with torch.inference_mode():

@@ -24,7 +24,7 @@ from evomerge.inference.reading import Prompt
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
-MOST_TOKENS = 2048
+MAX_TOKENS = 2048
 """In one forward and backward pass, unless a single item has more: of many more, what a pass costs beside its tokens
 (a look at every weight of the sources) no longer counts."""
 
@@ -116,7 +116,7 @@ def _batches(items: Sequence[_Item], live: LiveModel) -> Iterator[list[_Item]]:
     for item in sorted(items, key=lambda item: len(item.ids), reverse=True):
         more = [*batch, item]
         rows, width, kept = len(more), len(more[0].ids) - 1, _kept(more)
-        if batch and (rows * width > MOST_TOKENS or rows * kept * row_logits > _LOGITS_BYTES):
+        if batch and (rows * width > MAX_TOKENS or rows * kept * row_logits > _LOGITS_BYTES):
             yield batch
             batch = []
         batch.append(item)

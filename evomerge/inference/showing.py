@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _TEXT_KIND = {"paligemma": 1}
 """Of tokens that see only those before them, where it is not 0: there 0 is a prompt that sees itself whole."""
 
-MOST_BYTES = 1 << 30
+MAX_BYTES = 1 << 30
 """Of image tokens that a process keeps in memory."""
 
 _OUTPUTS = ("pooler_output", "deepstack_features")
@@ -114,7 +114,7 @@ class ImageTokens:
         key = _key(prompt)
         if key in self._shown:
             return self._shown[key]
-        if self._bytes >= MOST_BYTES:
+        if self._bytes >= MAX_BYTES:
             return self._spilled(prompt)
         shown = self._shown[key] = self._compute(prompt)
         self._bytes += shown.nbytes

@@ -42,7 +42,7 @@ class StopAtText(StoppingCriteria):  # type: ignore[misc]
         return self._done.to(input_ids.device)
 
 
-_MOST_TAILS = 100_000
+_MAX_TAILS = 100_000
 """Remembered of a tokenizer and its texts: some 20 MB."""
 
 _Tails = dict[tuple[int, ...], bool]
@@ -70,7 +70,7 @@ class TextEnds:
         if not self._texts:
             return [False] * len(answers)
         tails = [tuple(answer[-self._window :]) for answer in answers]
-        if len(self._known) > _MOST_TAILS:
+        if len(self._known) > _MAX_TAILS:
             self._known.clear()
         if new := [tail for tail in dict.fromkeys(tails) if tail not in self._known]:
             for tail, text in zip(new, self._tokenizer.batch_decode([list(tail) for tail in new]), strict=True):

@@ -17,7 +17,7 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from evomerge.merging.measured.facts import Facts
 
-_LEAST = 2.0**-149  # the least magnitude of a float32 but zero
+_MIN = 2.0**-149  # the least magnitude of a float32 but zero
 
 
 def localize_and_stitch(facts: Facts, blend: Blend) -> Pass:
@@ -38,7 +38,7 @@ def localize_and_stitch(facts: Facts, blend: Blend) -> Pass:
 
 def _low(facts: Facts, base: str, source: str, kept: float) -> float:
     """The least magnitude in the mask. What a source left as it was is in it only where all is."""
-    return max(facts.model_threshold(base, source, kept), _LEAST) if kept < 1 else 0.0
+    return max(facts.model_threshold(base, source, kept), _MIN) if kept < 1 else 0.0
 
 
 _EVERYTHING = {"density": 1.0, "lambda": 1.0}

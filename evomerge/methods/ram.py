@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from evomerge.merging.measured.facts import Facts
 
-_LEAST, _RISE, _MOST = 1e-5, 0.1, 0.2  # defaults of epsilon, r and alpha
+_MIN, _RISE, _MAX = 1e-5, 0.1, 0.2  # defaults of epsilon, r and alpha
 
 
 def ram(facts: Facts, blend: Blend) -> Pass:
@@ -36,7 +36,7 @@ def ramplus_tl(facts: Facts, blend: Blend) -> Pass:
     """
     import torch
 
-    names, epsilon = (base_of(blend), *blend.sources), number(blend, "epsilon", _LEAST)
+    names, epsilon = (base_of(blend), *blend.sources), number(blend, "epsilon", _MIN)
 
     def counts(rows: Sequence[Tensor]) -> Tensor:
         changed = _deltas(rows).abs() > epsilon
@@ -44,7 +44,7 @@ def ramplus_tl(facts: Facts, blend: Blend) -> Pass:
         return torch.stack([(changed & several).sum(dim=(1, 2)), (changed & ~several).sum(dim=(1, 2))]).view(-1)
 
     shared, alone = facts.total("shared changes", names, counts, epsilon=epsilon).reshape(2, -1)
-    r, most = number(blend, "r", _RISE), number(blend, "alpha", _MOST)
+    r, most = number(blend, "r", _RISE), number(blend, "alpha", _MAX)
     ratios = [s / a if a else math.inf if s else 0.0 for s, a in zip(shared, alone, strict=True)]
     return _ram(blend, [1 + r * min(ratio, most) for ratio in ratios])
 
@@ -52,7 +52,7 @@ def ramplus_tl(facts: Facts, blend: Blend) -> Pass:
 def _ram(blend: Blend, factors: Sequence[float]) -> Pass:
     import torch
 
-    epsilon, factor = number(blend, "epsilon", _LEAST), number(blend, "lambda", 1.0)
+    epsilon, factor = number(blend, "epsilon", _MIN), number(blend, "lambda", 1.0)
     alone = torch.tensor(factors, dtype=torch.float32)[:, None, None]
 
     def rows(tensors: Sequence[Tensor], first_row: int) -> Tensor:
@@ -72,10 +72,10 @@ def _deltas(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack([x - rows[0] for x in rows[1:]])
 
 
-_EPSILON = MethodParameter("epsilon", "blend", low=0.0, high=1e-3, default=_LEAST, searched=False)
+_EPSILON = MethodParameter("epsilon", "blend", low=0.0, high=1e-3, default=_MIN, searched=False)
 _R = MethodParameter("r", "blend", low=0.0, high=1.0, default=_RISE)
-_ALPHA = MethodParameter("alpha", "blend", low=0.0, high=2.0, default=_MOST)
-_SAID = for_all("epsilon", _LEAST)
+_ALPHA = MethodParameter("alpha", "blend", low=0.0, high=2.0, default=_MAX)
+_SAID = for_all("epsilon", _MIN)
 
 RAM = Method(
     "ram",
@@ -92,9 +92,7 @@ RAMPLUS_TL = Method(
     ramplus_tl,
     (_R, _ALPHA, scale(), _EPSILON),
     needs_base=True,
-    mergekit=Grammar(
-        "apart", (for_all("r", _RISE), for_all("alpha", _MOST), _SAID), copies_base=True, unsaid=(LAMBDA,)
-    ),
+    mergekit=Grammar("apart", (for_all("r", _RISE), for_all("alpha", _MAX), _SAID), copies_base=True, unsaid=(LAMBDA,)),
     title="RAM+",
     reference="arXiv 2601.13572",
 )

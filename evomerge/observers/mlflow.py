@@ -16,7 +16,7 @@ from evomerge.observers.base import ENDED, FOLDER_NAME, News, ObserverSettings, 
 from evomerge.observers.tracker import Row, Tracker
 from evomerge.store.rows import CandidateRow, SearchRow
 
-_MOST = 100
+_MAX = 100
 """So many parameters MLflow's API takes at once."""
 
 
@@ -77,8 +77,8 @@ class Mlflow(Tracker):
         own = {name.removeprefix("candidate/"): v for name, v in values.items() if name.startswith("candidate/")}
         self._client.log_batch(run, metrics=list(self._metrics(own, row.number)))
         params = [self._entities.Param(_name(name), repr(value)) for name, value in genome.items()]
-        for first in range(0, len(params), _MOST):
-            self._client.log_batch(run, params=params[first : first + _MOST])
+        for first in range(0, len(params), _MAX):
+            self._client.log_batch(run, params=params[first : first + _MAX])
         self._client.set_terminated(run, "FAILED" if row.status == "failed" else "FINISHED")
         best = {name: value for name, value in values.items() if name.startswith("best/")}
         self._client.log_batch(self._run, metrics=list(self._metrics(best, step)))

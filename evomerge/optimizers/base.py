@@ -204,20 +204,20 @@ class Settings(BaseModel):
         raise NotImplementedError
 
 
-MOST_POPULATION = 100_000
+MAX_POPULATION = 100_000
 """Every generation is in memory at once; a search of a year has fewer candidates."""
 
 
 def check_population(population: int | None, least: int, place: str) -> None:
-    """Refuse a population smaller than ``least``, or larger than ``MOST_POPULATION``.
+    """Refuse a population smaller than ``least``, or larger than ``MAX_POPULATION``.
 
     Raises:
         InputError: naming ``place.population``.
     """
     if population is not None and population < least:
         raise InputError(f"{place}.population", f"is {population}", f"Give {least} or more, or leave it out.")
-    if population is not None and population > MOST_POPULATION:
-        raise InputError(f"{place}.population", f"is {population}", f"Give at most {MOST_POPULATION}, or leave it out.")
+    if population is not None and population > MAX_POPULATION:
+        raise InputError(f"{place}.population", f"is {population}", f"Give at most {MAX_POPULATION}, or leave it out.")
 
 
 def default_population(parameters: int) -> int:

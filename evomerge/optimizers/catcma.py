@@ -40,7 +40,7 @@ from evomerge.optimizers.elites import Feature
 from evomerge.optimizers.ledger import Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scalarisation
 
-MOST_GAUSSIAN = 1_000
+MAX_GAUSSIAN = 1_000
 """Reals and ints together. Their covariance matrix is always full; of 1,000, a generation of 24 takes three seconds."""
 
 Vector = NDArray[np.float64]
@@ -71,10 +71,10 @@ class CatCmaSettings(Settings):
     ) -> None:
         check_population(self.population, 4, place)
         gaussian = sum(p.kind != "choice" for p in parameters)
-        if gaussian > MOST_GAUSSIAN:
+        if gaussian > MAX_GAUSSIAN:
             raise InputError(
                 place,
-                f"catcma takes at most {MOST_GAUSSIAN:,} reals and ints, and the search space has {gaussian:,}",
+                f"catcma takes at most {MAX_GAUSSIAN:,} reals and ints, and the search space has {gaussian:,}",
                 "Use cma (or nsga2 for several objectives), or a coarser search space.",
             )
         check_scalarisation(self.scalarisation, objectives, self.name, place)

@@ -36,7 +36,7 @@ from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scal
 FULL_COVARIANCE_UP_TO = 50
 """Parameters up to which covariances are learnt: there are 1,275 of 50, about as many as a search has candidates."""
 
-LEAST_POPULATION = 3
+MIN_POPULATION = 3
 
 GENERATIONS = 12
 """Generations that ``population: auto`` makes of a budget. Measured with answers of 100 items for a candidate, on
@@ -104,7 +104,7 @@ class StrategySettings(Settings):
         Raises:
             InputError: naming ``place`` (``optimizer``) and the hint.
         """
-        check_population(None if self.population == "auto" else self.population, LEAST_POPULATION, place)
+        check_population(None if self.population == "auto" else self.population, MIN_POPULATION, place)
         check_scalarisation(mix, objectives, self.name, place)
         known = {p.share_of for p in parameters} - {""}
         if isinstance(self.x0, dict) and (unknown := sorted(self.x0.keys() - known)):
@@ -146,7 +146,7 @@ class CmaSettings(StrategySettings):
         # Covariances never paid: with 300 to 3,000 candidates as above, they lost up to 0.1 of the way up to 40
         # parameters, and beyond made no difference; nor did VD-CMA, VkD-CMA or diagonal acceleration (dd-CMA) pay.
         diagonal = True if self.diagonal is None else self.diagonal
-        population = max(LEAST_POPULATION, candidates // GENERATIONS)
+        population = max(MIN_POPULATION, candidates // GENERATIONS)
         return self.model_copy(update={"population": population, "diagonal": diagonal})
 
     def check(

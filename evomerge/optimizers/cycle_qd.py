@@ -33,7 +33,7 @@ Vector = NDArray[np.float64]
 _BEYOND = 0.15
 """How far bins go beyond the sources' losses, in parts of these."""
 
-_LEAST, _MOST = 0.5, 0.8
+_MIN, _MAX = 0.5, 0.8
 """Between which scores are scaled before parents are drawn by their product."""
 
 
@@ -131,5 +131,5 @@ def _chances(losses: Vector) -> Vector:
     """How likely each elite is to be a parent: the product of its scaled scores in all tasks: float64 [elites]."""
     low, high = losses.min(axis=0), losses.max(axis=0)
     good = (high - losses) / np.where(high > low, high - low, 1.0)
-    weights = np.prod(_LEAST + (_MOST - _LEAST) * good, axis=1)
+    weights = np.prod(_MIN + (_MAX - _MIN) * good, axis=1)
     return np.asarray(weights / weights.sum())

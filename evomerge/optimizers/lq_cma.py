@@ -22,7 +22,7 @@ from evomerge.optimizers.elites import Feature
 from evomerge.optimizers.ledger import FOREIGN, Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars
 
-MOST_PARAMETERS = 40
+MAX_PARAMETERS = 40
 """The full model of n parameters has n (n + 3) / 2 + 1 coefficients, 861 of 40: about as many as a search has
 candidates. Beyond, a search ends before it has a model with interactions, and each ask and tell takes seconds."""
 
@@ -30,7 +30,7 @@ candidates. Beyond, a search ends before it has a model with interactions, and e
 MIN_SHARE = 0.02  # min_evals_percent: of a generation, scored whatever the model says
 FIRST_POINTS = 3 / 0.75  # minimum_model_size / truncation_ratio: points before the model says anything
 GOOD_TAU = 0.85  # tau_truth_threshold: Kendall's tau of model against truth that is good enough
-LEAST_FOR_TAU = 15  # n_for_tau: points that tau is taken over, at least
+MIN_FOR_TAU = 15  # n_for_tau: points that tau is taken over, at least
 GROWTH = 0.5  # 1, 2, 3, 5, 8, 12, ... of a generation are scored, until the model is good enough
 
 
@@ -50,10 +50,10 @@ class LqCmaSettings(StrategySettings):
     ) -> None:
         self.check_strategy(self.scalarisation, parameters, objectives, place)
         n = len(parameters)
-        if n > MOST_PARAMETERS:
+        if n > MAX_PARAMETERS:
             raise InputError(
                 place,
-                f"lq_cma takes at most {MOST_PARAMETERS} parameters, and the search space has {n:,}: its model would "
+                f"lq_cma takes at most {MAX_PARAMETERS} parameters, and the search space has {n:,}: its model would "
                 f"have {n * (n + 3) // 2 + 1:,} coefficients to learn, each from at least one candidate",
                 "Use cma, or a coarser search space.",
             )
@@ -168,7 +168,7 @@ class LqCma:
         scored, size = len(self._learnt), len(self._samples)
         self._model.sort(self._goal)
         # n_for_tau of SurrogatePopulationSettings
-        tau = self._model.tau(int(max(LEAST_FOR_TAU, min(1.2 * scored, 0.75 * size))))
+        tau = self._model.tau(int(max(MIN_FOR_TAU, min(1.2 * scored, 0.75 * size))))
         if tau >= GOOD_TAU or scored == size:
             self._model.sort(scored)
             self._model.widen(tau)

@@ -15,7 +15,7 @@ from evomerge.optimizers.elites import Feature
 
 SamplerName = Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"]
 
-MOST_PARAMETERS = {"gp": 1_000, "qmc": 21_201}
+MAX_PARAMETERS = {"gp": 1_000, "qmc": 21_201}
 """gp: beyond, one ask takes minutes and learns nothing. qmc: the dimensions of scipy's Sobol sequence."""
 
 
@@ -34,7 +34,7 @@ class OptunaSettings(Settings):
         self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
     ) -> None:
         check_population(self.population, 2, place)
-        most = MOST_PARAMETERS.get(self.name)
+        most = MAX_PARAMETERS.get(self.name)
         if most is not None and len(parameters) > most:
             raise InputError(
                 place,

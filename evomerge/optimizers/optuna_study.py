@@ -28,7 +28,7 @@ GENERATION_KEYS = {"nsga2": "NSGAIISampler:generation", "nsga3": "NSGAIIISampler
 DEAR = ("tpe", "gp")
 """Samplers whose asks cost up to seconds each."""
 
-GOOD_SHARE, MOST_GOOD = 0.1, 25
+GOOD_SHARE, MAX_GOOD = 0.1, 25
 """tpe models the best tenth of all trials, at most 25, as good: the default ``gamma`` of Optuna's TPESampler."""
 
 
@@ -63,7 +63,7 @@ class OptunaOptimizer:
             case "tpe":  # the others are bad alike, however bad; with several objectives only the share holds
                 finished: int = sum(t.state.is_finished() for t in self._study.get_trials(deepcopy=False))
                 good = math.ceil(GOOD_SHARE * (finished + self.population))
-                most = MOST_GOOD if len(self._study.directions) == 1 else good
+                most = MAX_GOOD if len(self._study.directions) == 1 else good
                 return Best(min(good, most, self.population))
             case "random" | "qmc":  # they learn nothing; the best alone counts, as the result
                 return Best(1)

@@ -26,7 +26,7 @@ from evomerge.optimizers.elites import Feature
 from evomerge.optimizers.quadratic import Quadratic, Vector, terms
 from evomerge.optimizers.variation import Population, iso_line
 
-MOST_PARAMETERS = 10
+MAX_PARAMETERS = 10
 """A quadratic of ten has 66 coefficients, each of which wants a candidate and more."""
 
 SPARE = 1.5
@@ -53,8 +53,8 @@ class MapSettings(Settings):
         self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
     ) -> None:
         check_population(self.population, 2, place)
-        if len(parameters) > MOST_PARAMETERS:
-            problem = f"map takes at most {MOST_PARAMETERS} parameters, and the search space has {len(parameters):,}"
+        if len(parameters) > MAX_PARAMETERS:
+            problem = f"map takes at most {MAX_PARAMETERS} parameters, and the search space has {len(parameters):,}"
             hint = "Take fewer sources and `granularity: model`, or use nsga2 or gp."
             raise InputError(place, problem, hint)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # these import transformers, which takes seconds; checking a 
     from evomerge.prompts.soft import SoftModel
     from evomerge.prompts.tokens import PromptTokens
 
-_MOST_SHARE = 2
+_MAX_SHARE = 2
 """A prompt has no more than one in so many of the tokens that the context holds: texts need room as well."""
 
 
@@ -51,7 +51,7 @@ class PromptsBuilder(BuilderBase):
                 hint = "Put them one after another; only prompts of one `prompt_tuning_init_text` mix row by row."
                 raise InputError(f"recipe.runs[{number}]", problem, hint)
         context = base.config.get("max_position_embeddings")
-        if isinstance(context, int) and recipe.rows * _MOST_SHARE > context:
+        if isinstance(context, int) and recipe.rows * _MAX_SHARE > context:
             problem = f"has {recipe.rows} rows, and prompt and text together have room for {context} tokens"
             raise InputError("recipe.runs", problem, "Take fewer.")
 

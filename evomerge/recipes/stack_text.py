@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
 
 _SCALE = "scale"  # the step that profiles over depth are made of
-_MOST_TENSORS = 3  # tensors of their own that a line names
+_MAX_TENSORS = 3  # tensors of their own that a line names
 
 
 def stack_lines(recipe: StackRecipe) -> list[str]:
@@ -65,8 +65,8 @@ def _parts(recipe: StackRecipe, number: int) -> str:
     names += ["what reads images"] if recipe.vision == number else []
     apart = [name for name, index in recipe.tensors.items() if index == number]
     if apart:
-        more = f" and {len(apart) - _MOST_TENSORS} more tensors" if len(apart) > _MOST_TENSORS else ""
-        names.append(", ".join(apart[:_MOST_TENSORS]) + more)
+        more = f" and {len(apart) - _MAX_TENSORS} more tensors" if len(apart) > _MAX_TENSORS else ""
+        names.append(", ".join(apart[:_MAX_TENSORS]) + more)
     return "; ".join(names)
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from evomerge.report.entries import SOURCE, Entry
 from evomerge.store import Estimate
 
-MOST_ROWS = 10
+MAX_ROWS = 10
 
 
 class CompositionRow(BaseModel):
@@ -59,7 +59,7 @@ def compositions_of(
             continue
         sign = -1.0 if directions[name] == "maximize" else 1.0
         rows.sort(key=lambda row: sign * row.value.mean)
-        kept = {row.id for row in [*rows[:MOST_ROWS], *_best_at(parts, directions, rows)]}
+        kept = {row.id for row in [*rows[:MAX_ROWS], *_best_at(parts, directions, rows)]}
         split: Literal["search", "held_out"] = "held_out" if held_out else "search"
         yield Composition(
             name=name, parts=list(parts), split=split, rows=[row for row in rows if row.id in kept],

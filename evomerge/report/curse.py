@@ -26,7 +26,7 @@ from evomerge.store.events import Shortlist
 from evomerge.store.record import Measure
 from evomerge.store.rows import Estimate, Known
 
-_LEAST_POINTS = 3  # of fewer no line and no rank correlation says anything
+_MIN_POINTS = 3  # of fewer no line and no rank correlation says anything
 
 
 class SplitScores(BaseModel):
@@ -237,7 +237,7 @@ def _searched(store: Store, row: CandidateRow, objectives: Sequence[Measure]) ->
 
 def _association(x: Matrix, y: Matrix) -> tuple[float | None, float | None]:
     """Kendall's tau and the slope of two numbers [n]; None where there is too little to tell."""
-    if len(x) < _LEAST_POINTS:
+    if len(x) < _MIN_POINTS:
         return None, None
     tau = kendall_tau(x, y)
     spread = float(((x - x.mean()) ** 2).sum())

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 _ANY_WIDTH = 10_000  # wider than any table, so that a table says how wide it would like to be
-_LEAST_TITLE = 8  # characters; narrower titles would be broken into syllables
-_MOST_NAME = 24  # characters of a candidate with what it is, before it takes a second line
+_MIN_TITLE = 8  # characters; narrower titles would be broken into syllables
+_MAX_NAME = 24  # characters of a candidate with what it is, before it takes a second line
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def named(marks: Sequence[str]) -> Step:
     def joined(columns: Columns) -> Columns:
         first, _, *rest = columns
         texts = [f"{name} {mark}".strip() for name, mark in zip(first.texts, marks, strict=True)]
-        return [replace(first, texts=texts, most=_MOST_NAME), *rest]
+        return [replace(first, texts=texts, most=_MAX_NAME), *rest]
 
     return joined
 
@@ -89,7 +89,7 @@ class FittedTable:
     def _table(self, columns: Columns, *, broken: bool) -> Table:
         table = Table(title=self._title, title_justify="left", box=None, pad_edge=False)
         for column in columns:
-            width = max([_LEAST_TITLE, *(len(text) for text in column.texts)])
+            width = max([_MIN_TITLE, *(len(text) for text in column.texts)])
             title = heading(column.title, width) if broken else column.title
             table.add_column(title, justify="right" if column.right else "left", max_width=column.most)
         for number, texts in enumerate(zip(*(column.texts for column in columns), strict=True)):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from evomerge.checkpoints.placement import device_bytes, place_buffers
 from evomerge.checkpoints.sharding import Heads, heads_of, hidden_size, shard_bytes, sharding_problem, text_config
-from evomerge.inference.proxy import MOST_TOKENS, SHARE_OF_FREE, kept_bytes
+from evomerge.inference.proxy import MAX_TOKENS, SHARE_OF_FREE, kept_bytes
 from evomerge.merging.arithmetic.device import Residency, choose_place
 from evomerge.search.settings.layouts import LAYOUTS
 
@@ -238,7 +238,7 @@ def host_bytes(shape: ModelShape, works: Sequence[Work], mapped: int, descent: i
 
 def descent_bytes(shape: ModelShape, items: int, free: int) -> int:
     """Bytes that a step of a descent keeps of its forward pass, where so many are free; measured on SmolLM2-135M."""
-    tokens = min(items * _TYPICAL_PROMPT, MOST_TOKENS)
+    tokens = min(items * _TYPICAL_PROMPT, MAX_TOKENS)
     return min(kept_bytes(tokens, hidden_size(shape.config), shape.layers, shape.width), round(SHARE_OF_FREE * free))
 
 

@@ -35,9 +35,9 @@ from evomerge.recipes.stack import Role
 from evomerge.report.advice import advice_on, dispersion_of
 from evomerge.report.cautions import beware
 
-_MOST_NAME = 100  # characters
+_MAX_NAME = 100  # characters
 
-_MOST_WORK = 5e12
+_MAX_WORK = 5e12
 """Operations beyond which singular values are not looked for: they take a core a minute or two."""
 
 
@@ -222,7 +222,7 @@ def _facts(source: Source) -> ModelFacts:
     return ModelFacts(
         name=source.name,
         reference=source.reference,
-        architecture=printable(str(named), _MOST_NAME),
+        architecture=printable(str(named), _MAX_NAME),
         layers=source.layers,
         hidden_size=source.settings["hidden_size"],
         parameters=sum(math.prod(entry.shape) for entry in source.tensors.values()),
@@ -390,7 +390,7 @@ def _has_time(sources: Sequence[Source], tensors: Mapping[str, Role]) -> bool:
     base, *others = sources
     whole = [other for other in others if not is_low_rank(base, other)]
     shapes = [base.tensors[name].shape for name in tensors if len(base.tensors[name].shape) > 1]
-    return len(whole) * sum(map(work, shapes)) <= _MOST_WORK
+    return len(whole) * sum(map(work, shapes)) <= _MAX_WORK
 
 
 def _directions(sources: Sequence[Source], name: str, read: Callable[[Ref], Tensor]) -> Directions:

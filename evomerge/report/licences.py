@@ -23,7 +23,7 @@ UNKNOWN = "unknown"
 CARD = "README.md"
 """The card's file in a model's folder."""
 
-_MOST_BYTES = 65_536
+_MAX_BYTES = 65_536
 _LINE = re.compile(r"""license:\s+(?P<quote>["']?)(?P<name>[\w.+-]{1,100})(?P=quote)\s*(#.*)?""", re.ASCII)
 
 
@@ -34,7 +34,7 @@ def licence_of(folder: Path) -> str:
     """
     try:
         with open_file(folder / CARD, str(folder)) as stream:
-            lines = stream.read(_MOST_BYTES).decode("utf-8", "replace").splitlines()
+            lines = stream.read(_MAX_BYTES).decode("utf-8", "replace").splitlines()
     except (InputError, OSError):
         return UNKNOWN
     if not lines or lines[0].rstrip() != "---":

@@ -39,10 +39,10 @@ mu_eff about lambda / 4: in 4 n^2 candidates. A diagonal alone is learnt (n + 2)
 CANDIDATES_A_COVARIANCE = 4
 """Times n^2: candidates until it has learnt the covariances of n parameters; see above."""
 
-LEAST_RUNG = 25
+MIN_RUNG = 25
 """Items of a first rung: fewer tell only candidates apart that are very different (docs/scoring.md)."""
 
-LEAST_GENERATIONS = 10
+MIN_GENERATIONS = 10
 """Generations from which on a population is not too large for the budget."""
 
 _GROWTH = 3  # from rung to rung, as rungs beyond the last grow
@@ -128,8 +128,8 @@ def rungs_for(items: int) -> list[int]:
     """Rungs of a race on so many items: a tenth of them but at least 25, then three times as many; none where that
     spares little.
     """
-    first = max(LEAST_RUNG, round(items / 10))
-    return [rung for rung in (first, _GROWTH * first) if rung < items] if items >= 4 * LEAST_RUNG else []
+    first = max(MIN_RUNG, round(items / 10))
+    return [rung for rung in (first, _GROWTH * first) if rung < items] if items >= 4 * MIN_RUNG else []
 
 
 # ---- of a search -----------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def _on_size(prepared: Prepared, searched: int, given: int, population: int) -> 
     elif finer := next((name for name, n in sizes.items() if count < n <= affordable and now == "model"), ""):
         text = f"{searched} candidates learn {affordable} parameters; {_called(finer)} has {sizes[finer]}"
         yield Advice(key="space.granularity", value=finer, text=text)
-    usual = max(default_population(count), searched // LEAST_GENERATIONS, 4)
+    usual = max(default_population(count), searched // MIN_GENERATIONS, 4)
     if population > usual:
         text = f"{population} a generation leave {searched / population:.0f} generations"
         yield Advice(key="optimizer.population", value=str(usual), text=text)
@@ -264,7 +264,7 @@ def _on_rungs(setup: Setup) -> Iterator[Advice]:
     if setup.racing is None:
         text = f"every candidate is scored on all {items} items, and most are out after {rungs[0]}"
         yield Advice(key="racing.rungs", value=_listed(rungs), text=text)
-    elif setup.racing.rungs[0] < LEAST_RUNG:
+    elif setup.racing.rungs[0] < MIN_RUNG:
         least = least_difference(setup.racing.rungs[0], FROM_CANDIDATE, setup.racing.confidence)
         text = f"a first rung of {setup.racing.rungs[0]} items tells candidates apart only from {least:.2f} on"
         yield Advice(key="racing.rungs", value=_listed(rungs), text=text)

@@ -9,7 +9,7 @@ import numpy as np
 
 from evomerge.genome import Genome, Parameter
 
-MOST_COLUMNS = 6
+MAX_COLUMNS = 6
 """Of a table of candidates; more would push out what they are worth."""
 
 
@@ -33,13 +33,13 @@ class ParameterColumn:
 
 def columns_of(parameters: Sequence[Parameter]) -> list[ParameterColumn]:
     """The parameters, or where they are many their means over layer groups; none where those are many too."""
-    if len(parameters) <= MOST_COLUMNS:
+    if len(parameters) <= MAX_COLUMNS:
         return [ParameterColumn(p.name, (place,), (p,)) for place, p in enumerate(parameters)]
     columns = [
         ParameterColumn(title, tuple(places), tuple(parameters[place] for place in places))
         for title, places in alike(parameters).items()
     ]
-    return columns if len(columns) <= MOST_COLUMNS else []
+    return columns if len(columns) <= MAX_COLUMNS else []
 
 
 def alike(parameters: Sequence[Parameter]) -> dict[str, list[int]]:

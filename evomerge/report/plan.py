@@ -32,7 +32,7 @@ from evomerge.report.hardware import (
 )
 from evomerge.report.outlook import Outlook, outlook_lines, outlook_of
 from evomerge.search.estimation.preference import Preference
-from evomerge.search.estimation.screening import LEAST_PAIRS
+from evomerge.search.estimation.screening import MIN_PAIRS
 from evomerge.search.preparing.measured import planned_baselines, plans_soups
 from evomerge.search.preparing.mixtures import mixture_bytes
 from evomerge.search.preparing.prepare import Prepared
@@ -40,7 +40,7 @@ from evomerge.search.preparing.setup import Setup
 from evomerge.search.settings.sections import Workers
 from evomerge.search.settings.selecting import choices
 
-LEAST_GAIN = 2
+MIN_GAIN = 2
 """A race whose first rung is more than one part in so many of all items cannot spare much."""
 
 FEW_ITEMS = 30
@@ -49,10 +49,10 @@ FEW_ITEMS = 30
 SOUPS = 2
 """Baselines by the losses of calibration texts, at most: the greedy soup may be a source alone."""
 
-MOST_TOGETHER = 50
+MAX_TOGETHER = 50
 """Items of a candidate beyond which a processor takes as long for several candidates in one batch as one by one."""
 
-LEAST_ESTIMATED = 10**9
+MIN_ESTIMATED = 10**9
 """Bytes of weights from which on it matters which GPU a worker has."""
 
 
@@ -115,7 +115,7 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from outlook_lines(setup, expected(prepared))
     yield "confirmation", _confirmation(prepared)
     yield "memory", _memory(prepared)
-    if _live_bytes(prepared) >= LEAST_ESTIMATED and not model.is_table:
+    if _live_bytes(prepared) >= MIN_ESTIMATED and not model.is_table:
         yield from _hardware(prepared)
     largest = max(_bytes(model), mixture_bytes(setup.space, prepared.sources))
     export = _gigabytes(int(largest * _widened(prepared)))
@@ -309,7 +309,7 @@ def _screen(setup: Setup) -> Iterator[tuple[str, str]]:
         "screen",
         f"{screen.metric} of {setup.evaluators[screen.evaluator].name} on {screen.items} items; leaves out up to "
         f"{screen.drop:.0%} of a generation while its tau with {objective} is {screen.least_tau:g} or more "
-        f"(of {LEAST_PAIRS} candidates at least)",
+        f"(of {MIN_PAIRS} candidates at least)",
     )
 
 
@@ -328,7 +328,7 @@ def _racing(setup: Setup) -> Iterator[tuple[str, str]]:
     if beyond_all := [str(rung) for rung in racing.rungs if rung >= items]:
         problem = f"racing: {', '.join(beyond_all)} of its rungs are not below the {items} items that there are"
         yield "warning", f"{problem}; each stands for all of them"
-    if sizes[-1] < LEAST_GAIN * sizes[0]:
+    if sizes[-1] < MIN_GAIN * sizes[0]:
         yield "warning", f"racing: the first rung is {sizes[0]} of all {sizes[-1]} items, so it can spare little"
     optimizer = setup.build_optimizer()
     if optimizer.keeps == "all":
@@ -343,9 +343,9 @@ def _together(prepared: Prepared) -> Iterator[tuple[str, str]]:
         return
     yield "together", f"up to {file.together} candidates in one batch; each is exported in float32, as it was scored"
     first = sum(prepared.setup.rungs[0].values())
-    if first > MOST_TOGETHER and not (torch.cuda.is_available() or file.cluster.gpus_per_worker):
+    if first > MAX_TOGETHER and not (torch.cuda.is_available() or file.cluster.gpus_per_worker):
         problem = f"together: on a processor it takes less time only with few items a candidate, not with {first}"
-        yield "warning", f"{problem}; leave it out, or race on {MOST_TOGETHER} or fewer first"
+        yield "warning", f"{problem}; leave it out, or race on {MAX_TOGETHER} or fewer first"
 
 
 def _budget(prepared: Prepared) -> str:

@@ -10,8 +10,8 @@ from evomerge.printable import printable
 if TYPE_CHECKING:  # which imports torch, and what is only read from a store needs none
     from evomerge.search.preparing.asking import Shown
 
-_MOST_LINE = 2000
-_MOST_LINES = 200
+_MAX_LINE = 2000
+_MAX_LINES = 200
 
 
 def prompt_lines(shown: Shown) -> Iterator[str]:
@@ -27,10 +27,10 @@ def prompt_lines(shown: Shown) -> Iterator[str]:
 def text_lines(title: str, text: str) -> Iterator[str]:
     """A text of several lines under a title, each line printable and marked by a bar."""
     lines = text.split("\n")
-    for number, line in enumerate(lines[:_MOST_LINES]):
-        yield f"  {title if number == 0 else '':{max(6, len(title))}} | {printable(line, _MOST_LINE)}"
-    if len(lines) > _MOST_LINES:
-        yield f"  {len(lines) - _MOST_LINES} more lines"
+    for number, line in enumerate(lines[:_MAX_LINES]):
+        yield f"  {title if number == 0 else '':{max(6, len(title))}} | {printable(line, _MAX_LINE)}"
+    if len(lines) > _MAX_LINES:
+        yield f"  {len(lines) - _MAX_LINES} more lines"
 
 
 def token_text(shown: Shown) -> str:

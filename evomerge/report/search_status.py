@@ -23,7 +23,7 @@ from evomerge.store.events import ItemErrors
 from evomerge.store.record import Racing
 from evomerge.store.rows import Status
 
-_MOST_MESSAGE = 300  # characters of what a failure says
+_MAX_MESSAGE = 300  # characters of what a failure says
 
 
 class Counts(BaseModel):
@@ -139,7 +139,7 @@ class Unscored(BaseModel):
     def text(self) -> str:
         """That as a sentence."""
         where = "" if self.split == "search" else " on held-out items"
-        cause = textwrap.shorten(self.message, _MOST_MESSAGE, placeholder=" ...")
+        cause = textwrap.shorten(self.message, _MAX_MESSAGE, placeholder=" ...")
         problem = f"{self.id} ({kind_of(self.origin, self.label)}) could not be scored{where}"
         return f"{problem}, so nothing is compared with it. {self.reason.replace('_', ' ')}: {cause}"
 

@@ -8,7 +8,7 @@ from evomerge.inference.pictures import data_url
 from evomerge.report.items import ItemAnswers, items_of
 from evomerge.store import Store
 
-_MOST = 8
+_MAX = 8
 
 
 class SeenItem(NamedTuple):
@@ -29,7 +29,7 @@ def seen_items(store: Store, candidate: int) -> list[SeenItem]:
         for split in ("held_out", "search"):
             items = [item for item in items_of(store, [candidate], split, measure) if item.pictures]
             if items:
-                return [_seen(store, item, measure.name) for item in items[:_MOST]]
+                return [_seen(store, item, measure.name) for item in items[:_MAX]]
     return []
 
 

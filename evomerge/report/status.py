@@ -45,7 +45,7 @@ from evomerge.store.record import Measure, SearchRecord
 from evomerge.store.rows import AnyCandidate, ListedCandidate
 
 _SLOW = 1.5  # times the others' median: candidates of one cluster differ by less, their medians by far less
-_LEAST_SCORED = 5  # candidates that a node or worker has scored before it is compared
+_MIN_SCORED = 5  # candidates that a node or worker has scored before it is compared
 _RECENT = 200  # candidates that the time split and the failures are taken from, so that a status costs the same always
 
 
@@ -339,7 +339,7 @@ def _outliers(kind: Literal["node", "worker"], paces: Sequence[tuple[str, float]
     by: dict[str, list[float]] = {}
     for name, pace in paces:
         by.setdefault(name, []).append(pace)
-    by = {name: seconds for name, seconds in sorted(by.items()) if len(seconds) >= _LEAST_SCORED}
+    by = {name: seconds for name, seconds in sorted(by.items()) if len(seconds) >= _MIN_SCORED}
     slow = []
     for name, ours in by.items():
         others = [pace for other, theirs in by.items() if other != name for pace in theirs]

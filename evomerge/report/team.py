@@ -19,7 +19,7 @@ from evomerge.store.record import Measure
 
 Matrix = NDArray[np.float64]
 
-MOST = 8
+MAX = 8
 """Members of a team: of more, nobody would run all."""
 
 _CURVE_POINTS = 40
@@ -97,8 +97,8 @@ def choose_team(store: Store, count: int) -> TeamChosen:
     Raises:
         InputError: too few candidates are scored on all items, or ``count`` is out of range.
     """
-    if not 2 <= count <= MOST:
-        raise InputError("-k", f"is {count}", f"A team has 2 to {MOST} members.")
+    if not 2 <= count <= MAX:
+        raise InputError("-k", f"is {count}", f"A team has 2 to {MAX} members.")
     rows = [row for row in store.candidates() if row.status == "done"]
     numbers, scores = search_scores(store, rows, maximised(store))
     if len(numbers) < count:

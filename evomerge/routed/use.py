@@ -12,7 +12,7 @@ from torch import Tensor
 from evomerge.recipes.use import ExpertUse
 from evomerge.routed.sites import Place
 
-_MOST_HELD = 1 << 22
+_MAX_HELD = 1 << 22
 """Gates that are held before they are added up: many places at once take few operations."""
 
 
@@ -42,7 +42,7 @@ class UseMeter:
         """See ``Listener``."""
         self._held.append((place, gates.detach()))
         self._count += gates.numel()
-        if self._count > _MOST_HELD:
+        if self._count > _MAX_HELD:
             self.done()
 
     def done(self) -> None:

@@ -21,8 +21,8 @@ from evomerge.yaml import load_yaml
 
 PLACE = "search file"
 
-MOST_CHARACTERS = 2**16
-MOST_VALUES = 20_000
+MAX_CHARACTERS = 2**16
+MAX_VALUES = 20_000
 """Of the text, and of what it says once its aliases are written out."""
 
 _REFUSED = (
@@ -104,9 +104,9 @@ def is_inside(path: str, folders: Sequence[Path]) -> bool:
 
 def _content(text: str) -> Mapping[str, Any]:
     """The content of a search file's text, once it is known to be small enough to be read."""
-    if len(text) > MOST_CHARACTERS:
-        raise InputError(PLACE, f"is longer than {MOST_CHARACTERS} characters")
-    content = load_yaml(text, PLACE, most_values=MOST_VALUES)
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(PLACE, f"is longer than {MAX_CHARACTERS} characters")
+    content = load_yaml(text, PLACE, most_values=MAX_VALUES)
     if not isinstance(content, dict):
         raise InputError(PLACE, "is not a search file: its top level must be keys such as `sources:` and `space:`")
     return content

@@ -25,14 +25,14 @@ from evomerge.service.root import Root
 from evomerge.starting import collect_rarely
 from evomerge.store.columns import parse_json
 
-MOST_S = 300.0
+MAX_S = 300.0
 """How long an answer may take. A model from the hub that is not on this machine yet may take longer: it goes on
 downloading the next time from where it was."""
 
 WAIT_S = 60.0
 """How long a question waits for those before it."""
 
-MOST_WAITING = 4
+MAX_WAITING = 4
 """Questions that wait at once; one more is refused."""
 
 ABANDONED_S = 5.0
@@ -87,7 +87,7 @@ class Checker:
             asyncio.get_running_loop().call_later(ABANDONED_S, answering.cancel)
             raise
         if not line:
-            detail = f"It took more than {MOST_S:.0f} s, or more memory than there is. See the server's output."
+            detail = f"It took more than {MAX_S:.0f} s, or more memory than there is. See the server's output."
             raise ProblemError(503, "The check did not finish", detail=detail)
         answer: dict[str, Any] = parse_json(line.decode())
         if "fault" in answer:
@@ -99,7 +99,7 @@ class Checker:
 
     async def _take_turn(self) -> None:
         """Wait until the process has no other question."""
-        if self._waiting >= MOST_WAITING:
+        if self._waiting >= MAX_WAITING:
             raise ProblemError(503, "Too many checks are waiting", detail="Try again in a minute.")
         self._waiting += 1
         try:
@@ -115,7 +115,7 @@ class Checker:
         """The answer to a question, as a line of JSON, or nothing; then it is the next one's turn."""
         line = b""
         try:
-            async with asyncio.timeout(MOST_S):
+            async with asyncio.timeout(MAX_S):
                 line = await self._exchange(json.dumps(question))
         except (TimeoutError, OSError, ValueError):  # too slow, it has died, or its answer has no end
             pass

@@ -21,7 +21,7 @@ REQUEST_S = 20.0
 UNREAD_S = 60.0
 """How long a client may leave an answer unread before its connection is cut."""
 
-MOST_CONNECTIONS = 1000
+MAX_CONNECTIONS = 1000
 
 _GRACE_S = 2  # that answers get when the server ends
 _RETRY_S = 1.0  # after which a connection is accepted again when there was no descriptor left for it
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 def most_connections() -> int:
     """How many connections are kept at once: half of the descriptors at most, the rest is for stores and logs."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MOST_CONNECTIONS, soft // 2))
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, soft // 2))
 
 
 class Connection(H11Protocol):

@@ -58,7 +58,7 @@ _BODY = """<body><div id="evomerge" role="note"><a href="/">Evomerge</a> · read
 """What its page is given: a way back, no buttons for what is refused, and lines that wrap on a phone. A version that
 names them otherwise shows them again, and refuses still."""
 
-_MOST_KEPT = 8  # studies at once whose trials are kept: 1,000 trials of 20 parameters take some 5 MB
+_MAX_KEPT = 8  # studies at once whose trials are kept: 1,000 trials of 20 parameters take some 5 MB
 
 
 class Studies:
@@ -100,7 +100,7 @@ class Studies:
         with self._lock:
             self._kept[name] = projection, trials
             self._kept.move_to_end(name)
-            while len(self._kept) > _MOST_KEPT:
+            while len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
         return trials
 

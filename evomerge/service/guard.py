@@ -23,16 +23,16 @@ from evomerge.service.problems import Problem, answer
 if TYPE_CHECKING:
     from evomerge.service.dependencies import ServiceSettings
 
-MOST_BYTES = 2**20
+MAX_BYTES = 2**20
 """Of a request's body. A search file is a few kilobytes."""
 
-MOST_HEADER_BYTES = 2**15
+MAX_HEADER_BYTES = 2**15
 
-MOST_FAILURES, FAILURES_S = 10, 60.0
+MAX_FAILURES, FAILURES_S = 10, 60.0
 """Wrong tokens from one address, within so many seconds, before it has to wait."""
 
-_MOST_ADDRESSES = 10_000  # that failures are remembered of, so that they cannot fill the memory
-_MOST_COOKIES = 10_000  # logins; the oldest has to log in again
+_MAX_ADDRESSES = 10_000  # that failures are remembered of, so that they cannot fill the memory
+_MAX_COOKIES = 10_000  # logins; the oldest has to log in again
 
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -77,9 +77,9 @@ class Door:
         """Whether this is the token; a wrong one is held against the address."""
         if self.token is None or secrets.compare_digest(given.encode(), self.token.encode()):
             return True
-        if address not in self._failures and len(self._failures) >= _MOST_ADDRESSES:
+        if address not in self._failures and len(self._failures) >= _MAX_ADDRESSES:
             self._failures.pop(next(iter(self._failures)))
-        self._failures.setdefault(address, deque(maxlen=MOST_FAILURES)).append(time.monotonic())
+        self._failures.setdefault(address, deque(maxlen=MAX_FAILURES)).append(time.monotonic())
         return False
 
     def wait_s(self, address: str) -> float:
@@ -88,14 +88,14 @@ class Door:
         The right one is always looked at: behind a proxy all have one address, and a stranger must not lock it.
         """
         tried = self._failures.get(address, deque[float]())
-        if len(tried) < MOST_FAILURES:
+        if len(tried) < MAX_FAILURES:
             return 0.0
         return max(0.0, tried[0] + FAILURES_S - time.monotonic())
 
     def let_in(self, response: Response, scheme: str) -> None:
         """Give the browser a cookie of its own."""
         cookie = secrets.token_urlsafe(32)
-        if len(self._cookies) >= _MOST_COOKIES:
+        if len(self._cookies) >= _MAX_COOKIES:
             self._cookies.pop(next(iter(self._cookies)))
         self._cookies[_hash(cookie)] = None
         response.set_cookie(
@@ -147,7 +147,7 @@ class Guard:
         body = await _body(receive)
         if body is None:
             return
-        if len(body) > MOST_BYTES:
+        if len(body) > MAX_BYTES:
             await _too_large()(scope, receive, sending)
             return
         await self._app(scope, _again(body, receive), sending)
@@ -155,13 +155,13 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         """What to answer to one who may not come; None to one who may."""
         headers = Headers(scope=scope)
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
-            return _refused(431, "The headers are too large", f"{MOST_HEADER_BYTES} bytes are the most.")
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            return _refused(431, "The headers are too large", f"{MAX_HEADER_BYTES} bytes are the most.")
         if _host(headers.get("host", "")) not in self._hosts:
             hint = "Open it by the address that was printed, or start it with --allow-host NAME."
             return _refused(421, "Unknown host name", hint)
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > MOST_BYTES:
+        if not length.isdecimal() or int(length) > MAX_BYTES:
             return _too_large()
         if scope["path"] in _OPEN or scope["path"].startswith("/static/"):
             if not _is_ours(scope, headers):
@@ -215,14 +215,14 @@ def local_target(text: str) -> str:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The body, however it is cut up: whole, or more than MOST_BYTES of it. None when the client goes before that."""
+    """The body, however it is cut up: whole, or more than MAX_BYTES of it. None when the client goes before that."""
     body = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
         body += message.get("body", b"")
-        if len(body) > MOST_BYTES or not message.get("more_body"):
+        if len(body) > MAX_BYTES or not message.get("more_body"):
             return bytes(body)
 
 
@@ -261,7 +261,7 @@ def _foreign() -> Response:
 
 
 def _too_large() -> Response:
-    return _refused(413, "The body is too large", f"{MOST_BYTES} bytes are the most.")
+    return _refused(413, "The body is too large", f"{MAX_BYTES} bytes are the most.")
 
 
 def _host(value: str) -> str:

@@ -19,7 +19,7 @@ from evomerge.files import read_json
 TOKEN_VARIABLE = "EVOMERGE_TOKEN"
 """The environment variable with the service's token, which processes that it starts do not get."""
 
-_MOST_BYTES = 100_000  # of a record
+_MAX_BYTES = 100_000  # of a record
 
 _SAME_S = 1.0  # by how much psutil may tell the start of one process differently
 
@@ -53,7 +53,7 @@ def write(record: Path, content: Mapping[str, Any]) -> None:
 def read(record: Path) -> dict[str, Any] | None:
     """What a record keeps; None where there is none, or it cannot be read."""
     try:
-        content = read_json(record, record.name, _MOST_BYTES)
+        content = read_json(record, record.name, _MAX_BYTES)
     except InputError:
         return None
     return content if isinstance(content, dict) else None

@@ -26,10 +26,10 @@ from evomerge.store import Store, summaries
 from evomerge.store.record import Measure
 from evomerge.store.rows import candidate_id
 
-MOST_PARAMETERS = 20
+MAX_PARAMETERS = 20
 """Of a study; the dashboard sends each of them with every trial."""
 
-MOST_TRIALS = 1000
+MAX_TRIALS = 1000
 """Of a study: evenly over the search, with all baselines and the front."""
 
 _METRIC_NAMES = "study:metric_names"  # where ``Study.set_metric_names`` keeps them
@@ -154,7 +154,7 @@ def _project(store: Store) -> Projection:
         whole &= np.isfinite(means) & (items >= objective.items)
     numbers, genomes = summaries.genomes(store)
     whole &= np.isin(columns.numbers, numbers)
-    taken = thinned(whole, columns.baseline | columns.on_front, MOST_TRIALS)
+    taken = thinned(whole, columns.baseline | columns.on_front, MAX_TRIALS)
     chosen = genomes[np.isin(numbers, columns.numbers[taken])]
     parameters = columns.search.record.parameters
     return Projection(
@@ -175,7 +175,7 @@ projection_of: PerState[Projection] = PerState(_project)
 
 
 def genes_of(parameters: Sequence[Parameter], genomes: Values) -> tuple[Gene, ...]:
-    """At most MOST_PARAMETERS genes: the parameters themselves, or else means of those alike in all layer groups.
+    """At most MAX_PARAMETERS genes: the parameters themselves, or else means of those alike in all layer groups.
 
     Where that leaves too many, the ones are taken whose values spread most over their range.
 
@@ -183,15 +183,15 @@ def genes_of(parameters: Sequence[Parameter], genomes: Values) -> tuple[Gene, ..
         parameters: of the search space.
         genomes: float64 [n, parameters].
     """
-    if len(parameters) <= MOST_PARAMETERS:
+    if len(parameters) <= MAX_PARAMETERS:
         return tuple(Gene(p.name, (i,), distribution_of([p])) for i, p in enumerate(parameters))
     genes = [
         Gene(name, tuple(places), distribution_of([parameters[place] for place in places]))
         for name, places in alike(parameters).items()
     ]
-    if len(genes) > MOST_PARAMETERS:
+    if len(genes) > MAX_PARAMETERS:
         spread = [_spread(gene, parameters, genomes) for gene in genes]
-        kept = sorted(np.argsort(spread, kind="stable")[::-1][:MOST_PARAMETERS].tolist())
+        kept = sorted(np.argsort(spread, kind="stable")[::-1][:MAX_PARAMETERS].tolist())
         genes = [genes[i] for i in kept]
     return tuple(genes)
 

@@ -41,7 +41,7 @@ _COLUMNS = (
     "niche",
     "elite",
 )
-_MOST_KEPT = 4  # searches at once whose columns are kept: 10,000 candidates of 200 parameters take some 20 MB
+_MAX_KEPT = 4  # searches at once whose columns are kept: 10,000 candidates of 200 parameters take some 20 MB
 
 
 class PerState(Generic[Result]):
@@ -62,7 +62,7 @@ class PerState(Generic[Result]):
         with self._lock:
             self._kept[key] = newest, result
             self._kept.move_to_end(key)
-            while len(self._kept) > _MOST_KEPT:
+            while len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
         return result
 

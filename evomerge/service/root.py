@@ -18,7 +18,7 @@ from evomerge.store.reading import NoSearchError
 
 Result = TypeVar("Result")
 
-_MOST_LOGGED = 1000
+_MAX_LOGGED = 1000
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +141,6 @@ class Root:
     def _log_odd(self, name: str, error: Exception) -> None:
         """Log why a search cannot be read, once for each cause: pages ask for the list every few seconds."""
         cause = (name, repr(error)[:200])
-        if cause not in self._logged and len(self._logged) < _MOST_LOGGED:
+        if cause not in self._logged and len(self._logged) < _MAX_LOGGED:
             self._logged.add(cause)
             _log.error("the search %r cannot be read", name, exc_info=error)

@@ -18,7 +18,7 @@ from evomerge.service.processes import TOKEN_VARIABLE
 from evomerge.service.ray_jobs import RayJobs
 from evomerge.service.root import Root
 
-_LEAST_TOKEN = 8  # characters of one that a person chooses
+_MIN_TOKEN = 8  # characters of one that a person chooses
 _BACKLOG = 512  # clients that the system holds until the server takes them
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -91,8 +91,8 @@ def _token() -> str:
     given = os.environ.get(TOKEN_VARIABLE)
     if given is None:
         return secrets.token_urlsafe(32)
-    if len(given) < _LEAST_TOKEN or not given.isascii() or not given.isprintable() or " " in given:
-        problem = f"is shorter than {_LEAST_TOKEN} characters, or holds other than letters, digits and signs"
+    if len(given) < _MIN_TOKEN or not given.isascii() or not given.isprintable() or " " in given:
+        problem = f"is shorter than {_MIN_TOKEN} characters, or holds other than letters, digits and signs"
         raise InputError(TOKEN_VARIABLE, problem, "Leave it out, and a random one is made.")
     return given
 

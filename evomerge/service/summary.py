@@ -38,7 +38,7 @@ _LARGEST_FRONT = 2**31 - 1  # all of it
 _RECENT = 200  # candidates that the mean cost is taken from
 
 _KNOWN: dict[tuple[str, int, str], tuple[int, list[tuple[int, float]]]] = {}  # (newest event, best so far)
-_MOST_KNOWN = 1000  # searches
+_MAX_KNOWN = 1000  # searches
 
 
 def summaries_of(root: Root, drivers: Drivers) -> Iterator[SearchSummary]:
@@ -137,7 +137,7 @@ def _steps(store: Store, preference: Preference) -> list[tuple[int, float]]:
     if (known := _KNOWN.get(key)) is not None and known[0] == newest:
         return known[1]
     steps = best_so_far(store, preference)
-    if len(_KNOWN) >= _MOST_KNOWN:
+    if len(_KNOWN) >= _MAX_KNOWN:
         _KNOWN.clear()
     _KNOWN[key] = newest, steps
     return steps

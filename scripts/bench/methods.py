@@ -51,7 +51,7 @@ BASELINE = "task arithmetic"
 _CORRECTIONS, _PRECISION = 4, 0.03
 """How often the factor of a change is corrected at most, and how near its size is to come."""
 
-_LEAST_CHANGE = 1e-9
+_MIN_CHANGE = 1e-9
 
 Scores = NDArray[np.float64]
 Values = Mapping[str, float | str]
@@ -307,7 +307,7 @@ class Bench:
         factor = self._factors.get(case, 1.0 / candidate.kappa) * candidate.kappa
         for _ in range(_CORRECTIONS):  # not proportional where small changes are rounded away in 16 bits
             recipe = self.recipe(case, candidate.numbers, factor, candidate.seed)
-            ratio = wanted / max(self.change(recipe), _LEAST_CHANGE)
+            ratio = wanted / max(self.change(recipe), _MIN_CHANGE)
             if abs(ratio - 1) < _PRECISION:
                 break
             factor *= ratio

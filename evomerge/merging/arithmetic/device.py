@@ -28,7 +28,7 @@ Residency = Literal["device", "pinned", "mapped"]
 
 _PIECE = 1 << 24  # elements: intermediate results of a definition that is not compiled take a few hundred MB
 _COMPILED_PIECE = 1 << 30  # elements: there are none, and 32 bits count what a kernel is given
-_MOST_COMPILED = 128  # variants of all definitions together
+_MAX_COMPILED = 128  # variants of all definitions together
 # What is used twice is computed twice. torch would write long expressions down in float32 and read them again, which
 # takes longer than anything that a definition computes.
 _ONE_KERNEL = {"realize_opcount_threshold": 100_000, "realize_reads_threshold": 1_000}
@@ -195,5 +195,5 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., None]:
     # A worker meets another number of sources, dtype or setting now and then; beyond so many, and that is 8 unless one
     # says otherwise, torch runs all others as they stand.
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, _MOST_COMPILED)
+    config.recompile_limit = max(config.recompile_limit, _MAX_COMPILED)
     return torch.compile(write, dynamic=True, options=dict(_ONE_KERNEL))

@@ -32,7 +32,7 @@ from evomerge.merging.site import Ref
 if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import
     from evomerge.checkpoints.live import LiveModel
 
-_MOST_KNOWN = 1 << 15
+_MAX_KNOWN = 1 << 15
 """Tensors whose change is kept: more than a path has places for the layers of a few sources."""
 
 _PIECE = 1 << 26  # elements of a tensor on a device at once: what float32 copies of it take is bounded
@@ -94,7 +94,7 @@ class ChangeMeter:
             known[key] = square
             squares.append(written.share * square)
             sizes.append(written.share * self._size(written.name))
-        self._known = known if len(self._known) > _MOST_KNOWN else self._known | known
+        self._known = known if len(self._known) > _MAX_KNOWN else self._known | known
         size = math.fsum(sizes)
         return math.sqrt(sum(squares) / size) if size else None
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _KIND = "layer inputs 1"
 _CHANNELS = "channel sizes 1"
 _TOKENS = "calibration tokens 1"
-_MOST_BYTES = 1 << 29
+_MAX_BYTES = 1 << 29
 """Of Gram matrices that are added up at a time; one layer's are there always."""
 
 _OUTSIDE = -1  # in place of a layer's number: what is outside the stack of layers, such as a head of its own
@@ -401,7 +401,7 @@ def _groups(live: LiveModel, source: Source, layers: Sequence[int]) -> Iterator[
     for layer in sorted(layers):
         if layer == _OUTSIDE:
             continue
-        if group and sum(sizes.get(member, 0) for member in (*group, layer)) > _MOST_BYTES:
+        if group and sum(sizes.get(member, 0) for member in (*group, layer)) > _MAX_BYTES:
             yield group
             group = []
         group.append(layer)

@@ -32,7 +32,7 @@ from evomerge.search.settings.search_file import SearchFile, load_search_file
 
 INTERRUPTED = 130
 
-_MOST_BYTES = 100 * 2**20  # of a file or folder that travels with the job; Ray refuses 500 MiB in all
+_MAX_BYTES = 100 * 2**20  # of a file or folder that travels with the job; Ray refuses 500 MiB in all
 _FILE, _FILES = "search.yaml", "files"
 _SEARCH, _FOLDER, _VERSION = "evomerge_search", "evomerge_folder", "evomerge_version"  # keys of a job's metadata
 _PROBE_S = 5.0
@@ -160,7 +160,7 @@ def stage(file: SearchFile, into: Path) -> list[str]:
             return [moved(inner) for inner in value]
         if not isinstance(value, str) or not os.path.isabs(value) or not os.path.exists(value):
             return value
-        if value not in copies and _bytes(Path(value)) > _MOST_BYTES:
+        if value not in copies and _bytes(Path(value)) > _MAX_BYTES:
             left.append(value)
             copies[value] = value
         if value not in copies:

@@ -14,7 +14,7 @@ from evomerge.search.driving.held import WorkerMeter
 from evomerge.search.driving.progress import Progress
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.setup import Setup
-from evomerge.search.work.deadlines import MOST_S, Deadlines
+from evomerge.search.work.deadlines import MAX_S, Deadlines
 from evomerge.store import Store
 
 
@@ -42,7 +42,7 @@ class Drive:
     logs: Path
     idle: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
-    attempt_s: float = MOST_S
+    attempt_s: float = MAX_S
     check: Callable[[], None] = lambda: None
     progress: Progress = field(default_factory=Progress)
 

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from evomerge.search.estimation.statistics import kendall_tau
 
-LEAST_POINTS = 6
+MIN_POINTS = 6
 """Points before they say anything: three descents."""
 
-MOST_POINTS = 12
+MAX_POINTS = 12
 """Only the latest points count: a proxy that leads far from poor models may say nothing of good ones."""
 
-LEAST_TAU = 0.0
+MIN_TAU = 0.0
 """Below it the proxy leads away from what is wanted, and is not followed on once it has found nothing for a while."""
 
 
@@ -28,7 +28,7 @@ class Agreement:
     """What is known of a proxy by the points that it led to."""
 
     def __init__(self) -> None:
-        self._points: deque[tuple[float, Sequence[float]]] = deque(maxlen=MOST_POINTS)
+        self._points: deque[tuple[float, Sequence[float]]] = deque(maxlen=MAX_POINTS)
 
     @property
     def points(self) -> int:
@@ -44,7 +44,7 @@ class Agreement:
 
     @property
     def is_low(self) -> bool:
-        return self.points >= LEAST_POINTS and self.tau < LEAST_TAU
+        return self.points >= MIN_POINTS and self.tau < MIN_TAU
 
     def take(self, value: float, losses: Sequence[float]) -> None:
         """Take a point: the proxy there, and its losses; one that failed says nothing."""

@@ -34,7 +34,7 @@ ABILITY_SPREAD = 1.0
 EASINESS_SPREAD = 2.0
 SLOPE_SPREAD = 0.5
 
-LEAST_SPREAD = 0.1
+MIN_SPREAD = 0.1
 """Of a new candidate's ability about the known ones, in logits: a merge may be better than all that went into it."""
 
 FOLDS = 10
@@ -71,7 +71,7 @@ class ItemModel:
         """
         y = np.clip((scores - self.low) / self.width, 0.0, 1.0)
         slope, easiness = self.slope[items], self.easiness[items]
-        mean, spread = float(self.abilities.mean()), max(float(self.abilities.std()), LEAST_SPREAD)
+        mean, spread = float(self.abilities.mean()), max(float(self.abilities.std()), MIN_SPREAD)
         ability = mean
         for _ in range(NEWTON_STEPS):  # the log posterior is concave
             p = special.expit(easiness + slope * ability)

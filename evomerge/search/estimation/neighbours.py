@@ -27,10 +27,10 @@ from evomerge.optimizers.cma_es import Box
 from evomerge.search.preparing.setup import ObjectiveInfo
 from evomerge.store import Estimate
 
-LEAST_POINTS = 20
+MIN_POINTS = 20
 """Below so many there is no model."""
 
-MOST_POINTS = 200
+MAX_POINTS = 200
 """The latest candidates alone are asked: the search is where they are, and a model of more takes seconds."""
 
 LENGTHS = (0.05, 0.1, 0.18, 0.3, 0.45, 0.7)
@@ -67,7 +67,7 @@ class Neighbours:
 
     def __init__(self, parameters: Sequence[Parameter], objective: ObjectiveInfo) -> None:
         self._box, self._objective = Box(parameters), objective
-        self._told: deque[Neighbour] = deque(maxlen=MOST_POINTS)
+        self._told: deque[Neighbour] = deque(maxlen=MAX_POINTS)
 
     def take(self, genome: Genome, estimate: Estimate, *, is_rival: bool) -> None:
         """Take a candidate that was told."""
@@ -75,7 +75,7 @@ class Neighbours:
 
     def are_enough(self, others: int) -> bool:
         """Whether there is a model with so many others, and a rival to be better than."""
-        return len(self._told) + others >= LEAST_POINTS and any(point.is_rival for point in self._told)
+        return len(self._told) + others >= MIN_POINTS and any(point.is_rival for point in self._told)
 
     def leader(self, others: Sequence[tuple[Genome, Estimate]], among: Sequence[int]) -> int | None:
         """Which of some candidates that were not told yet leads, and is better than every rival; None where none is.

@@ -19,10 +19,10 @@ from evomerge.optimizers.base import random_state
 from evomerge.search.estimation.statistics import kendall_tau
 from evomerge.search.preparing.setup import ScreenInfo
 
-LEAST_PAIRS = 25
+MIN_PAIRS = 25
 """Pairs before the screen may decide. Of 25 without correlation tau has a standard deviation of 0.14."""
 
-MOST_PAIRS = 60
+MAX_PAIRS = 60
 """Only the latest pairs count: a screen that tells bad merges from good ones may not tell good ones apart."""
 
 
@@ -41,7 +41,7 @@ class Screener:
     def __init__(self, info: ScreenInfo, seed: int) -> None:
         self.info = info
         self._seed = seed
-        self._pairs: deque[ScoredPair] = deque(maxlen=MOST_PAIRS)
+        self._pairs: deque[ScoredPair] = deque(maxlen=MAX_PAIRS)
 
     @property
     def pairs(self) -> int:
@@ -54,7 +54,7 @@ class Screener:
 
     @property
     def is_on(self) -> bool:
-        return self.pairs >= LEAST_PAIRS and self.tau >= self.info.least_tau
+        return self.pairs >= MIN_PAIRS and self.tau >= self.info.least_tau
 
     def poorest(self, means: Mapping[int, float]) -> set[int]:
         """Which candidates to leave out of a generation: of its poorest by the screen all but one, at random.

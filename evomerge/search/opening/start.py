@@ -31,7 +31,7 @@ from evomerge.search.settings.folder import open_store
 from evomerge.store import CandidateRow, SearchRow, Store
 from evomerge.store.record import SearchRecord
 
-MOST = 6
+MAX = 6
 """Candidates that are taken of all earlier searches together, and at least one of each."""
 
 GOOD_SHARE = 0.1
@@ -50,7 +50,7 @@ def with_start(prepared: Prepared, recorded: tuple[StartPoint, ...] | None = Non
         InputError: naming ``start_from``: no search there, one of other models, or one that says nothing of this space.
     """
     file = prepared.file
-    most = max(1, MOST // max(1, len(file.start_from)))
+    most = max(1, MAX // max(1, len(file.start_from)))
     start = recorded
     if start is None:
         check_start(file)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from evomerge.search.work.deadlines import LEAST_S
+from evomerge.search.work.deadlines import MIN_S
 from evomerge.search.work.jobs import Failed, Finished, Job, PoolNews, PoolState, Result
 
 Simulation = Callable[[Job], tuple[float, Result]]
@@ -52,8 +52,8 @@ class SimulatedPool:
         if not self._running:
             self._clock.now += timeout_s
             return []
-        if self._running[0][0] > self._clock.now + LEAST_S:
-            self._clock.now += LEAST_S
+        if self._running[0][0] > self._clock.now + MIN_S:
+            self._clock.now += MIN_S
             return []
         finished: list[Finished] = []
         self._clock.now = max(self._clock.now, self._running[0][0])

@@ -49,14 +49,14 @@ from evomerge.search.settings.sections import (
     Section,
     Select,
 )
-from evomerge.search.work.deadlines import LEAST_S, MOST_S
+from evomerge.search.work.deadlines import MAX_S, MIN_S
 from evomerge.vocabulary import Vocabulary
 from evomerge.yaml import load_yaml
 from search_spaces.base import SpaceSettings
 
-_MOST_BYTES = 16_000_000  # of a search file
-MOST_EARLIER = 6  # searches to start from: a handful of candidates is taken of all together
-MOST_FEATURES = 4  # of ten bins they are ten thousand niches already
+_MAX_BYTES = 16_000_000  # of a search file
+MAX_EARLIER = 6  # searches to start from: a handful of candidates is taken of all together
+MAX_FEATURES = 4  # of ten bins they are ten thousand niches already
 AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
 
 
@@ -74,10 +74,10 @@ class SearchFile(Section):
     objectives: dict[Name, Objective] = Field(min_length=1)
     constraints: dict[Name, Constraint] = Field(default_factory=dict)
     compositions: dict[Name, Annotated[tuple[Name, ...], Field(min_length=1)]] = Field(default_factory=dict)
-    features: dict[Name, Feature] = Field(default_factory=dict, max_length=MOST_FEATURES)
+    features: dict[Name, Feature] = Field(default_factory=dict, max_length=MAX_FEATURES)
     calibration: CalibrationTexts | None = None
     select: Select | None = None
-    start_from: tuple[Path, ...] = Field(default=(), max_length=MOST_EARLIER)
+    start_from: tuple[Path, ...] = Field(default=(), max_length=MAX_EARLIER)
     racing: Racing | None = None
     screen: Screen | None = None
     proxy: Proxy | None = None
@@ -93,7 +93,7 @@ class SearchFile(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     together: int = Field(default=1, gt=0, le=1024)
     attempts: int = Field(default=2, gt=0, le=1000)
-    attempt_hours: Hours = MOST_S / 3600
+    attempt_hours: Hours = MAX_S / 3600
     task_folders: tuple[Path, ...] = ()
     data_folder: Path = Path()
     allow_task_code: bool = False
@@ -116,8 +116,8 @@ class SearchFile(Section):
     @field_validator("attempt_hours")
     @classmethod
     def _not_hurried(cls, hours: float) -> float:
-        if hours * 3600 < LEAST_S:
-            raise ValueError(f"must be {LEAST_S / 3600:.3g} or more: no attempt of less than a minute is ever ended")
+        if hours * 3600 < MIN_S:
+            raise ValueError(f"must be {MIN_S / 3600:.3g} or more: no attempt of less than a minute is ever ended")
         return hours
 
     @model_validator(mode="after")
@@ -251,7 +251,7 @@ def load_search_file(path: Path, overrides: Sequence[str] = ()) -> SearchFile:
     """
     if not path.exists():
         raise InputError(str(path), "there is no such file")
-    content = load_yaml(read_text(path, str(path), _MOST_BYTES), str(path))
+    content = load_yaml(read_text(path, str(path), _MAX_BYTES), str(path))
     if not isinstance(content, dict):
         raise InputError(str(path), "is not a search file: its top level must be keys such as `sources:` and `space:`")
     for override in overrides:
@@ -300,7 +300,7 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
     return resolved
 
 
-_MOST = 1e10
+_MAX = 1e10
 """No number of a search file is larger, and none is infinite, whatever it means: also of settings of plug-ins."""
 
 
@@ -314,9 +314,9 @@ def _check_values(value: Any, place: str, key: str) -> None:
             _check_values(inner, place, f"{key}.{position}")
     elif isinstance(value, str) and "\0" in value:
         raise InputError(f"{place}{key}", "holds a null character, which no name or text can hold")
-    elif isinstance(value, int | float) and not abs(value) <= _MOST:
+    elif isinstance(value, int | float) and not abs(value) <= _MAX:
         shown = f"{value:.3g}" if isinstance(value, float) else f"a whole number of {len(str(value))} digits"
-        raise InputError(f"{place}{key}", f"is {shown}; no number here is infinite or beyond {_MOST:.0e}")
+        raise InputError(f"{place}{key}", f"is {shown}; no number here is infinite or beyond {_MAX:.0e}")
 
 
 def _at(root: Path, place: str, measure: AnyMeasure) -> AnyMeasure:

@@ -34,7 +34,7 @@ Amount = Annotated[float, Field(gt=0, le=10**9, allow_inf_nan=False)]
 Hours = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)]
 
 
-MOST_GPUS = 16
+MAX_GPUS = 16
 """GPUs of one node: what is built has eight, a few have sixteen."""
 
 
@@ -223,7 +223,7 @@ def rising(rungs: tuple[int, ...]) -> tuple[int, ...]:
     return rungs
 
 
-MOST_KEPT = 8
+MAX_KEPT = 8
 """Sources that are searched after a choice: published gains end at five to eight (arXiv 2509.24244)."""
 
 
@@ -237,7 +237,7 @@ class Select(Section):
     kept. A change that is longer than ``norm_ratio`` times the median of the kept ones is scaled down to that.
     """
 
-    keep: int = Field(default=6, ge=2, le=MOST_KEPT)
+    keep: int = Field(default=6, ge=2, le=MAX_KEPT)
     rungs: tuple[Annotated[int, Field(ge=2, le=10**8)], ...] = Field(default=(10, 20, 30), min_length=1, max_length=100)
     confidence: float = Field(default=0.9, gt=0.5, lt=1)
     rest: Literal["measured", "average", "drop"] = "measured"
@@ -336,8 +336,8 @@ class Cluster(Section):
             low = int(gpus)
             problem = f"is {gpus:g}: a worker has a share of one GPU, or whole ones. Give {low} or {low + 1}"
             raise ValueError(problem)
-        if gpus is not None and gpus > MOST_GPUS:
-            raise ValueError(f"is {gpus:g} GPUs on one node, and no node has more than {MOST_GPUS}")
+        if gpus is not None and gpus > MAX_GPUS:
+            raise ValueError(f"is {gpus:g} GPUs on one node, and no node has more than {MAX_GPUS}")
         return gpus
 
     @property

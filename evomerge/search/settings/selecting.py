@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from evomerge.errors import InputError
-from evomerge.search.settings.sections import MOST_KEPT
+from evomerge.search.settings.sections import MAX_KEPT
 
 if TYPE_CHECKING:
     from evomerge.search.settings.search_file import SearchFile
@@ -21,7 +21,7 @@ def random_name(number: int) -> str:
     return f"random_{number}"
 
 
-RESERVED = frozenset({REST, *map(random_name, range(1, MOST_KEPT))})
+RESERVED = frozenset({REST, *map(random_name, range(1, MAX_KEPT))})
 
 
 def always_kept(file: SearchFile) -> list[str]:

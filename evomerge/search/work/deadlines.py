@@ -21,7 +21,7 @@ FACTOR = 5.0
 QUANTILE = 0.95
 """Not the longest: one straggler that came back would make every later bound its own."""
 
-LEAST_S = 60.0
+MIN_S = 60.0
 """No bound is shorter: to start again costs a worker that long, and short attempts vary most."""
 
 ENOUGH = 10
@@ -30,7 +30,7 @@ ENOUGH = 10
 HISTORY = 200
 """The newest finished attempts that count, so that the bound follows a cluster that changes."""
 
-MOST_S = 24 * 3600.0
+MAX_S = 24 * 3600.0
 """Until enough have finished, and at most, unless the search file says otherwise (``attempt_hours``): a search in which
 everything hangs from the start goes on all the same."""
 
@@ -48,7 +48,7 @@ class Deadlines:
         most_s: the longest bound, in seconds, and the only one until enough attempts have finished.
     """
 
-    def __init__(self, most_s: float = MOST_S) -> None:
+    def __init__(self, most_s: float = MAX_S) -> None:
         self._most_s = most_s
         self._finished: deque[tuple[Mapping[int, int], float]] = deque(maxlen=HISTORY)
 
@@ -62,7 +62,7 @@ class Deadlines:
 
     def is_over(self, tasks: Sequence[Task], seconds: float) -> bool:
         """Whether an attempt at these tasks that still runs after so many seconds is to be ended."""
-        return seconds > min(LEAST_S, self._most_s) and seconds > self.bound_s(tasks)
+        return seconds > min(MIN_S, self._most_s) and seconds > self.bound_s(tasks)
 
     def bound_s(self, tasks: Sequence[Task]) -> float:
         """The most seconds that an attempt at these tasks may take.
@@ -80,7 +80,7 @@ class Deadlines:
             alike = [seconds * max(1.0, share) for share, seconds in shares if share < float("inf")]
         if len(alike) < ENOUGH:
             return self._most_s
-        return min(self._most_s, max(LEAST_S, FACTOR * float(np.quantile(alike, QUANTILE))))
+        return min(self._most_s, max(MIN_S, FACTOR * float(np.quantile(alike, QUANTILE))))
 
 
 def recorded_attempts(

@@ -23,7 +23,7 @@ from evomerge.store.summaries import Order
 
 router = APIRouter(prefix="/api/v1/searches/{name}", tags=["candidates"], responses=RESPONSES)
 
-MOST_LISTED = 500
+MAX_LISTED = 500
 _LARGEST = 2**31 - 1
 
 CandidateNumber = Annotated[int, Path(ge=0, le=_LARGEST)]
@@ -38,7 +38,7 @@ def candidates(
     sort: Annotated[str, Query(max_length=100, description="number, or an objective")] = "number",
     order: Literal["asc", "desc"] = "asc",
     front: bool = False,
-    limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 50,
+    limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 50,
     cursor: Annotated[str | None, Query(max_length=200)] = None,
 ) -> CandidatePage:
     """A page of candidates that fit. Sorted by an objective, only those are in the list that have a value of it."""

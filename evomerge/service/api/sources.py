@@ -22,7 +22,7 @@ from evomerge.service.problems import RESPONSES
 router = APIRouter(prefix="/api/v1/sources", tags=["sources"], responses=RESPONSES)
 
 _DEPTH = 3  # folders below an allowed one that are looked into: org/model, or a hub cache's snapshots
-_MOST = 1000
+_MAX = 1000
 
 
 @router.get("")
@@ -32,7 +32,7 @@ def sources(settings: SettingsDependency) -> Sources:
     for folder in settings.sources:
         for path, source in _models(folder, _DEPTH):
             by_path.setdefault(path, source)
-            if len(by_path) >= _MOST:
+            if len(by_path) >= _MAX:
                 break
     models = {path.resolve(): source for path, source in by_path.items() if source.adapter_of is None}
     listed = [

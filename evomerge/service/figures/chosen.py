@@ -12,7 +12,7 @@ from evomerge.service.figures.style import (
     BLUE,
     GREEN,
     GREY,
-    MOST_POINTS,
+    MAX_POINTS,
     ORANGE,
     PINK,
     Mark,
@@ -120,7 +120,7 @@ def constraints(store: Store) -> go.Figure:
     for row, (name, limit) in enumerate(limits.items(), start=1):
         means, errors, items = columns.measured(store, name)
         known = np.isfinite(means) & columns.own
-        shown = thinned(known, columns.baseline | columns.on_front, MOST_POINTS)
+        shown = thinned(known, columns.baseline | columns.on_front, MAX_POINTS)
         drawn, all_ = max(drawn, int(shown.sum())), max(all_, int(known.sum()))
         kept = means >= limit.threshold if limit.at_least else means <= limit.threshold
         for title, mark, mask in (("kept", _KEPT, shown & kept), ("missed", _MISSED, shown & ~kept)):

@@ -12,7 +12,7 @@ from evomerge.recipes.use import ExpertUse
 from evomerge.report.allocation import columns_of, depth_of, entropy_at, lives, share_at
 from evomerge.service.figures.style import AREA_SCALE, figure, safe
 
-_ROW, _ROOM, _LEAST = 28, 150, 240  # pixels of a layer, of axes and notes, and of the whole at least
+_ROW, _ROOM, _MIN = 28, 150, 240  # pixels of a layer, of axes and notes, and of the whole at least
 
 
 def experts(recipe: RoutedRecipe, uses: Mapping[str, ExpertUse]) -> go.Figure:
@@ -37,7 +37,7 @@ def experts(recipe: RoutedRecipe, uses: Mapping[str, ExpertUse]) -> go.Figure:
     return figure(
         [cells],
         notes=_notes(recipe, uses),
-        height=max(_LEAST, _ROOM + _ROW * len(rows)),
+        height=max(_MIN, _ROOM + _ROW * len(rows)),
         xaxis={"type": "category", "side": "bottom", "showgrid": False},
         yaxis={"type": "category", "showgrid": False, "dtick": 1 if len(rows) <= 40 else 2},
     )

@@ -15,7 +15,7 @@ from evomerge.service.figures.style import (
     BLUE,
     GREEN,
     MARKS,
-    MOST_POINTS,
+    MAX_POINTS,
     drawn_note,
     figure,
     focused,
@@ -100,7 +100,7 @@ class _Front:
         if not self._known.any():
             return figure(notes=["No candidate has been scored yet."])
         plain = self._known & ~self._marked
-        shown = thinned(plain, np.zeros_like(plain), MOST_POINTS)
+        shown = thinned(plain, np.zeros_like(plain), MAX_POINTS)
         missing = self._whole & ~self._columns.eligible
         groups = (
             ("estimated, left their race", shown & ~self._whole, {"opacity": 0.45}),

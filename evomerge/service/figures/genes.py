@@ -19,12 +19,12 @@ from evomerge.service.reading import Mask
 from evomerge.store import Store
 from evomerge.store.record import Measure
 
-LEAST = 10
+MIN = 10
 """Candidates of which an importance is told at all; PED-ANOVA looks at the best tenth."""
 
 _STEADY = 50  # from so many on that tenth holds the five that its authors ask for
-_MOST_LINES = 100  # of parallel coordinates, half of them the best: more is a carpet
-_MOST_TICKED = 7  # axes of parallel coordinates that have room for their values
+_MAX_LINES = 100  # of parallel coordinates, half of them the best: more is a carpet
+_MAX_TICKED = 7  # axes of parallel coordinates that have room for their values
 _LETTERS = 28  # of a parameter's name on an axis
 _LINE = 16  # letters of a line of it, where its parts stand below each other
 _AXIS, _SIDES = 90, 50  # pixels of an axis of parallel coordinates, at the least, and beside them all
@@ -43,8 +43,8 @@ def importance(store: Store, objective: str | None = None) -> go.Figure:
     """
     projection = projection_of(store)
     measure = projection.columns.objective(objective)
-    if len(projection.numbers) < LEAST:
-        return _too_few(projection, LEAST)
+    if len(projection.numbers) < MIN:
+        return _too_few(projection, MIN)
     drawn = plot_param_importances(projection.study(measure), PedAnovaImportanceEvaluator())
     unsteady = [f"Of {len(projection.numbers)} candidates only: it will change."] * (len(projection.numbers) < _STEADY)
     bars = [
@@ -107,7 +107,7 @@ def parallel(store: Store, objective: str | None = None) -> go.Figure:
     drawn = plot_parallel_coordinate(few.study(measure, genes), target_name=safe(measure.name))
     notes = [note for note in projection.notes if not note.startswith("From")]
     if len(few.numbers) < projection.all:
-        half = _MOST_LINES // 2
+        half = _MAX_LINES // 2
         notes.insert(0, f"{len(few.numbers)} of {projection.all:,} candidates: the {half} best, and others evenly.")
     notes.append(f"Coloured by {measure.name}.")
     return _restyled(drawn, [measure.name, *sorted((gene.name for gene in few.genes), key=safe)], notes)
@@ -115,11 +115,11 @@ def parallel(store: Store, objective: str | None = None) -> go.Figure:
 
 def _few(projection: Projection, measure: Measure) -> Projection:
     """The candidates that parallel coordinates have room for: the best half of them, and the rest evenly."""
-    if len(projection.numbers) <= _MOST_LINES:
+    if len(projection.numbers) <= _MAX_LINES:
         return projection
     place = next(i for i, o in enumerate(projection.columns.objectives) if o.name == measure.name)
     order = np.argsort(projection.values[:, place] * -measure.sign, kind="stable")
-    half = _MOST_LINES // 2
+    half = _MAX_LINES // 2
     rest = np.sort(order[half:])
     taken: Mask = np.zeros(len(order), dtype=np.bool_)
     taken[order[:half]] = True
@@ -146,7 +146,7 @@ def _restyled(drawn: go.Figure, names: list[str], notes: list[str]) -> go.Figure
         line.opacity = 0.7
     bar.marker.showscale = False
     layout: dict[str, Any] = drawn.layout.to_plotly_json()
-    if len(drawn.layout.xaxis.tickvals) > _MOST_TICKED:
+    if len(drawn.layout.xaxis.tickvals) > _MAX_TICKED:
         layout.pop("annotations", None)  # of neighbouring axes they would lie upon each other; hovering tells them
     for annotation in layout.get("annotations", ()):
         annotation["font"] = {"color": GREY, "size": 10}

@@ -12,7 +12,7 @@ from evomerge.front import nondominated
 from evomerge.service.figures.style import (
     BLUE,
     MARKS,
-    MOST_POINTS,
+    MAX_POINTS,
     ORANGE,
     PURPLE,
     drawn_note,
@@ -67,7 +67,7 @@ def _history(store: Store, columns: Columns, measure: Number, over: Over) -> go.
     steps = np.flatnonzero(np.r_[True, best[1:] != best[:-1]])
     end = float(where[order][-1])
     own = known & columns.own
-    shown = thinned(own, columns.baseline, MOST_POINTS)
+    shown = thinned(own, columns.baseline, MAX_POINTS)
     traces = [
         _dots(columns, shown & ~columns.baseline, where, means, errors, items, measure),
         *_baseline_lines(columns, means, errors, measure, end),

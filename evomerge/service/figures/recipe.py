@@ -25,8 +25,8 @@ from evomerge.store.rows import candidate_id
 _Part = tuple[str, Blend, Hop | None]
 """What a part is called, the blend that makes it, and the step of the path where it is one."""
 
-_MOST_WRITTEN, _WRITTEN_ROW = 60, 28  # cells that have room for their numbers, and the height of a row of such
-_ROW, _ROOM, _LEAST = 15, 130, 240  # pixels of a part, of axes and notes, and of the whole at least
+_MAX_WRITTEN, _WRITTEN_ROW = 60, 28  # cells that have room for their numbers, and the height of a row of such
+_ROW, _ROOM, _MIN = 15, 130, 240  # pixels of a part, of axes and notes, and of the whole at least
 
 
 def recipe(store: Store, number: int) -> go.Figure:
@@ -51,7 +51,7 @@ def recipe(store: Store, number: int) -> go.Figure:
     weights = np.array([[share_in(blend, name) for name in used] for _, blend, _ in rows], dtype=np.float64)
     words = [[_words(part, blend, hop, name) for name in used] for part, blend, hop in rows]
     low, high = _bounds(store, recipe)  # the same of every candidate, so that pictures can be compared
-    legible = len(rows) * len(used) <= _MOST_WRITTEN
+    legible = len(rows) * len(used) <= _MAX_WRITTEN
     signs = bool(min(float(np.nanmin(weights)), low) < 0)
     most = max(float(np.nanmax(np.abs(weights))), -low, high)
     cells = go.Heatmap(
@@ -63,7 +63,7 @@ def recipe(store: Store, number: int) -> go.Figure:
     return figure(
         [cells],
         notes=_notes(recipe),
-        height=max(_LEAST, _ROOM + (_WRITTEN_ROW if legible else _ROW) * len(rows)),
+        height=max(_MIN, _ROOM + (_WRITTEN_ROW if legible else _ROW) * len(rows)),
         xaxis={"type": "category", "side": "bottom", "showgrid": False},
         yaxis={"type": "category", "showgrid": False, "dtick": 1 if len(rows) <= 40 else 2},
     )

@@ -25,10 +25,10 @@ MARK_SCALE = [[0.0, BLUE], [1.0, ORANGE]]  # for points and lines: of middle lig
 AREA_SCALE = "Cividis"  # for areas: made for the colour-blind, and even in lightness
 SIGN_SCALE = "PuOr"  # for areas of either sign
 
-MOST_POINTS = 2000
+MAX_POINTS = 2000
 """A figure draws no more of one kind: SVG grows slow beyond that, and the eye cannot tell them apart. It says so."""
 
-_MOST_FOCUSED = 0.9  # of the values of an axis that are surely on it
+_MAX_FOCUSED = 0.9  # of the values of an axis that are surely on it
 _FAR = 8.0  # times the width of those: so far off is a value that would press them into a point
 _NEAR = 3.0  # times that width: what is no farther off is on the axis too
 _EDGE = 0.15  # of that width, on either side
@@ -160,7 +160,7 @@ def focused(values: NDArray[np.float64], keep: NDArray[np.bool_], *, maximise: b
         return None
     losses = -values if maximise else values
     best = float(losses.min())
-    worst = max(float(np.quantile(losses, _MOST_FOCUSED)), float(losses[keep].max()) if keep.any() else best)
+    worst = max(float(np.quantile(losses, _MAX_FOCUSED)), float(losses[keep].max()) if keep.any() else best)
     width = worst - best
     if width <= 0 or float(losses.max()) - best <= _FAR * width:
         return None

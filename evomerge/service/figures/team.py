@@ -16,7 +16,7 @@ NO_TEAM = "No team is chosen yet."
 _ROW, _ROOM = 34, 110  # pixels of a member, and of axes and notes
 _TOGETHER = "at least one"
 _TINTS = [[0.0, "rgba(118,118,118,0.16)"], [1.0, BLUE]]  # from not solved, which is seen on light and on dark ground
-_MOST_ITEMS = 1500
+_MAX_ITEMS = 1500
 """Columns that a screen can show: of more items, evenly many are drawn."""
 
 Matrix = NDArray[np.float64]
@@ -67,8 +67,8 @@ def ordered(chosen: Team) -> tuple[Matrix, NDArray[np.int64]]:
     """
     solved = np.array([[int(letter) for letter in text] for text in chosen.solved], dtype=np.float64) / 9
     order = np.lexsort([*-solved[::-1], np.repeat(np.arange(len(chosen.objectives)), list(chosen.objectives.values()))])
-    if len(order) > _MOST_ITEMS:
-        order = order[np.linspace(0, len(order) - 1, _MOST_ITEMS).round().astype(np.int64)]
+    if len(order) > _MAX_ITEMS:
+        order = order[np.linspace(0, len(order) - 1, _MAX_ITEMS).round().astype(np.int64)]
     return solved[:, order], order
 
 

@@ -16,7 +16,7 @@ from evomerge.store import EventRow, Store, current_holder
 from evomerge.store.events import AttemptEnded, ConfirmFailed, Descent, Failure, State
 from evomerge.store.rows import candidate_id
 
-MOST_ATTEMPTS = 1500
+MAX_ATTEMPTS = 1500
 """Of a timeline, the newest."""
 
 _ENDS = ("rung", "result", "failure")
@@ -54,7 +54,7 @@ def timeline(store: Store) -> go.Figure:
 
     The confirmation's attempts are not in it: the store does not say where they ran.
     """
-    events = store.events(kinds=("dispatch", "descent", *_ENDS, *_STATES), newest=2 * MOST_ATTEMPTS)
+    events = store.events(kinds=("dispatch", "descent", *_ENDS, *_STATES), newest=2 * MAX_ATTEMPTS)
     attempts = attempts_of(events, time.time() if current_holder(store) is not None else None)
     if not attempts:
         return figure(notes=["Nothing has been dispatched yet."])
@@ -65,7 +65,7 @@ def timeline(store: Store) -> go.Figure:
     notes = []
     if share is not None:
         notes.append(f"Workers were idle for {share:.1%} of the time from their first to last attempt, but for stops.")
-    if len(events) == 2 * MOST_ATTEMPTS:
+    if len(events) == 2 * MAX_ATTEMPTS:
         notes.append(f"The newest {len(attempts):,} attempts.")
     return figure(
         bars,

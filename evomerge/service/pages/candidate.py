@@ -49,7 +49,7 @@ from evomerge.yaml import dump_yaml
 
 router = APIRouter(include_in_schema=False)
 
-MOST_ITEMS = 8
+MAX_ITEMS = 8
 """Items that a candidate won, and that it lost, on its own page; the comparison has them all."""
 
 PAGE_ITEMS = 25
@@ -121,7 +121,7 @@ def show_candidate(
         genome=_genes(row, search.record.parameters),
         log=_log(root, name, row), log_url=log_url(name, row.failure), baselines=choices(status), against=other,
         sentences=[sentence(comparison, mine, theirs) for comparison in comparisons],
-        won=won[:MOST_ITEMS], lost=lost[:MOST_ITEMS], won_count=len(won), lost_count=len(lost),
+        won=won[:MAX_ITEMS], lost=lost[:MAX_ITEMS], won_count=len(won), lost_count=len(lost),
         name_a=mine, name_b=theirs, maximise=up, lead=ahead, drawn_by=(number, other), split="search",
         are_records=are_records(search, wanted),
     )  # fmt: skip

@@ -36,10 +36,10 @@ from evomerge.store.rows import Estimate, number_of
 
 router = APIRouter(include_in_schema=False)
 
-MOST_ON_FRONT = 12
+MAX_ON_FRONT = 12
 """Rows of the front beside the baselines; the table of candidates has them all."""
 
-MOST_FAILURES = 25
+MAX_FAILURES = 25
 """Failed candidates that the page lists, the latest."""
 
 PAGE_ROWS = 25
@@ -258,7 +258,7 @@ def _rows(status: SearchStatus) -> Iterator[ScoreRow]:
     if status.best is not None and status.best.id not in known | {entry.id for entry in others}:
         others.insert(0, status.best)
     chosen = [entry for entry in others if search_roles(status, entry.id)]
-    shown = {entry.id for entry in [*chosen, *others][: max(MOST_ON_FRONT, len(chosen))]}
+    shown = {entry.id for entry in [*chosen, *others][: max(MAX_ON_FRONT, len(chosen))]}
     for entry in [*status.baselines, *(entry for entry in others if entry.id in shown)]:
         chosen_for = bool(search_roles(status, entry.id))
         yield ScoreRow(entry, _marks(entry, status, front), baseline=entry.id in known, chosen=chosen_for)
@@ -299,7 +299,7 @@ def _failures(store: Store, name: str) -> list[FailedCandidate]:
     return [
         FailedCandidate(row.number, row.failure or {"reason": "unknown", "message": ""}, row.attempts, row.worker,
                log_url(name, row.failure))
-        for row in summaries.page(store, order, MOST_FAILURES, statuses=["failed"])
+        for row in summaries.page(store, order, MAX_FAILURES, statuses=["failed"])
     ]  # fmt: skip
 
 
