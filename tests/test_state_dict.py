@@ -295,6 +295,10 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
                      "objectives.near.evaluator", "given: weights"),
     "several at once": ({"together": 2}, "together", "one by one"),
     "texts": ({"calibration": {"file": "items.jsonl"}}, "calibration", "is for language models"),
+    "stages": ({"space": {"kind": "staged", "stages": [
+        {"name": "first", "sources": ["a", "b"], "space": {"kind": "parameter_space", "method": "linear"}},
+        {"name": "last", "sources": ["first", "c"], "space": {"kind": "parameter_space", "method": "linear"}},
+    ]}}, "sources.a", "not in stages"),
 }  # fmt: skip
 
 

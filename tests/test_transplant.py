@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
+from evomerge.checkpoints import pursuit
 from evomerge.checkpoints.checks import check_compatible
 from evomerge.checkpoints.pursuit import pursue
 from evomerge.checkpoints.source import Source, open_source
@@ -49,7 +50,9 @@ def slowly(target: torch.Tensor, atoms: torch.Tensor, count: int) -> tuple[list[
     return chosen, shares
 
 
-def test_pursuit_takes_the_atoms_that_the_textbook_takes() -> None:
+@pytest.mark.parametrize("rough", [True, False])
+def test_pursuit_takes_the_atoms_that_the_textbook_takes(monkeypatch: pytest.MonkeyPatch, rough: bool) -> None:
+    monkeypatch.setattr(pursuit, "_multiplies_bfloat16", lambda: rough)
     torch.manual_seed(0)
     atoms, targets = torch.randn(60, 24) * torch.rand(60, 1), torch.randn(7, 24)
     chosen, shares = pursue(targets, atoms, 6)

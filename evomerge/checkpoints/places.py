@@ -61,7 +61,7 @@ def find_folder(reference: str, place: str, root: Path | None, files: Sequence[s
             from evomerge.checkpoints.gguf_file import gguf_folder  # which imports torch
 
             return gguf_folder(local, place)
-        hint = "Name the folder that holds the model; tensors of other networks are searched by `kind: state_dict`."
+        hint = "Name the folder that holds the model; other tensors are searched by `kind: state_dict`, not in stages."
         raise InputError(place, f"{local} is a file", hint)
     hub = _HUB_ID.fullmatch(reference)
     if hub is None or reference.startswith("."):

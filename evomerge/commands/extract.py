@@ -160,9 +160,9 @@ def write_adapter(
     console.print(_table(made.losses))
     what = f"rank {made.rank}, {made.size / 1e6:,.1f} MB, {made.lost:.2%} of the change's energy lost"
     console.print(f"extracted into {out}: {what}", style="bold")
-    if how.embeddings == FULL and made.copied > made.size / 2:
+    if how.embeddings == FULL and made.tables > made.size / 2:
         less = "--embeddings tokens holds changed rows alone, none leaves them as in the base"
-        console.print(f"{made.copied / 1e6:,.1f} MB of it are embeddings in full: {less}")
+        console.print(f"{made.tables / 1e6:,.1f} MB of it are embeddings in full, a tied one in both places: {less}")
     if how.preset == "vllm":
         _say_vllm(console, base, out, made)
     if file is not None:

@@ -21,7 +21,7 @@ from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.tensor_file import TensorFile
 from evomerge.checkpoints.whole import whole_folder
 from evomerge.errors import InputError
-from evomerge.extraction.held import Extracting, Held, Holder, Loss
+from evomerge.extraction.held import Extracting, Held, Holder, Loss, is_table
 from evomerge.extraction.targets import Target, find_targets, short_names
 from evomerge.merging.arithmetic.jobs import WorkerThreads
 
@@ -38,14 +38,14 @@ class Extraction:
         rank: the one that its configuration says.
         largest: the largest rank.
         size: bytes of its tensors.
-        copied: of these, of what is held in full, as the model has it.
+        tables: of these, of embeddings and heads that are held as the model has them.
     """
 
     losses: list[Loss]
     rank: int
     largest: int
     size: int
-    copied: int
+    tables: int
 
     @property
     def energy(self) -> float:
@@ -98,13 +98,15 @@ def extract(
     with whole_folder(out, [model.folder, base.folder]) as folder:
         with TensorFile(folder / WEIGHTS) as file:
             held = _write_factors(file, model, base, how, targets, progress)
-            factors = file.size
+            tables = 0
             for copy in sorted(held.copies, key=lambda copy: -copy.dtype(model).itemsize):  # those in wide dtypes first
+                before = file.size
                 file.add(copy.name, copy.read(model))
+                tables += file.size - before if is_table(base, copy.target) else 0
             size = file.size
         if not held.ranks:
             raise _nothing(model, base, held.losses)
-        made = Extraction(held.losses, _rank(held, how), max(held.ranks), size, size - factors)
+        made = Extraction(held.losses, _rank(held, how), max(held.ranks), size, tables)
         for name, text in {
             CONFIG: json.dumps(_config(held, made.rank, base, classes), indent=2) + "\n",
             REPORT: report_text(made),

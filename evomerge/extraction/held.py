@@ -85,6 +85,12 @@ class Copy:
         return (tensor if self.rows is None else tensor[self.rows]).to(self.dtype(model))
 
 
+def is_table(base: Source, target: Target) -> bool:
+    """Whether a tensor has a row for each token: it is an embedding's or a head's weight."""
+    is_head = target.way == "factors" and any(base.roles[name].kind == "head" for name, _ in target.pieces)
+    return is_head or target.way == "embedding"
+
+
 @dataclass
 class Held:
     """What an adapter holds of some modules, or of all.
@@ -172,10 +178,9 @@ class Holder:
         return change, energy
 
     def _way(self, target: Target) -> str:
-        is_head = target.way == "factors" and any(self._base.roles[name].kind == "head" for name, _ in target.pieces)
         if self._how.preset == "vllm":
             return "factors" if target.way == "factors" and target.stacked and not self._in_experts(target) else "none"
-        if target.way != "embedding" and not is_head:
+        if not is_table(self._base, target):
             return "full" if target.renames else target.way
         if self._how.embeddings == "low_rank":
             if target.also:
