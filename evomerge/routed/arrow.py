@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from evomerge.merging.arithmetic.jobs import WorkerThreads
 from evomerge.routed.factors import factors_of
 from evomerge.routed.sites import Site
 from evomerge.routed.spectra import right_singular
@@ -23,11 +24,13 @@ def arrow_weights(sites: Sequence[Site], width: dict[str, int]) -> dict[str, Ten
     Args:
         width: of what modules are given, by their names.
     """
-    found = {}
-    for site in sites:
+
+    def rows_of(site: Site) -> Tensor:
         rows = torch.zeros(len(site.changes), width[site.module])
         for expert in range(len(site.changes)):
             if (factors := factors_of(site, expert)) is not None:
                 rows[expert] = right_singular(factors)[1][0]
-        found[site.module] = rows
-    return found
+        return rows
+
+    modules = [site.module for site in sites]
+    return dict(zip(modules, WorkerThreads().in_order(rows_of, sites), strict=True))

@@ -13,6 +13,8 @@ def right_singular(factors: LowRankFactors) -> tuple[Tensor, Tensor]:
 
     With the QR decompositions A^T = Q_A R_A and B = Q_B R_B it is B A = Q_B (R_B R_A^T) Q_A^T, and the SVD of the small
     matrix in between gives that of the whole. Of each row of V^T the largest number is positive.
+
+    To be called where torch uses one thread (``WorkerThreads``): several take thirty times as long over thin matrices.
     """
     inner, upper = torch.linalg.qr(factors.down.double().T)
     lower = torch.linalg.qr(factors.up.double(), mode="r").R

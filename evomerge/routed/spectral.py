@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from evomerge.merging.arithmetic.jobs import WorkerThreads
 from evomerge.routed.factors import factors_of
 from evomerge.routed.sites import Site
 from evomerge.routed.spectra import right_singular
@@ -23,8 +24,8 @@ def spectral_weights(sites: Sequence[Site], width: Mapping[str, int]) -> dict[st
     Args:
         width: of what modules are given, by their names.
     """
-    found = {}
-    for site in sites:
+
+    def rows_of(site: Site) -> Tensor:
         scaled = []
         for expert in range(len(site.changes)):
             factors = factors_of(site, expert)
@@ -35,8 +36,10 @@ def spectral_weights(sites: Sequence[Site], width: Mapping[str, int]) -> dict[st
                 scaled.append(values[:, None] * rows)
         most = max(len(rows) for rows in scaled)
         padded = [torch.nn.functional.pad(rows, (0, 0, 0, most - len(rows))) for rows in scaled]
-        found[site.module] = torch.stack(padded)
-    return found
+        return torch.stack(padded)
+
+    modules = [site.module for site in sites]
+    return dict(zip(modules, WorkerThreads().in_order(rows_of, sites), strict=True))
 
 
 def normalised(weights: Mapping[str, Tensor], sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
