@@ -15,7 +15,7 @@ from evomerge.checkpoints.checks import check_tensor
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.extraction.factors import Factors, RankRule, energy_of, factorised, lost_energy
-from evomerge.extraction.targets import Target, read_change, read_tensor, stored_dtype
+from evomerge.extraction.targets import Target, read_change, read_tensor, row_changes, stored_dtype
 
 EmbeddingForm = Literal["full", "low_rank", "tokens", "none"]
 Preset = Literal["peft", "vllm"]
@@ -81,7 +81,7 @@ class Copy:
 
     def read(self, model: Source) -> Tensor:
         """The tensor in that dtype."""
-        tensor = read_tensor(model, self.target)
+        tensor = model.read(self.target.pieces[0][0]) if self.target.is_whole else read_tensor(model, self.target)
         return (tensor if self.rows is None else tensor[self.rows]).to(self.dtype(model))
 
 
@@ -154,13 +154,14 @@ class Holder:
             if way == "experts":
                 self._experts(target)
                 continue
-            change, energy = self._change(target)
+            if way == "factors":
+                self._factors(target)
+                continue
+            energy = self._energy(target)
             if energy == 0.0:
                 self.held.losses.append(Loss(target.tensor, "unchanged", 0.0, 0.0))
-            elif way == "factors":
-                self._factors(target, change, energy)
             elif way == "tokens":
-                self._rows(target, change, energy)
+                self._rows(target, energy)
             elif way == "bias":
                 self._bias(target, energy)
             else:
@@ -170,12 +171,19 @@ class Holder:
     def _change(self, target: Target, expert: int | None = None) -> tuple[Tensor, float]:
         """What is added to a tensor, or to one expert's matrix of it, and the sum of its squares."""
         change = read_change(self._model, self._base, target, expert)
-        energy = energy_of(change)
+        return change, self._checked(target, energy_of(change))
+
+    def _energy(self, target: Target) -> float:
+        """The sum of the squares of what is added to a tensor."""
+        parts = map(energy_of, row_changes(self._model, self._base, target))
+        return self._checked(target, math.fsum(parts))
+
+    def _checked(self, target: Target, energy: float) -> float:
         if not math.isfinite(energy):
             for source, (name, _) in itertools.product((self._model, self._base), target.pieces):
                 check_tensor(source, name, source.read(name))
             raise InputError(self._model.place, f"{target.tensor}: the change has numbers beyond those of float32")
-        return change, energy
+        return energy
 
     def _way(self, target: Target) -> str:
         if self._how.preset == "vllm":
@@ -193,7 +201,11 @@ class Holder:
         """Whether it is part of a mixture of experts, whose layers vLLM joins in its own way."""
         return target.routed and any(self._base.roles[name].kind == "mlp" for name, _ in target.pieces)
 
-    def _factors(self, target: Target, change: Tensor, energy: float) -> None:
+    def _factors(self, target: Target) -> None:
+        change, energy = self._change(target)
+        if energy == 0.0:
+            self.held.losses.append(Loss(target.tensor, "unchanged", 0.0, 0.0))
+            return
         wanted = change.T if target.turned else change
         made = factorised(wanted, self._how.rule, name=target.tensor)
         embedded = target.way == "embedding"
@@ -204,8 +216,9 @@ class Holder:
         lost = lost_energy(wanted, made)
         self.held.losses.append(Loss(target.tensor, f"rank {made.rank}", energy, lost))
 
-    def _rows(self, target: Target, change: Tensor, energy: float) -> None:
-        rows = change.abs().amax(dim=1).nonzero().flatten().tolist()
+    def _rows(self, target: Target, energy: float) -> None:
+        sizes = [part.abs().amax(dim=1) for part in row_changes(self._model, self._base, target)]
+        rows = torch.cat(sizes).nonzero().flatten().tolist()
         self.held.copies.append(Copy(f"{_PREFIX}{target.module}.token_adapter.trainable_tokens_delta", target, rows))
         self.held.rows[target.module] = rows
         self.held.losses.append(Loss(target.tensor, f"{len(rows):,} rows", energy, 0.0))
@@ -218,7 +231,7 @@ class Holder:
 
     def _full(self, module: Sequence[Target]) -> None:
         """All tensors of a module, or of modules that share one, if one of them changed: PEFT wants all or none."""
-        energies = [self._change(target)[1] for target in module]
+        energies = [self._energy(target) for target in module]
         for target, energy in zip(module, energies, strict=True):
             self.held.losses.append(Loss(target.tensor, "full" if energy else "unchanged", energy, 0.0))
             holders = [target.tensor, *([target.also] if target.also else [])]

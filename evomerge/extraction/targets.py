@@ -21,6 +21,9 @@ Way = Literal["factors", "experts", "embedding", "bias", "full", "none"]
 the bias of a layer; a module's tensors in full; or not at all."""
 
 
+_AT_ONCE = 1 << 20
+"""Numbers of rows that are read together."""
+
 _KEPT = {torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -49,6 +52,11 @@ class Target:
     stacked: bool = False
     routed: bool = False
     renames: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one tensor of the source is all of it."""
+        return len(self.pieces) == 1 and not self.pieces[0][1].cuts
 
     @property
     def module(self) -> str:
@@ -111,6 +119,20 @@ def read_change(model: Source, base: Source, target: Target, expert: int | None 
     for piece, whole in _pieces(base, target, change, expert):
         whole.sub_(piece)
     return change
+
+
+def row_changes(model: Source, base: Source, target: Target) -> Iterator[Tensor]:
+    """The same, some rows at a time where files hold the tensor in one piece: an embedding is larger than all else."""
+    if not target.is_whole or not target.shape:
+        yield read_change(model, base, target)
+        return
+    name, _ = target.pieces[0]
+    tensors = model.read(name), base.read(name)
+    rows = max(1, _AT_ONCE * target.shape[0] // max(1, tensors[0].numel()))
+    for own, theirs in zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True):
+        yield own.float() - theirs.float()
+    for source in (model, base):
+        source.release(name)
 
 
 def read_tensor(source: Source, target: Target, expert: int | None = None) -> Tensor:
