@@ -1,6 +1,6 @@
-"""Optimizers: ask for genomes, tell their losses. One algorithm a file, each with its settings in the search file.
+"""Optimizers with an ask-and-tell interface. Each file holds one algorithm and its settings in the search file.
 
-A new one is a file here, or an entry point ``evomerge.optimizers`` of a package that names a subclass of ``Settings``.
+To add one, write a file here, or declare a ``Settings`` subclass under a package's entry point ``evomerge.optimizers``.
 """
 
 from typing import Annotated
@@ -23,7 +23,7 @@ def _of_its_name(value: object) -> object:
 
 
 OptimizerSettings = Annotated[SerializeAsAny[Settings], BeforeValidator(_of_its_name)]
-"""What the search file says under ``optimizer:``; its ``name`` decides which settings it takes."""
+"""The ``optimizer:`` section of the search file; its ``name`` selects the settings class."""
 
 __all__ = [
     "Best",

@@ -1,4 +1,4 @@
-"""The contract of an optimizer, and what every optimizer here shares."""
+"""The optimizer interface, and helpers that all optimizers here share."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Observation:
 
     Attributes:
         genome: float64 [n_parameters].
-        losses: one for each objective, lower is better; all inf where the candidate failed.
-        features: one for each feature of the search, in their order; NaN where it is not known.
-        items: for each objective the losses item by item, float32 [items], NaN where an item was not scored; empty
+        losses: one per objective, lower is better; all inf if the candidate failed.
+        features: one per feature of the search, in order; NaN if unknown.
+        items: the per-item losses of each objective, float32 [items], NaN for items that were not scored; empty
             unless the optimizer ``wants_items``.
-        feasible: it was scored, and keeps the search's constraints as far as is known.
-        complete: it was scored on every item, and not estimated from some, as a race does.
+        feasible: the candidate was scored and, as far as is known, meets the search's constraints.
+        complete: the candidate was scored on every item, not estimated from a subset as in a race.
     """
 
     genome: Genome
@@ -44,20 +44,20 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """Of a generation the best ``count`` by rank."""
+    """The best ``count`` candidates of a generation, by rank."""
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """A step of a search from coarse to fine: numbers that were tied in a place are not any more.
+    """One refinement step of a coarse-to-fine search: parameters that were tied become independent.
 
     Attributes:
-        told: candidates that were learnt from until then.
-        numbers: how many are free from then on.
-        finest: how many are when none is tied any more.
-        places: that came apart.
+        told: how many candidates the optimizer had learnt from by then.
+        numbers: how many parameters are free from then on.
+        finest: how many parameters are free once none are tied.
+        places: the places that were split.
     """
 
     told: int
@@ -67,14 +67,15 @@ class Refinement:
 
 
 Keeps = Best | Literal["niches", "all"]
-"""What a race must not drop, because the optimizer learns from it: some of the best, the best of each niche, or all."""
+"""Candidates that a race must score fully, as the optimizer learns from them: the best, each niche's best, or all."""
 
 
 class Optimizer(Protocol):
-    """Gives genomes to score and learns from their losses.
+    """Proposes genomes to score and learns from their losses.
 
-    Deterministic: two optimizers built with the same arguments and given the same asks and tells give the same genomes,
-    bit for bit, in any process and whatever the global random generators do meanwhile. That is what resume rests on.
+    Optimizers are deterministic: two optimizers built with the same arguments and given the same asks and tells return
+    the same genomes, bit for bit, in any process and whatever happens to the global random generators. Resuming a
+    search relies on this.
     """
 
     @property
@@ -84,30 +85,30 @@ class Optimizer(Protocol):
 
     @property
     def keeps(self) -> Keeps:
-        """What is learnt from: of the generation that is out, or else of the next.
+        """Which candidates the optimizer learns from, in the pending generation or, if none is pending, the next one.
 
-        Racing ends the scoring of candidates that surely are not of this, so their own losses are then estimates from
-        few items; how they are ordered among each other should matter little or not at all.
+        Racing stops scoring candidates that are surely not among them, so the losses of those are estimates from a few
+        items; their order among each other should matter little or not at all.
         """
         ...
 
     @property
     def wants_items(self) -> bool:
-        """Whether observations are to have ``items``; these are read from the store for each candidate."""
+        """Whether observations must include ``items``, which are read from the store for each candidate."""
         ...
 
     @property
     def favourite(self) -> Genome | None:
-        """The genome that the optimizer believes in most now; None where it has no such thing, or none of its own.
+        """The optimizer's current best guess; None if it has none, or none that is not also a candidate.
 
-        Under noise the mean of a distribution is better than the best of its samples, which is mostly lucky. Racing has
-        it scored beside each generation. It is not told.
+        Under noise, the mean of a distribution is a better estimate than its best sample, which is mostly lucky. Racing
+        scores the favourite beside each generation, but does not tell the optimizer the result.
         """
         ...
 
     @property
     def refined(self) -> Sequence[Refinement]:
-        """What came apart so far, in order; nothing where no numbers are tied."""
+        """The refinement steps so far, in order; empty if no parameters are tied."""
         ...
 
     @property
@@ -116,100 +117,102 @@ class Optimizer(Protocol):
         ...
 
     def ask(self, n: int) -> list[Genome]:
-        """Give ``n`` new genomes inside the bounds: float64 [n_parameters], whole numbers for int and choice."""
+        """Return ``n`` new genomes inside the bounds: float64 [n_parameters], whole numbers for int and choice."""
         ...
 
     def tell(self, observations: Sequence[Observation]) -> None:
-        """Take scored genomes.
+        """Learn from scored genomes.
 
-        The order is free, a generation may come in parts, and genomes inside the bounds that were never asked for
-        (baselines, points of another source) are welcome, also before the first ask.
+        Observations may arrive in any order, and a generation may arrive in parts. Genomes inside the bounds that were
+        never asked for (baselines, points from elsewhere) are allowed, also before the first ask.
         """
         ...
 
     def replay(self, genomes: Sequence[Genome]) -> list[Genome]:
-        """Make a recorded ask again, for resume, and return what it gives; the caller compares.
+        """Repeat a recorded ask when a search is resumed, and return its genomes for the caller to compare.
 
-        The optimizer is left as ``ask(len(genomes))`` would leave it. Where asking is dear (seconds a genome), the
-        recorded genomes are taken as they are, and there is nothing to compare.
+        This leaves the optimizer in the same state as ``ask(len(genomes))``. If asking is expensive (seconds per
+        genome), the recorded genomes are adopted and returned, and there is nothing to compare.
         """
         ...
 
 
 OPTIMIZER_MEMBERS = tuple(name for name in vars(Optimizer) if not name.startswith("_"))
-"""What an optimizer must have."""
+"""The names of all members that an optimizer must have."""
 
 
 class Settings(BaseModel):
-    """What the search file says of an optimizer."""
+    """An optimizer's section of the search file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ties: ClassVar[bool] = False
-    """Whether it ties numbers at first, and so can search from coarse to fine."""
+    """Whether the optimizer can tie parameters at first, and so search from coarse to fine."""
 
     name: str
 
     def check(
         self, parameters: Sequence[Parameter], objectives: int, place: str, features: Sequence[Feature] = ()
     ) -> None:
-        """Refuse settings that cannot work on this space, number of objectives and features. By default, none.
+        """Reject settings that cannot work with this space, number of objectives and features. Accepts all by default.
 
         Raises:
-            InputError: naming ``place`` (``optimizer``) and the hint.
+            InputError: naming ``place`` (``optimizer``) and a hint.
         """
 
     def warm(self) -> Self:
-        """These settings for a search that is told of good genomes before its first ask; by default the same.
+        """The settings for a search that tells the optimizer good genomes before its first ask; unchanged by default.
 
-        What was said stays as it is: only defaults may be others.
+        Only defaults may change, never values that the user gave.
         """
         return self
 
     def at_gains(self) -> Self:
-        """These settings for a search whose sources are yet to be chosen; by default the same.
+        """The settings for a search whose sources are yet to be selected; unchanged by default.
 
-        What was said stays as it is.
+        Values that the user gave do not change.
         """
         return self
 
     def at_shares(self, shares: Mapping[str, float]) -> Self:
-        """These settings once they are chosen, and with them how much of each is a good start; by default the same."""
+        """The settings after selection, given a good starting weight for each selected source; unchanged by default."""
         return self
 
     def within(self, candidates: int | None, *, tied: bool = False) -> Self:
-        """These settings for a budget of so many candidates, or of none that counts them; by default the same.
+        """The settings for a budget of ``candidates``, or None if the budget does not count them; unchanged by default.
 
-        ``tied`` says that the search goes from coarse to fine.
+        This is called once, when a search file is read, and the result is recorded, so that changing the budget later
+        does not change the search.
 
-        Done once, when a search file is read; what comes of it is recorded, so that another budget later is no other
-        search.
+        Args:
+            candidates: the budget.
+            tied: the search goes from coarse to fine.
 
         Raises:
-            InputError: naming ``optimizer``; they hang on such a budget, and there is none.
+            InputError: naming ``optimizer``; the settings depend on such a budget, and there is none.
         """
         return self
 
     def learns(self, parameters: Sequence[Parameter], candidates: int | None) -> str:
-        """What is learnt of parameters with so many candidates, for a plan; by default nothing is said."""
+        """For the plan, what can be learnt about the parameters with this many candidates; empty by default."""
         return ""
 
     def build(
         self, parameters: Sequence[Parameter], objectives: int, seed: int, features: Sequence[Feature] = ()
     ) -> Optimizer:
-        """Make the optimizer; every random number that it will draw follows from ``seed`` (0 or more).
+        """Create the optimizer. All of its random numbers are derived from ``seed`` (0 or more).
 
-        ``features`` are those of the search, which observations then have. Most optimizers look at none.
+        ``features`` are those of the search; observations will have a value for each. Most optimizers ignore them.
         """
         raise NotImplementedError
 
 
 MAX_POPULATION = 100_000
-"""Every generation is in memory at once; a search of a year has fewer candidates."""
+"""A whole generation is held in memory, and a search of a year has fewer candidates than this."""
 
 
 def check_population(population: int | None, least: int, place: str) -> None:
-    """Refuse a population smaller than ``least``, or larger than ``MAX_POPULATION``.
+    """Reject a population smaller than ``least`` or larger than ``MAX_POPULATION``.
 
     Raises:
         InputError: naming ``place.population``.
@@ -226,18 +229,19 @@ def default_population(parameters: int) -> int:
 
 
 def random_state(*key: int) -> np.random.RandomState:
-    """A generator for this key alone, such as (search seed, number of the ask).
+    """A generator that depends only on this key, for example (search seed, number of the ask).
 
-    RandomState, because numpy has frozen its streams for good; those of Generator may change between releases.
+    It is a RandomState because numpy has frozen its streams; those of Generator may change between releases.
     """
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
 
 
 def one_thread() -> AbstractContextManager[Any]:
-    """Hold linear algebra (and OpenMP, which the gp sampler's torch uses) to one thread.
+    """Limit linear algebra (and OpenMP, which torch uses in the gp sampler) to one thread.
 
-    Two threads add in another order than one, so a search resumed on a machine with more cores would drift in the last
-    bits (seen at 100 parameters with a full covariance matrix). At these sizes one thread is also the quicker, tenfold.
+    The number of threads changes the order of additions, so a search resumed on a machine with more cores would differ
+    in the last bits (seen with 100 parameters and a full covariance matrix). At these sizes one thread is also ten
+    times faster.
     """
     context: AbstractContextManager[Any] = _libraries(len(sys.modules)).limit(limits=1)
     return context
@@ -245,5 +249,5 @@ def one_thread() -> AbstractContextManager[Any]:
 
 @lru_cache(maxsize=1)
 def _libraries(modules: int) -> ThreadpoolController:
-    """The libraries with threads that are loaded, looked up again (1 ms) when modules have been imported since."""
+    """The loaded libraries that use threads; the lookup (1 ms) is repeated once more modules have been imported."""
     return ThreadpoolController()

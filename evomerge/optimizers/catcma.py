@@ -1,15 +1,15 @@
-"""CatCMA with Margin: the library ``cmaes``, driven by ask and tell, for reals, ints and choices at once.
+"""CatCMA with Margin for mixed real, int and choice parameters, from the library ``cmaes`` through ask and tell.
 
-Reals and ints are sampled from one Gaussian, choices each from a distribution over its values, and every int and choice
-goes on mutating at a low rate, the margin, when all else has settled. Hamano et al., CatCMA with Margin for Single- and
-Multi-Objective Mixed-Variable Black-Box Optimization, arXiv:2504.07884.
+Reals and ints are sampled from one Gaussian, and each choice from a categorical distribution. Every int and choice
+keeps mutating at a low rate, the margin, after everything else has converged. Hamano et al., CatCMA with Margin for
+Single- and Multi-Objective Mixed-Variable Black-Box Optimization, arXiv:2504.07884.
 
-The library is given the *ranks* of a generation, never its losses, as in ``cma_es``: its penalty for reals outside the
-box is in units of the losses' spread, which an infinite loss has not.
+As in ``cma_es``, the library is given the *ranks* of a generation, never its losses: its penalty for reals outside the
+box is scaled by the spread of the losses, which is undefined if one of them is infinite.
 
-``_v_raw`` of its solutions and ``_z_lim``, ``_mean``, ``_sigma``, ``_A``, ``_C``, ``_Delta``, ``_mu``, ``_param_sum``
-and ``_eigen_decomposition`` of its optimizer are private and used here, so the project takes one minor release of it
-alone.
+This file uses private attributes: ``_v_raw`` of the library's solutions, and ``_z_lim``, ``_mean``, ``_sigma``, ``_A``,
+``_C``, ``_Delta``, ``_mu``, ``_param_sum`` and ``_eigen_decomposition`` of its optimizer. The project therefore pins
+the library to one minor release.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from evomerge.optimizers.ledger import Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scalarisation
 
 MAX_GAUSSIAN = 1_000
-"""Reals and ints together. Their covariance matrix is always full; of 1,000, a generation of 24 takes three seconds."""
+"""Reals plus ints. Their covariance matrix is always full; with 1,000, a generation of 24 takes three seconds."""
 
 Vector = NDArray[np.float64]
 
@@ -50,10 +50,10 @@ class CatCmaSettings(Settings):
     """CatCMA with Margin (Hamano et al., arXiv:2504.07884).
 
     ``population`` defaults to 4 + floor(3 ln n). The search starts at each parameter's ``default``, or at the ``best``
-    of what was told before its first ask: reals and ints with a first step of ``sigma``, a fraction of each range; a
-    choice, or an int of two values, is as there with ``default_probability`` and the others share the rest. Akiba et
-    al. (arXiv:2403.13187) start the layers of a path two steps above zero, which is a probability of 0.977; 0.5 gives
-    each of two values the same chance.
+    genome told before the first ask. Reals and ints start with a step size of ``sigma``, a fraction of each range. A
+    choice, or an int with two values, starts with ``default_probability`` on the starting value, and the other values
+    share the rest. Akiba et al. (arXiv:2403.13187) start the layers of a path two steps above zero, which corresponds
+    to a probability of 0.977; 0.5 gives each of two values the same chance.
     """
 
     name: Literal["catcma"]
@@ -88,13 +88,13 @@ class CatCmaSettings(Settings):
 class CatCma:
     """One search by CatCMA with Margin.
 
-    A generation is ``population`` genomes of one ask or several, all from the distribution as it stands. What was told
-    beside them is foreign: baselines, what was asked for beyond a generation, and late results of the generation
-    before. The best foreign genome takes the place of the worst of the generation, and only when it would be a parent,
-    that is better than the worst of the better half. That is as if one sample had fallen there. Its reals and ints
-    are first moved towards the mean, to the length of a usual sample (Hansen, Injecting External Solutions Into CMA-ES,
-    arXiv:1110.4181), so it cannot blow up the step size; the step of the choices has a fixed length whatever the
-    parents are. A bad foreign genome changes nothing.
+    A generation is ``population`` genomes, from one ask or several, all sampled from the current distribution. All
+    other genomes that are told are foreign: baselines, genomes asked for beyond a generation, and late results of the
+    previous generation. The best foreign genome replaces the worst of the generation, but only if it would be a parent,
+    that is, if it is better than the worst of the better half. This is as if one sample had landed there. Its reals and
+    ints are first moved towards the mean, to the length of a typical sample (Hansen, Injecting External Solutions Into
+    CMA-ES, arXiv:1110.4181), so it cannot blow up the step size; the step of the choices has a fixed length whatever
+    the parents are. A bad foreign genome changes nothing.
     """
 
     favourite: Genome | None = None
@@ -108,7 +108,7 @@ class CatCma:
         self._seed = seed
         self._asks = 0
         self._scalars = Scalars(settings.scalarisation, objectives)
-        # A point is the library's solution: the raw Gaussian sample, and the choices one-hot.
+        # A point is a solution of the library: the raw Gaussian sample, and the choices one-hot.
         self._ledger: Ledger[Any] = Ledger(self._scalars, lambda genome: self._solution(self._box.unit(genome)))
         self.population = settings.population or default_population(len(parameters))
         self._divide([p.kind for p in parameters])
@@ -116,7 +116,7 @@ class CatCma:
 
     @property
     def keeps(self) -> Best:
-        """The better half, which has positive weights; of the others only the order counts."""
+        """The better half, which has positive weights; of the rest only the order matters."""
         return Best(int(self._es._mu))
 
     def ask(self, n: int) -> list[Genome]:
@@ -140,9 +140,9 @@ class CatCma:
             self._learn()
 
     def _divide(self, kinds: Sequence[str]) -> None:
-        """Which parameters are sampled how; those of a single value are not sampled at all."""
+        """Decide how each parameter is sampled; parameters with a single value are not sampled at all."""
         values, varies = self._box.values, self._box.high > self._box.low
-        chosen = varies & ((np.array(kinds) == "choice") | (values == 2))  # as the library advises for two values
+        chosen = varies & ((np.array(kinds) == "choice") | (values == 2))  # as the library recommends for two values
         real = varies & (values == 0)
         if not varies.any():
             real[0] = True  # the library needs something to search
@@ -153,11 +153,11 @@ class CatCma:
         self._counts = values[self._choices].astype(np.int64)
 
     def _begin_at_best(self) -> None:
-        """Begin at the best of what was told, where the settings say so and nothing was asked for yet."""
+        """Start at the best genome told so far, if the settings say so and nothing has been asked for yet."""
         told = self._ledger.foreign
         if self._settings.x0 == "best" and self._asks == 0 and told:
             best = told[int(self._scalars.of([t.losses for t in told]).argmin())].point
-            unit = np.full(self._box.low.size, 0.5)  # which stays for what is not sampled
+            unit = np.full(self._box.low.size, 0.5)  # the value kept by parameters that are not sampled
             if self._gaussian.size:
                 unit[self._gaussian] = best._v_raw
             if self._choices.size:
@@ -190,13 +190,13 @@ class CatCma:
         with _calm():
             self._es = CatCMAwM(**space, population_size=self.population)
         if self._ints.size:
-            # The library fills its table of thresholds, for ints of fewer values than the widest, with thresholds that
-            # part the highest value from itself; an int that arrived there would stop mutating.
+            # For ints with fewer values than the widest one, the library pads its threshold table with thresholds that
+            # separate the highest value from itself; an int that reached it would stop mutating.
             highest = np.array([1 - 1 / count for count in parts])
             self._es._z_lim = np.minimum(self._es._z_lim, highest[:, None])
 
     def _one_hot(self, unit: Vector) -> NDArray[np.bool_]:
-        """The choices of a point of the unit box: [choices, values of the widest]."""
+        """The choices of a point of the unit box, one-hot: bool [choices, largest number of values]."""
         taken = np.floor(unit[self._choices] * self._counts)
         one_hot: NDArray[np.bool_] = np.arange(self._counts.max()) == taken[:, None]
         return one_hot
@@ -212,7 +212,7 @@ class CatCma:
         return self._box.genome(unit)
 
     def _solution(self, unit: Vector) -> Any:
-        """What the library would have returned, had it sampled this point of the unit box."""
+        """The solution that the library would have returned had it sampled this point of the unit box."""
         return self._es.Solution(
             c=self._one_hot(unit) if self._choices.size else None,
             _v_raw=unit[self._gaussian] if self._gaussian.size else None,
@@ -238,7 +238,7 @@ class CatCma:
         self._ledger.forget()
 
     def _near(self, solution: Any) -> Any:
-        """The solution moved towards the mean, to at most the length of a usual sample (arXiv:1110.4181)."""
+        """Move a solution towards the mean, to at most the length of a typical sample (arXiv:1110.4181)."""
         if not self._gaussian.size:
             return solution
         es, n = self._es, self._gaussian.size
@@ -249,10 +249,10 @@ class CatCma:
         return es.Solution(c=solution.c, _v_raw=es._mean + away * min(1.0, usual / max(length, usual)))
 
     def _hold_steps(self) -> None:
-        """Stop when every real has settled and there is nothing else; else keep reals able to follow a mutation."""
+        """Stop if all parameters are reals and have converged; otherwise keep reals able to follow a mutation."""
         es = self._es
         if self._choices.size:
-            # Below, its rate beta is over 1, and soon over 2, where it takes the root of 2 - beta and gives NaN.
+            # Below this its rate beta exceeds 1, and soon 2, where it computes the root of 2 - beta, which is NaN.
             es._Delta = max(es._Delta, 1 / math.sqrt(es._param_sum))
         if not self._reals.size:
             return
@@ -266,7 +266,7 @@ class CatCma:
 
 @contextmanager
 def _calm() -> Iterator[None]:
-    """One thread, and none of numpy's warnings (the library divides by zero and catches it afterwards)."""
+    """Use one thread and silence numpy's warnings (the library divides by zero and handles it afterwards)."""
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

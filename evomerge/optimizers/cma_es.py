@@ -1,7 +1,7 @@
-"""CMA-ES with restarts: the library ``cma`` (pycma), driven by ask and tell.
+"""CMA-ES with restarts, from the library ``cma`` (pycma) through ask and tell.
 
-pycma is given the *ranks* of a generation, never its losses. CMA-ES uses nothing else of them, except in tests for
-termination that are wrong here: they end a run whose first merges are all broken or equal.
+pycma is given the *ranks* of a generation, never its losses. CMA-ES itself uses only the ranks, but pycma's termination
+tests look at losses and are wrong here: they end a run whose first merges are all broken or all equal.
 """
 
 from __future__ import annotations
@@ -34,41 +34,41 @@ from evomerge.optimizers.ledger import Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars, check_scalarisation
 
 FULL_COVARIANCE_UP_TO = 50
-"""Parameters up to which covariances are learnt: there are 1,275 of 50, about as many as a search has candidates."""
+"""Largest number of parameters with a full covariance matrix: 50 have 1,275 covariances, about one per candidate."""
 
 MIN_POPULATION = 3
 
 GENERATIONS = 12
-"""Generations that ``population: auto`` makes of a budget. Measured with answers of 100 items for a candidate, on
-spheres, ellipsoids (condition 100, along the axes and rotated) and sums over layers (as of one source's weights), from
-8 to 200 parameters and with 300 and 1,000 candidates: the mean gets further with 10 to 15 generations than with more,
-smaller ones. At 100 parameters and 1,000 candidates it makes 0.76 of the way on an ellipsoid, and 0.44 with the default
-population, whose mean walks with the noise."""
+"""How many generations ``population: auto`` divides a budget into. Measured with answers to 100 items per candidate, on
+spheres, ellipsoids (condition number 100, axis-aligned and rotated) and sums over layers (like one source's weights),
+with 8 to 200 parameters and 300 and 1,000 candidates: the mean gets further with 10 to 15 generations than with more,
+smaller ones. With 100 parameters and 1,000 candidates it covers 0.76 of the distance on an ellipsoid, against 0.44 with
+the default population, whose mean drifts with the noise."""
 
 SMALLEST_STEP = 1e-4
-"""Fraction of each range below which a search has converged; bfloat16 cannot tell such weights apart."""
+"""Step size, as a fraction of each range, below which a search has converged; bfloat16 cannot resolve such weights."""
 
 LARGEST_STEP = 1 / 3
-"""Fraction of each range above which no step grows (pycma's own bound)."""
+"""Upper limit on every step size, as a fraction of each range (pycma's own bound)."""
 
 INTEGER_STEP = 0.2
-"""Least standard deviation of an int or choice, in units of one value: it keeps mutating, at 1% (pycma's own bound)."""
+"""Lower limit on the standard deviation of an int or choice, in values: it mutates at 1% or more (pycma's bound)."""
 
 WARM_STEP = 0.1
-"""First step as a fraction of each range where the search begins at a good genome: alpha of Nomura et al., Warm
+"""First step size, as a fraction of each range, if the search starts at a good genome: alpha of Nomura et al., Warm
 Starting CMA-ES for Hyperparameter Optimization, AAAI 2021 (arXiv:2012.06932)."""
 
 Vector = NDArray[np.float64]
 
 
 def warm_defaults(settings: Settings) -> dict[str, Any]:
-    """What of ``x0`` and ``sigma`` is another where good genomes are told before the first ask, and nothing is said."""
+    """The defaults of ``x0`` and ``sigma`` that change when good genomes are told before the first ask."""
     defaults = {"x0": "best", "sigma": WARM_STEP}
     return {key: value for key, value in defaults.items() if key not in settings.model_fields_set}
 
 
 class StrategySettings(Settings):
-    """What the search file says of a strategy of pycma."""
+    """Settings shared by the optimizers that drive pycma."""
 
     name: str
     population: int | Literal["auto"] | None = None
@@ -86,20 +86,20 @@ class StrategySettings(Settings):
         return self.model_copy(update={"x0": dict(shares)}) if self.x0 == "gains" else self
 
     def start(self, parameters: Sequence[Parameter]) -> list[float] | None:
-        """Where a search begins; None in the middle of every range."""
+        """The starting point; None for the middle of every range."""
         if self.x0 in ("centre", "best"):
             return None
         shares = self.x0 if isinstance(self.x0, dict) else {}
         return [shares.get(p.share_of, p.default) for p in parameters]
 
     def size(self, parameters: int) -> int:
-        """How many points a generation of so many parameters holds."""
+        """How many points a generation has with this many parameters."""
         return self.population if isinstance(self.population, int) else default_population(parameters)
 
     def check_strategy(
         self, mix: Scalarisation | None, parameters: Sequence[Parameter], objectives: int, place: str
     ) -> None:
-        """Refuse a population, a start or a scalarisation that cannot work.
+        """Reject a population, a starting point or a scalarisation that cannot work.
 
         Raises:
             InputError: naming ``place`` (``optimizer``) and the hint.
@@ -119,15 +119,14 @@ class StrategySettings(Settings):
 
 class CmaSettings(StrategySettings):
     """CMA-ES (Hansen, arXiv:1604.00772) on the unit box.
-
-    ``population`` defaults to 4 + floor(3 ln n); ``auto`` makes 12 generations of the budget, each large enough to
-    average out the noise of scores, and learns no covariances unless told to. ``sigma`` is the first step as a fraction
-    of each parameter's range; the search starts at the ``centre`` of the box, at each parameter's ``default``, at
-    the ``best`` of what was told before its first ask (baselines, and candidates of an earlier search: ``start_from``),
-    at weights given by source, all else at its default, or at those that a choice of sources makes of their ``gains``.
-    ``restarts`` start again at a random point with twice the population when a run has converged (IPOP: Auger & Hansen,
-    CEC 2005). ``diagonal`` learns a step for each parameter but no covariances (sep-CMA-ES: Ros & Hansen, PPSN 2008);
-    None does so above 50 parameters.
+    ``population`` defaults to 4 + floor(3 ln n). With ``auto`` the budget is divided into 12 generations, each large
+    enough to average out the noise of scores, and no covariances are learnt unless ``diagonal`` says so. ``sigma`` is
+    the first step size as a fraction of each parameter's range. The search starts at the ``centre`` of the box, at each
+    parameter's ``default``, at the ``best`` genome told before its first ask (baselines, and candidates of an earlier
+    search: ``start_from``), at weights given per source with every other parameter at its default, or at the weights
+    that the selection of sources derives from their ``gains``. Each of the ``restarts`` starts at a random point with
+    twice the population after a run has converged (IPOP: Auger & Hansen, CEC 2005). ``diagonal`` learns a step size for
+    each parameter but no covariances (sep-CMA-ES: Ros & Hansen, PPSN 2008); None means diagonal above 50 parameters.
     """
 
     ties: ClassVar[bool] = True
@@ -143,8 +142,8 @@ class CmaSettings(StrategySettings):
         if candidates is None:
             problem = "is auto, which divides a number of candidates, and the budget has none"
             raise InputError("optimizer.population", problem, "Give budget.candidates, or a number here.")
-        # Covariances never paid: with 300 to 3,000 candidates as above, they lost up to 0.1 of the way up to 40
-        # parameters, and beyond made no difference; nor did VD-CMA, VkD-CMA or diagonal acceleration (dd-CMA) pay.
+        # Covariances never paid off: with 300 to 3,000 candidates as above, they lost up to 0.1 of the distance up to
+        # 40 parameters and made no difference beyond; nor did VD-CMA, VkD-CMA or diagonal acceleration (dd-CMA) help.
         diagonal = True if self.diagonal is None else self.diagonal
         population = max(MIN_POPULATION, candidates // GENERATIONS)
         return self.model_copy(update={"population": population, "diagonal": diagonal})
@@ -166,14 +165,14 @@ class CmaSettings(StrategySettings):
             first = f"{parts.count} numbers for the whole model at first, of {n}"
             if candidates is None:
                 return first
-            population = self.size(n)  # what comes apart after the last generation is not searched
+            population = self.size(n)  # parameters untied after the last generation are not searched
             return f"{first}, and {parts.expected(candidates - population, population)} by the end of the budget"
         if self.is_diagonal(n):
             return f"{n} step sizes, and no covariances"
         return f"{n * (n + 1) // 2:,} variances and covariances"
 
     def is_diagonal(self, parameters: int) -> bool:
-        """Whether no covariances of so many parameters are learnt."""
+        """Whether no covariances are learnt for this many parameters."""
         return parameters > FULL_COVARIANCE_UP_TO if self.diagonal is None else self.diagonal
 
     def build(
@@ -183,26 +182,26 @@ class CmaSettings(StrategySettings):
 
 
 class Box:
-    """The map between genomes and the unit box: [0, 1] for each parameter, cut in equal parts for int and choice."""
+    """The map between genomes and the unit box: [0, 1] per parameter, divided into equal cells for int and choice."""
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self.low = np.array([p.low for p in parameters], dtype=np.float64)
         self.high = np.array([p.high for p in parameters], dtype=np.float64)
         whole = np.array([p.kind != "real" for p in parameters])
-        self.values = np.where(whole, self.high - self.low + 1, 0)  # of an int or choice; 0 for a real
+        self.values = np.where(whole, self.high - self.low + 1, 0)  # number of values of an int or choice; 0 for a real
 
     def genome(self, unit: Vector) -> Genome:
         """The genome of a point of the unit box."""
         real = self.low + unit * (self.high - self.low)
         whole = self.low + np.floor(unit * self.values)
-        # The clip fixes the last bit of a real and the upper edge of an int; + 0.0 makes -0.0 plain.
+        # The clip fixes the last bit of a real and the upper edge of an int; + 0.0 turns -0.0 into 0.0.
         return np.clip(np.where(self.values > 0, whole, real), self.low, self.high) + 0.0
 
     def unit(self, genome: Genome) -> Vector:
-        """The point of the unit box that a genome stands for: the middle of its part for int and choice.
+        """The point of the unit box that represents a genome: the middle of its cell for int and choice.
 
         Raises:
-            ValueError: the genome has another length or lies outside the bounds.
+            ValueError: the genome has the wrong length or lies outside the bounds.
         """
         if genome.shape != self.low.shape or not np.all((self.low <= genome) & (genome <= self.high)):
             raise ValueError("the genome is not a point of this search space")
@@ -212,7 +211,7 @@ class Box:
 
 
 class _Normal:
-    """Standard normal numbers for pycma: its own come from numpy's global generator, which others reseed."""
+    """Standard normal numbers for pycma, which by default uses numpy's global generator; other code may reseed that."""
 
     def reseed(self, *key: int) -> None:
         self._state = random_state(*key)
@@ -222,10 +221,10 @@ class _Normal:
 
 
 class Strategy:
-    """pycma on the unit box, run after run: it is told the ranks of a generation, and restarted when it has converged.
+    """pycma on the unit box, one run after another: it learns from ranks, and restarts after it has converged.
 
     Attributes:
-        population: how many points the next generation holds.
+        population: how many points the next generation has.
         stopped: why no further generation is worth scoring, or None.
     """
 
@@ -254,24 +253,24 @@ class Strategy:
         self._start(x0 if parts is None else parts.point(x0), settings.size(len(parameters)))
 
     def begin_at_best(self, units: Sequence[Vector], scalars: Vector) -> None:
-        """Begin at the best of some points, where the settings say so and nothing was asked for yet."""
+        """Start at the best of these points, if the settings say so and nothing has been asked for yet."""
         if self._settings.x0 == "best" and self._asks == 0 and len(units):
             self._start(units[int(scalars.argmin())], self.population)
 
     @property
     def parents(self) -> int:
-        """How many points of a generation, the best by rank, the mean moves to: half (arXiv:1604.00772, table 1)."""
+        """How many of the best points of a generation the mean moves to: half (arXiv:1604.00772, table 1)."""
         return self.population // 2
 
     @property
     def mean(self) -> Vector:
-        """The mean of the distribution, a point of the unit box, or of the parts."""
+        """The mean of the distribution: a point of the unit box, or of the tied space (``Parts``)."""
         with calm():
             mean = np.asarray(self._es.result.xfavorite, dtype=np.float64)
         return np.clip(mean, 0.0 if self._parts is None else self._parts.low(len(mean)), 1.0)
 
     def ask(self, n: int) -> list[Vector]:
-        """Give ``n`` points of the unit box, or of the parts."""
+        """Return ``n`` points of the unit box, or of the tied space."""
         self._asks += 1
         strategy = self._es
         self._normal.reseed(self._seed, self._asks)
@@ -281,22 +280,22 @@ class Strategy:
         return units
 
     def tell(self, units: Sequence[Vector], scalars: Vector, foreign: Sequence[Vector], others: Vector) -> bool:
-        """Take a generation, in the order of sampling, and say whether a new run has begun.
+        """Learn from a generation, in the order of sampling, and return whether a new run has begun.
 
-        Of ``foreign`` points, with the scalars ``others``, the best joins the generation when it would be a parent.
+        The best of the ``foreign`` points, whose scalars are ``others``, joins the generation if it would be a parent.
         """
         points = list(units)
         if others.size and others.min() < np.median(scalars):
             points.append(foreign[int(others.argmin())])
             scalars = np.append(scalars, others.min())
-        # Distinct ranks: the order that an unstable sort gives to equal losses differs between processors.
+        # Ranks must be distinct: an unstable sort orders equal losses differently on different processors.
         ranks = np.argsort(np.argsort(scalars, kind="stable"), kind="stable")
         with calm():
-            if not self._was_asked:  # without a barrier; pycma begins an iteration when it is asked, and only then
+            if not self._was_asked:  # possible without a barrier; pycma begins an iteration only when asked
                 self._es.ask(1)
             self._es.tell(points, ranks.astype(np.float64).tolist())
             self._was_asked = False
-            if self._es.N == 1:  # pycma cannot hold a single step within its own limits, and raises
+            if self._es.N == 1:  # with one parameter pycma cannot keep the step size within its own limits, and raises
                 (step,), (least,) = self._es.stds, self._least_step
                 self._es.sigma *= min(max(step, least), LARGEST_STEP) / step
             reason = self._converged()
@@ -310,16 +309,16 @@ class Strategy:
         return False
 
     def refine(self, steps: Vector) -> None:
-        """Go on in as many more directions as the parts have now, where the mean is 0 and the first steps are these.
+        """Continue in the larger space after parts were split: in the new directions the mean is 0, with these steps.
 
-        Mean and steps of the others stay as they are. Evolution paths, which reach a few generations back, begin anew.
+        Mean and step sizes of the others are kept. Evolution paths, which cover a few generations, start from zero.
         """
         mean, known = np.append(self.mean, np.zeros(len(steps))), np.asarray(self._es.stds, dtype=np.float64)
         self.stopped = None
         self._start(mean, self.population, np.append(known, self._settings.sigma * steps))
 
     def inject(self, unit: Vector) -> None:
-        """Make the first point of the next generation one in the direction of this, at the length of a usual sample."""
+        """Make the first point of the next generation lie towards this one, at the length of a typical sample."""
         with calm():
             self._es.inject([self._es.boundary_handler.inverse(unit)])
 
@@ -333,7 +332,7 @@ class Strategy:
         return None
 
     def _start(self, x0: Vector, population: int, steps: Vector | None = None) -> None:
-        """Begin a run at a point, with equal steps in all directions unless others are given."""
+        """Begin a run at a point, with equal step sizes in all directions unless ``steps`` are given."""
         self._x0, self._steps, self.population = x0, steps, population
         self._made = None
         self._was_asked = False
@@ -342,14 +341,14 @@ class Strategy:
 
     @property
     def _es(self) -> Any:
-        """pycma, made when it is first needed: a plan only wants to know how large a generation is."""
+        """pycma, created lazily: a plan only needs the size of a generation."""
         if self._made is None:
             self._made = self._strategy()
         return self._made
 
     def _strategy(self) -> Any:
         with calm():
-            import cma  # over half a second, and a warning where matplotlib is absent
+            import cma  # takes over half a second, and warns if matplotlib is absent
             from cma.sigma_adaptation import CMAAdaptSigmaCSA
 
         x0, steps = self._x0, self._steps
@@ -362,7 +361,7 @@ class Strategy:
             "maxstd": LARGEST_STEP if x0.size > 1 else math.inf,
             "randn": self._normal,
             "seed": math.nan,
-            # pycma's choices for 300 parameters and for small populations need samples in mirrored pairs, in order.
+            # pycma's choices for 300 parameters and for small populations require mirrored pairs of samples, in order.
             "AdaptSigma": CMAAdaptSigmaCSA,
             "CMA_mirrors": 0,
             "verbose": -9,
@@ -381,14 +380,14 @@ class Strategy:
 class Cma:
     """One search by CMA-ES.
 
-    Genomes told without having been asked for, baselines before the first ask among them, join the generation that is
-    being told: the best one of them, and only when it would be a parent. pycma shortens the step to it to the length
-    of a usual sample (Hansen, Injecting External Solutions Into CMA-ES, arXiv:1110.4181). So a good source pulls the
-    mean towards it, but cannot blow up the step size, as asking for it exactly would in many dimensions, and a bad one
-    changes nothing. The search starts where its settings say.
+    Genomes that were never asked for, such as baselines told before the first ask, join the generation being told: only
+    the best of them, and only if it would be a parent. pycma shortens the step to it to the length of a typical sample
+    (Hansen, Injecting External Solutions Into CMA-ES, arXiv:1110.4181). A good source thus pulls the mean towards it,
+    but cannot blow up the step size, as asking for exactly that genome would in many dimensions, and a bad one changes
+    nothing. The search starts where its settings say.
 
-    Where parameters have places, their numbers are tied at first and come apart as candidates allow (``Parts``). What
-    was asked for before that is learnt from after it, and of foreign genomes the closest tied ones are.
+    If parameters have places, they are tied at first and split as the number of candidates allows (``Parts``). Genomes
+    asked for before a split are still learnt from after it. Foreign genomes are projected to the closest tied point.
     """
 
     wants_items = False
@@ -407,12 +406,12 @@ class Cma:
 
     @property
     def keeps(self) -> Best:
-        """Those that the mean moves to; of the others only the order counts, as directions to avoid."""
+        """The points that the mean moves to; of the others only the order matters, as directions to avoid."""
         return Best(self._strategy.parents)
 
     @property
     def favourite(self) -> Genome:
-        """The mean of the distribution, under noise the best estimate there is (Hansen, arXiv:1604.00772, B.1)."""
+        """The mean of the distribution, the best estimate available under noise (Hansen, arXiv:1604.00772, B.1)."""
         return self._genome(self._strategy.mean)
 
     @property
@@ -465,11 +464,11 @@ class Cma:
         return unit if self._parts is None else self._parts.point(unit)
 
     def _of_now(self, point: Vector) -> Vector:
-        """A point that may be from before numbers came apart."""
+        """Convert a point that may date from before a split."""
         return point if self._parts is None else self._parts.padded(point)
 
 
-# Terminations that look at losses (told as ranks, they mean nothing) or count generations (that is the budget's part),
+# Termination criteria that look at losses (which are meaningless as ranks) or count generations (the budget does that),
 # and tolx, which _converged replaces.
 _NEVER: dict[str, Any] = {
     "tolfun": 0,
@@ -486,7 +485,7 @@ _NEVER: dict[str, Any] = {
 
 @contextmanager
 def calm() -> Iterator[None]:
-    """One thread, and none of pycma's advice (on population sizes other than its own, plots, large values)."""
+    """Use one thread and silence pycma's advice (on unusual population sizes, plots and large values)."""
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

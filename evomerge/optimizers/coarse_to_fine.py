@@ -1,14 +1,14 @@
-"""From coarse to fine: numbers of a model's layers are tied at first, and come apart as candidates allow.
+"""Coarse-to-fine search: parameters of a model's layers are tied at first and split as the number of candidates allows.
 
-A search over layers has too many numbers for its candidates, and most of what there is to gain lies in a few sums of
-them. So it begins with one number of each kind (``weight.maths``) for the whole model. A part of the model that comes
-apart into children adds, for each kind, how far these are from each other: a direction that raises all numbers of one
-child and lowers those of the others, so that their mean stays. The numbers before keep their meaning, their mean and
-their steps; the new ones begin at 0 with a step of their own. Children are thus perfectly correlated at first, but for
-a little variance between them.
+A search over layers has too many parameters for its candidates, and most of the possible gain lies in a few sums of
+them. So the search begins with one number of each kind (``weight.maths``) for the whole model. When a part of the model
+is split into children, each kind gains one difference per split: a direction that raises all parameters of one child
+and lowers those of the others so that their mean is unchanged. Existing directions keep their meaning, mean and step
+size; new ones start at 0 with a step size of their own. Children are thus perfectly correlated at first, except for a
+little variance between them.
 
-These directions are a Haar basis (Haar, 1910) over a tree of places. They are orthogonal, so that the closest tied
-point of any other is one inner product for each, which gives every part the mean of its numbers.
+These directions form a Haar basis (Haar, 1910) over a tree of places. They are orthogonal, so the closest tied point to
+any other point is one inner product per direction, which gives every part the mean of its parameters.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from evomerge.optimizers.base import Refinement
 
 CANDIDATES_A_NUMBER = 3
 GENERATIONS = 2
-"""Parts come apart when so many candidates for each number, the new ones counted, and at least so many generations were
-told since they last did. To wait until scores of a generation stop getting better was measured too, and came too late:
-with 1,000 candidates, of which 83 are a generation, most of the budget was spent by then."""
+"""Parts are split when, since the last split, at least this many candidates per number (counting the new numbers) and
+this many generations were told. Waiting until scores stop improving was also measured, and split too late: with 1,000
+candidates in generations of 83, most of the budget was spent by then."""
 
 FIRST_STEP = 0.5
-"""The first step between children is this times the search's first step, times the root of the part's share of all
-numbers of its kind. Steps that are equal on all levels cost more by their noise where layers are alike."""
+"""The first step size between children is this times the search's first step size, times the square root of the part's
+share of all parameters of its kind. Equal step sizes on all levels lose more to noise if layers are alike."""
 
 Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Numbers of one kind that are tied: those at a place, by their positions in a genome.
+    """Parameters of one kind that are tied: those at one place, by their positions in a genome.
 
     Attributes:
-        depth: of the place in the paths of all of them.
+        depth: the depth of the place, in the paths of all its parameters.
     """
 
     what: str
@@ -49,19 +49,19 @@ class _Part:
 
 
 def are_tied(parameters: Sequence[Parameter]) -> bool:
-    """Whether numbers of these can be tied: they have places."""
+    """Whether these parameters can be tied: they have places."""
     return any(p.places for p in parameters)
 
 
 class Parts:
-    """The tied numbers of a search, and the points that they span in the unit box.
+    """The tied parameters of a search, and the subspace of the unit box that they span.
 
-    A point is one number for each direction, float64 [directions]: first of every kind the number of the whole model,
-    in [0, 1], then how far children are apart, in [-1, 1].
+    A point is one number per direction, float64 [directions]: first, for every kind, the value for the whole model in
+    [0, 1], then differences between children in [-1, 1].
 
     Attributes:
-        kinds: of each direction, a number of its kind, by its position in a genome.
-        refined: what came apart so far.
+        kinds: for each direction, the position in a genome of one parameter of its kind.
+        refined: the splits so far.
     """
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
@@ -75,45 +75,45 @@ class Parts:
         self.kinds = [part.numbers[0] for part in self._parts]
         self._kinds = len(self._parts)
         self.refined: list[Refinement] = []
-        self._since = self._told = 0  # candidates, since parts last came apart and in all
+        self._since = self._told = 0  # candidates since the last split, and in total
 
     @property
     def count(self) -> int:
-        """How many numbers are free: the length of a point."""
+        """How many numbers are free, which is the length of a point."""
         return len(self._directions)
 
     @property
     def finest(self) -> int:
-        """How many there are when all have come apart."""
+        """How many numbers are free once everything has been split."""
         return len(self._places)
 
     def unit(self, point: Vector) -> Vector:
-        """The point of the unit box, float64 [parameters], that a point stands for; it may be an earlier one."""
+        """Map a point, possibly from before a split, to the unit box: float64 [parameters]."""
         unit = np.zeros(self.finest)
-        for value, direction in zip(point, self._directions, strict=False):  # no product, whose sums BLAS may reorder
+        for value, direction in zip(point, self._directions, strict=False):  # not matmul: BLAS may reorder its sums
             unit += value * direction
         return np.clip(unit, 0.0, 1.0)
 
     def point(self, unit: Vector) -> Vector:
-        """The point closest to one of the unit box: every part has the mean of its numbers."""
+        """The tied point closest to one of the unit box: every part has the mean of its parameters."""
         return np.array([float((d * unit).sum() / (d * d).sum()) for d in self._directions])
 
     def low(self, count: int) -> Vector:
-        """The lower bounds of a point's first so many numbers; the upper ones are 1."""
+        """The lower bounds of the first ``count`` numbers of a point; the upper bounds are 1."""
         return np.where(np.arange(count) < self._kinds, 0.0, -1.0)
 
     def padded(self, point: Vector) -> Vector:
-        """A point from before parts came apart, among those of now: their children are alike in it."""
+        """Extend a point from before a split to the current directions: the new children are equal in it."""
         return np.append(point, np.zeros(self.count - len(point)))
 
     def learn(self, candidates: int, population: int, *, converged: bool) -> Vector | None:
-        """Take that so many more candidates were learnt from; if it is time, parts come apart.
+        """Record that this many more candidates were learnt from, and split parts if it is time.
 
         Args:
-            converged: nothing is left to learn of the numbers as they are tied.
+            converged: nothing is left to learn with the current ties.
 
         Returns:
-            The first step in each new direction, as a share of the search's first step; None where none is new.
+            The first step size in each new direction, relative to the search's first step size; None without a split.
         """
         self._told += candidates
         self._since += candidates
@@ -133,23 +133,23 @@ class Parts:
         return np.asarray(FIRST_STEP * np.sqrt(np.array(shares)))
 
     def expected(self, candidates: int, population: int) -> int:
-        """How many numbers are free after so many more candidates, told by generations."""
+        """How many numbers will be free after this many more candidates, told one generation at a time."""
         for _ in range(candidates // population):
             self.learn(population, population, converged=False)
         return self.count
 
     def _largest(self) -> list[_Part]:
-        """The parts that come apart next: of those that can, the ones with more than half the share of the largest."""
+        """The parts to split next: of those that can be, the ones with more than half the share of the largest."""
         can = [part for part in self._parts if self._children(part)]
         most = max(map(self._share, can), default=0.0)
         return [part for part in can if self._share(part) > most / 2]
 
     def _share(self, part: _Part) -> float:
-        """The share that a part has of all numbers of its kind."""
+        """A part's share of all parameters of its kind."""
         return len(part.numbers) / self._of_kind[part.what]
 
     def _children(self, part: _Part) -> list[_Part]:
-        """The parts of a part at the first place further down where its numbers differ; none where they never do."""
+        """A part's children at the first deeper place where its parameters differ; empty if they never do."""
         paths = [self._places[number] for number in part.numbers]
         for depth in range(part.depth + 1, min(map(len, paths))):
             places = dict.fromkeys(path[depth] for path in paths)
@@ -162,7 +162,7 @@ class Parts:
         return []
 
     def _pairs(self, part: _Part) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Each child but the last, against those after it."""
+        """Each child except the last, paired with all those after it."""
         numbers = [child.numbers for child in self._children(part)]
         for k, one in enumerate(numbers[:-1]):
             yield one, tuple(number for others in numbers[k + 1 :] for number in others)
@@ -173,6 +173,6 @@ class Parts:
         return direction
 
     def _contrast(self, one: Sequence[int], others: Sequence[int]) -> Vector:
-        """The direction in which one child goes up and the others down: their mean stays, the further goes by 1."""
+        """The direction that raises one child, lowers the others and keeps their mean; the larger change is 1."""
         direction = len(others) * self._indicator(one) - len(one) * self._indicator(others)
         return np.asarray(direction / max(len(one), len(others)))

@@ -1,14 +1,14 @@
-"""CycleQD: an archive for each task, in which that task is quality and the others are niches, taken in turn.
+"""CycleQD: one archive per task, in which that task is the quality and the others define niches, used in turn.
 
 Kuroki, Nakamura, Akiba & Tang, "Agent Skill Acquisition for Large Language Models via CycleQD" (ICLR 2025, arXiv
 2410.14735). In the archive of task q a niche is a bin of the scores of all other tasks, and holds the best candidate in
-q (section 3.1). Generations take the archives in turn. Parents are drawn by how good they are in all tasks (section
-3.3); a child is the weighted mean of two, with weights near 1, which may go beyond them (section 3.2.1). The mutation
-of the paper, which scales singular values of a child's change, is not of a genome; children get noise along each
-parameter.
+q (section 3.1). Generations cycle through the archives. Parents are drawn by how good they are in all tasks (section
+3.3); a child is the weighted mean of two parents, with weights near 1, which may extrapolate beyond them (section
+3.2.1). The paper's mutation scales singular values of a child's change and has no counterpart in a genome; instead,
+children get noise along each parameter.
 
-Bins lie between 85% of the weakest and 115% of the best of the candidates that are known before the first generation:
-the sources, in a search.
+Bins span 85% of the weakest to 115% of the best of the candidates known before the first generation, which in a search
+are the sources.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from evomerge.optimizers.variation import Population
 Vector = NDArray[np.float64]
 
 _BEYOND = 0.15
-"""How far bins go beyond the sources' losses, in parts of these."""
+"""How far the bins extend beyond the sources' losses, as a fraction of these."""
 
 _MIN, _MAX = 0.5, 0.8
-"""Between which scores are scaled before parents are drawn by their product."""
+"""The range that scores are scaled to before parents are drawn by their product."""
 
 
 class CycleQdSettings(Settings):
-    """What the search file says of CycleQD.
+    """The settings of CycleQD.
 
-    ``bins`` is how many there are of each task; ``spread`` the standard deviation of the weights of two parents,
+    ``bins`` is the number of bins per task, ``spread`` the standard deviation of the weights of the two parents, and
     ``iso`` that of the noise, in units of the parameters' ranges.
     """
 
@@ -74,7 +74,7 @@ class CycleQd(Population):
         super().__init__(settings.population, parameters, seed)
         self._settings = settings
         self._objectives = objectives
-        self._first: list[Observation] = []  # until bins are known
+        self._first: list[Observation] = []  # candidates told before the bins are known
         self._axes: tuple[Feature, ...] = ()
         self._archives: list[dict[Niche, Observation]] = [{} for _ in range(objectives)]
 
@@ -105,7 +105,7 @@ class CycleQd(Population):
             self._place(observation)
 
     def _lay_out(self) -> None:
-        """Divide the losses of each task into bins, by what is known so far, if there are two of it at least."""
+        """Divide the losses of each task into bins by the candidates known so far, if there are at least two."""
         if len(self._first) < 2:
             return
         losses = np.array([o.losses for o in self._first])
@@ -119,7 +119,7 @@ class CycleQd(Population):
         self._first = []
 
     def _place(self, observation: Observation) -> None:
-        """Put a candidate into every archive in whose niche it is the best; of equal ones the earlier stays."""
+        """Put a candidate into every archive in whose niche it is the best; on ties the earlier candidate stays."""
         bins = [axis.bin(loss) for axis, loss in zip(self._axes, observation.losses, strict=True)]
         for task, archive in enumerate(self._archives):
             niche = tuple(bin_ for number, bin_ in enumerate(bins) if number != task)
@@ -128,7 +128,7 @@ class CycleQd(Population):
 
 
 def _chances(losses: Vector) -> Vector:
-    """How likely each elite is to be a parent: the product of its scaled scores in all tasks: float64 [elites]."""
+    """The probability of each elite to be a parent: the product of its scaled scores in all tasks: float64 [elites]."""
     low, high = losses.min(axis=0), losses.max(axis=0)
     good = (high - losses) / np.where(high > low, high - low, 1.0)
     weights = np.prod(_MIN + (_MAX - _MIN) * good, axis=1)

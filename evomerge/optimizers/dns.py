@@ -1,13 +1,13 @@
-"""Dominated novelty search: keeps whoever is different from all that are better.
+"""Dominated novelty search: keeps the candidates that are most different from all better ones.
 
 Bahlous-Boldi, Faldor, Grillotti, Janmohamed, Coiffard, Spector & Cully, "Dominated Novelty Search: Rethinking Local
 Competition in Quality-Diversity" (arXiv 2502.00593), algorithm 1: the population and its children are ranked by the
-mean distance to the k nearest of those that are fitter, and the best stay. There is no grid and no range to choose.
+mean distance to the k nearest fitter candidates, and the highest-ranked stay. There is no grid and no range to choose.
 
-What a candidate does is described by the features of the search or, where there are none, by the items that it solves,
-as in AC/DC (arXiv 2604.14969): the distance to a fitter one is the share of items that the candidate solves and the
-fitter one does not, an item weighing as much as there are others that fail it. By items, half of them say who is fitter
-and the other half who is different, unless ``cross_fit`` is off (``solved.py``).
+A candidate's behaviour is described by the features of the search or, if there are none, by the items that it solves,
+as in AC/DC (arXiv 2604.14969): the distance to a fitter candidate is the share of items that the candidate solves and
+the fitter one does not, each item weighted by how many others fail it. When items are used, half of them determine
+fitness and the other half novelty, unless ``cross_fit`` is off (``solved.py``).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Vector = NDArray[np.float64]
 
 
 class DnsSettings(Settings):
-    """What the search file says of dominated novelty search.
+    """The settings of dominated novelty search.
 
-    ``capacity`` is how many candidates stay, ``neighbours`` the k of the mean distance; ``iso`` and ``line`` are of the
-    variation (``variation.py``), in units of the parameters' ranges.
+    ``capacity`` is the number of candidates that stay, and ``neighbours`` the k of the mean distance. ``iso`` and
+    ``line`` control the variation (``variation.py``), in units of the parameters' ranges.
     """
 
     name: Literal["dns"]
@@ -84,18 +84,18 @@ class Dns(Population):
             return
         if len(members) > self._settings.capacity:
             novelty = self._novelty(members)
-            order = np.argsort(-novelty, kind="stable")[: self._settings.capacity]  # of equal ones the earlier stays
+            order = np.argsort(-novelty, kind="stable")[: self._settings.capacity]  # on ties the earlier stays
             members = [members[number] for number in sorted(order.tolist())]
         self._members = members
         self._units = np.array([self._box.unit(o.genome) for o in members])
 
     def _is_known(self, observation: Observation) -> bool:
-        """Whether a candidate can be compared with others."""
+        """Whether a candidate's features or items are known, so that it can be compared with others."""
         has_losses = all(map(math.isfinite, observation.losses))
         return has_losses and (self.wants_items or all(map(math.isfinite, observation.features)))
 
     def _novelty(self, members: Sequence[Observation]) -> Vector:
-        """How different each member is from those that are fitter: float64 [members]."""
+        """How different each member is from the fitter ones: float64 [members]."""
         if self.wants_items:
             table = solved([losses_of(o) for o in members])
             judged, described = halves(table.shape[1], cross_fit=self._settings.cross_fit)
@@ -109,9 +109,9 @@ class Dns(Population):
 
 
 def dominated_novelty(losses: Vector, distances: Vector, neighbours: int) -> Vector:
-    """The mean distance to the nearest ``neighbours`` of those that are fitter; inf of the fittest: float64 [members].
+    """The mean distance to the ``neighbours`` nearest fitter members; inf for the fittest: float64 [members].
 
-    Of two with equal losses the one that stands first is the fitter one, so that no two of a kind are both fittest.
+    If two members have equal losses, the first counts as the fitter one, so that duplicates are not both the fittest.
 
     Args:
         losses: float64 [members], lower is fitter.
@@ -127,15 +127,15 @@ def dominated_novelty(losses: Vector, distances: Vector, neighbours: int) -> Vec
 
 
 def skill_distances(table: Vector) -> Vector:
-    """From each member to each: the share of items that the one solves and the other does not, by difficulty.
+    """The directed distance between members: the share of items that one solves and the other does not, by difficulty.
 
     Args:
-        table: float64 [members, items], how far each solves each item.
+        table: float64 [members, items], how far each member solves each item.
 
     Returns:
-        float64 [members, members]; not symmetric. An item weighs as much as members fail it.
+        float64 [members, members]; not symmetric. An item is weighted by the number of members that fail it.
     """
     difficulty = 1.0 - table.mean(axis=0)
-    difficulty[table.max(axis=0, initial=0.0) == 0] = 0.0  # what nobody solves tells nobody apart
+    difficulty[table.max(axis=0, initial=0.0) == 0] = 0.0  # an item that nobody solves distinguishes nobody
     weights = difficulty / (difficulty.sum() or 1.0)
     return np.array([np.maximum(row - table, 0.0) @ weights for row in table])

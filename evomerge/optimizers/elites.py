@@ -1,4 +1,4 @@
-"""What a search keeps of all that it scored: the Pareto front, or the best of every niche of a grid."""
+"""The candidates that a search keeps of all that it scored: the Pareto front, or the best of each niche of a grid."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import NamedTuple, Protocol, Self
 from evomerge.front import extend_front
 
 Niche = tuple[int, ...]
-"""A cell of a grid: the number of its bin, from 0, along each feature. ``()`` where there are no features."""
+"""A cell of a grid: the bin number, from 0, along each feature. ``()`` if there are no features."""
 
 Bounds = Sequence[tuple[float, float]]
-"""Between what values each feature lies: (low, high), equal where it is known."""
+"""The range (low, high) within which each feature lies; low equals high if its value is known."""
 
 UNKNOWN = (-math.inf, math.inf)
 
 
 class Rated(Protocol):
-    """What elites know of a candidate; an ``Observation`` is one."""
+    """What elites need to know about a candidate; an ``Observation`` has it."""
 
     @property
     def losses(self) -> Sequence[float]: ...
@@ -31,31 +31,31 @@ class Rated(Protocol):
 
 
 class Point(NamedTuple):
-    """The least that is ``Rated``."""
+    """A minimal ``Rated``."""
 
     losses: Sequence[float]
     features: Sequence[float] = ()
 
 
 class Elites(Protocol):
-    """The candidates that a search keeps, by their numbers. It never changes: ``extend`` makes another."""
+    """The candidates that a search keeps, by number. Immutable: ``extend`` returns a new object."""
 
     @property
     def niches(self) -> Mapping[int, Niche]:
-        """The niche of each elite, by the candidate's number, in the order of the numbers."""
+        """The niche of each elite by candidate number, in the order of these numbers."""
         ...
 
     def extend(self, points: Mapping[int, Rated]) -> Self:
-        """These elites and further candidates, by number, as far as they are the better ones of their niche.
+        """Add those of the given candidates, by number, that are good enough for their niche; drop those they beat.
 
-        What comes out depends on the candidates alone, and not on how they were divided or ordered.
+        The result depends only on the set of candidates, not on their order or on how they were split between calls.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """A number that sets candidates apart that may be equally good, and how its range is divided into niches.
+    """A number that distinguishes equally good candidates, and how its range is divided into niches.
 
     A value outside the range belongs to the bin at that end.
     """
@@ -66,20 +66,20 @@ class Feature:
     bins: int
 
     def bin(self, value: float) -> int:
-        """The bin of a value, from 0; infinities are in the first and the last."""
+        """The bin of a value, from 0; infinities belong to the first and the last bin."""
         share = min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
         return min(math.floor(share * self.bins), self.bins - 1)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Elites by the niches of features: in every cell the Pareto front of the candidates there.
+    """Elites by niche: the Pareto front of the candidates in each cell of the grid.
 
-    That is one candidate a cell where there is one objective, and without features the Pareto front of all.
+    With one objective this is one candidate per cell, and without features the Pareto front of all.
 
     Attributes:
         axes: the features, in the order of ``Rated.features``.
-        cells: of every occupied niche the losses of its elites, by the candidates' numbers.
+        cells: for every occupied niche, the losses of its elites by candidate number.
     """
 
     axes: tuple[Feature, ...] = ()
@@ -90,7 +90,7 @@ class Grid:
         return dict(sorted((number, niche) for niche, elites in self.cells.items() for number in elites))
 
     def niche(self, features: Sequence[float]) -> Niche | None:
-        """The niche of a candidate; None where a feature of it is not known (NaN)."""
+        """The niche of a candidate; None if one of its features is unknown (NaN)."""
         if any(math.isnan(value) for value in features):
             return None
         return tuple(axis.bin(value) for axis, value in zip(self.axes, features, strict=True))
@@ -105,18 +105,18 @@ class Grid:
         return replace(self, cells={**self.cells, **cells}) if cells else self
 
     def box(self, bounds: Bounds) -> list[range]:
-        """The bins that a candidate may be in along each feature."""
+        """The bins that a candidate may fall into along each feature."""
         return [range(axis.bin(low), axis.bin(high) + 1) for axis, (low, high) in zip(self.axes, bounds, strict=True)]
 
     def takes(self, losses: Sequence[float], bounds: Bounds) -> bool:
-        """Whether in some niche that a candidate may be in no elite is as good as it in every objective."""
+        """Whether, in some niche that the candidate may fall into, no elite is as good in every objective."""
         box = self.box(bounds)
         if math.prod(map(len, box)) > len(self.cells):
-            return True  # one of them is empty
+            return True  # one of the niches is empty
         return any(not any(_as_good(elite, losses) for elite in self.cells.get(n, {}).values()) for n in cells_of(box))
 
     def rivals(self, boxes: Sequence[Sequence[range]]) -> Iterator[tuple[int, Niche]]:
-        """The elites, with their niches, of all niches in these boxes."""
+        """The elites of all niches in these boxes, with their niches."""
         for number, niche in self.niches.items():
             if any(all(at in bins for at, bins in zip(niche, box, strict=True)) for box in boxes):
                 yield number, niche

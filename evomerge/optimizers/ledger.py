@@ -1,4 +1,4 @@
-"""What an optimizer that learns by generations keeps of the genomes that it gave and of the losses that it was told."""
+"""Bookkeeping for optimizers that learn by generations: the genomes they gave out and the losses they were told."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evomerge.optimizers.scalarisation import Scalars
 Point = TypeVar("Point")
 
 FOREIGN = -1
-"""The number of a genome that was never asked for."""
+"""The number of a genome that nobody asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +30,11 @@ class ScoredGenome(Generic[Point]):
 
 
 class Ledger(Generic[Point]):
-    """Matches results with the points that were asked for; what was not asked for, or not any more, is foreign.
+    """Matches results with the points that were asked for; all other results, and outdated ones, are foreign.
 
     Args:
         scalars: sees every loss.
-        point: makes the algorithm's point of a foreign genome.
+        point: converts a foreign genome to the algorithm's point.
     """
 
     def __init__(self, scalars: Scalars, point: Callable[[Genome], Point]) -> None:
@@ -47,20 +47,20 @@ class Ledger(Generic[Point]):
 
     @property
     def results(self) -> list[ScoredGenome[Point]]:
-        """What was asked for and told since ``close``, by number: the order in which workers finish plays no part."""
+        """Results told since ``close`` for points that were asked for, by number, not by the order of completion."""
         return sorted(self._results, key=lambda result: result.number)
 
     def give(self, genome: Genome, point: Point) -> int:
-        """Note that a genome is asked for; its number."""
+        """Record that a genome is asked for, and return its number."""
         self._out[genome.tobytes()].append((self._given, point))
         self._given += 1
         return self._given - 1
 
     def receive(self, observations: Sequence[Observation]) -> int:
-        """Enter observations; how many of ``results`` there are now. Foreign genomes that failed teach nothing.
+        """Record observations and return how many ``results`` there are now. Foreign genomes that failed are ignored.
 
         Raises:
-            ValueError: a foreign genome is not of the search space, or there are not as many losses as objectives.
+            ValueError: a foreign genome is outside the search space, or the number of losses is wrong.
         """
         for observation in observations:
             genome, losses = observation.genome, self._scalars.see(observation.losses)
@@ -74,10 +74,10 @@ class Ledger(Generic[Point]):
         return len(self._results)
 
     def close(self) -> None:
-        """End a generation: what was told has been learnt from."""
+        """End a generation: its results have been learnt from."""
         self._results.clear()
         self.foreign.clear()
 
     def forget(self) -> None:
-        """What is still out belongs to a distribution that is no more; told later, it is foreign."""
+        """Treat all pending genomes as foreign when they are told, since the distribution they came from is gone."""
         self._out.clear()

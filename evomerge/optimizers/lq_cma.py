@@ -1,8 +1,8 @@
-"""lq-CMA-ES: CMA-ES that scores a few of each generation, and takes the ranks of the rest from a quadratic model.
+"""lq-CMA-ES: CMA-ES that scores part of each generation and takes the ranks of the rest from a quadratic model.
 
 Hansen, "A Global Surrogate Assisted CMA-ES" (GECCO 2019), with the model of the library ``cma``,
 ``cma.fitness_models.LQModel``. The loop around it is the library's ``SurrogatePopulation.__call__`` (its Algorithm 1),
-cut open where it calls the function, so that genomes can be asked for and told.
+split where it evaluates the function, so that it fits ask and tell.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from evomerge.optimizers.ledger import FOREIGN, Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars
 
 MAX_PARAMETERS = 40
-"""The full model of n parameters has n (n + 3) / 2 + 1 coefficients, 861 of 40: about as many as a search has
-candidates. Beyond, a search ends before it has a model with interactions, and each ask and tell takes seconds."""
+"""The full model of n parameters has n (n + 3) / 2 + 1 coefficients: 861 for 40, about one per candidate of a search.
+With more parameters, a search ends before its model has interactions, and each ask and tell takes seconds."""
 
 # The constants of SurrogatePopulationSettings and LQModelSettings in cma.fitness_models.
-MIN_SHARE = 0.02  # min_evals_percent: of a generation, scored whatever the model says
-FIRST_POINTS = 3 / 0.75  # minimum_model_size / truncation_ratio: points before the model says anything
-GOOD_TAU = 0.85  # tau_truth_threshold: Kendall's tau of model against truth that is good enough
-MIN_FOR_TAU = 15  # n_for_tau: points that tau is taken over, at least
-GROWTH = 0.5  # 1, 2, 3, 5, 8, 12, ... of a generation are scored, until the model is good enough
+MIN_SHARE = 0.02  # min_evals_percent: of a generation, scored regardless of the model
+FIRST_POINTS = 3 / 0.75  # minimum_model_size / truncation_ratio: points needed before the model is used
+GOOD_TAU = 0.85  # tau_truth_threshold: a sufficient Kendall's tau between the model and the true losses
+MIN_FOR_TAU = 15  # n_for_tau: the least number of points that tau is computed over
+GROWTH = 0.5  # 1, 2, 3, 5, 8, 12, ... of a generation are scored until the model is good enough
 
 
 class LqCmaSettings(StrategySettings):
-    """lq-CMA-ES (Hansen, GECCO 2019): for few parameters, up to 40.
+    """lq-CMA-ES (Hansen, GECCO 2019), for up to 40 parameters.
 
     ``population`` is the size of the generation that CMA-ES learns from, 4 + floor(3 ln n) unless given; most of it is
-    never scored. ``sigma``, ``x0`` and ``restarts`` are those of ``cma``; a restart begins with an empty model.
+    never scored. ``sigma``, ``x0`` and ``restarts`` are as for ``cma``; a restart begins with an empty model.
     """
 
     name: Literal["lq_cma"]
@@ -66,22 +66,22 @@ class LqCmaSettings(StrategySettings):
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    place: int  # in its generation; FOREIGN for a genome that was never asked for
+    place: int  # its position in the generation; FOREIGN for a genome that was never asked for
     unit: Vector
 
 
 class LqCma:
     """One search by lq-CMA-ES.
 
-    A generation of CMA-ES is sampled at once. ``population`` genomes of it, the best by the model, are asked for; when
-    they are told, the model learns them. If it then orders the latest points as their losses do (Kendall's tau of 0.85
-    or more), CMA-ES is told the whole generation, ordered by the model, and the model's optimum is the first point of
-    the next; otherwise half as many again are asked for.
+    A whole generation of CMA-ES is sampled at once. Its best ``population`` genomes according to the model are asked
+    for; when their losses are told, they are added to the model. If the model then orders the latest points as their
+    losses do (Kendall's tau of 0.85 or more), CMA-ES is told the whole generation, ordered by the model, and the
+    model's optimum becomes the first point of the next generation. Otherwise half as many again are asked for.
 
-    Baselines and other foreign genomes enter the model too, and as in ``cma`` the best of them joins the generation
-    when it would be a parent. Of an int or a choice the model sees the middle of its part of the box. A candidate that
-    failed stands in the model with the worst loss that it holds, and CMA-ES ranks it last: left out of the model, a
-    region where all merges break would be asked for again and again.
+    Baselines and other foreign genomes enter the model too, and as in ``cma`` the best of them joins the generation if
+    it would be a parent. For an int or a choice the model sees the middle of its cell of the box. A failed candidate
+    enters the model with the worst loss in it, and CMA-ES ranks it last: if the model left it out, a region where all
+    merges break would be asked for again and again.
     """
 
     favourite: Genome | None = None
@@ -95,19 +95,19 @@ class LqCma:
         self._strategy = Strategy(settings, parameters, self._box, seed, diagonal=False)
         self._model = _Model(self._strategy.population, self._scalars)
         self._samples: list[_Sample] = []  # the generation; empty before it is sampled
-        self._given: list[int] = []  # places in it, in the order of asking
-        self._learnt: dict[int, Vector] = {}  # losses by place
-        self._goal = 0  # how many of the generation are to be scored before the model is judged
+        self._given: list[int] = []  # positions in the generation, in the order of asking
+        self._learnt: dict[int, Vector] = {}  # losses by position
+        self._goal = 0  # how many of the generation to score before the model is judged
 
     @property
     def population(self) -> int:
-        """How many more are to be scored before the model is judged; 1 when all those are out."""
+        """How many more to score before the model is judged; 1 if all of those are pending."""
         goal = self._reachable_goal() if self._samples else self._first_goal()
         return max(1, goal - len(self._given))
 
     @property
     def keeps(self) -> Best:
-        """The better half of what is out: the model weighs losses by their rank, the worst least."""
+        """The better half of the pending candidates: the model weighs losses by rank, the worst least."""
         out = len(self._given) - len(self._ledger.results)
         return Best(max(1, (out or self.population) // 2))
 
@@ -157,11 +157,11 @@ class LqCma:
         self._samples += [_Sample(first + i, unit) for i, unit in enumerate(self._strategy.ask(n))]
 
     def _cell(self, unit: Vector) -> Vector:
-        """Where the model sees a point: genomes that are equal are one point to it."""
+        """The point as the model sees it: equal genomes map to one point."""
         return self._box.unit(self._box.genome(unit))
 
     def _judge(self) -> None:
-        """The body of the loop of SurrogatePopulation.__call__, after the function has been called."""
+        """The loop body of SurrogatePopulation.__call__ after the function has been evaluated."""
         new = [t for t in self._ledger.results if t.point.place not in self._learnt]
         self._model.add([(self._cell(t.point.unit), t.losses) for t in new])
         self._learnt |= {t.point.place: t.losses for t in new}
@@ -178,7 +178,7 @@ class LqCma:
             self._goal += math.ceil(self._goal * GROWTH)
 
     def _finish(self) -> None:
-        """Tell CMA-ES the generation: its losses where all are known, else the model's values, inf where it failed."""
+        """Tell CMA-ES the generation: its losses if all are known, else the model's values, with inf for failures."""
         foreign = self._ledger.foreign
         if len(self._learnt) == len(self._samples):
             scalars = self._scalars.of([self._learnt[s.place] for s in self._samples])
@@ -198,15 +198,16 @@ class LqCma:
 
 
 class _Model:
-    """``cma.fitness_models.LQModel`` on the unit box, for losses of several objectives and of failed candidates.
+    """``cma.fitness_models.LQModel`` on the unit box, extended to several objectives and failed candidates.
 
-    It is linear at first, then quadratic without interactions, then full, by the number of points that it holds; it
-    keeps the latest two for each coefficient, and the better a point, the more it counts. Its polynomials are centred
-    in the box: what too few points leave open is the centre's, not a corner's.
+    Depending on its number of points it is linear, quadratic without interactions, or full. It keeps the latest two
+    points per coefficient, and weighs better points more. Its polynomials are centred in the middle of the box, so that
+    terms left undetermined by too few points favour the centre and not a corner.
 
     Args:
-        generation: points that it keeps at least.
-        scalars: makes one loss of several, by what has been seen so far; so all points are rated anew each time.
+        generation: the least number of points that it keeps.
+        scalars: combines the objectives into one loss, based on what has been seen so far, so that all points are rated
+            again each time.
     """
 
     def __init__(self, generation: int, scalars: Scalars) -> None:
@@ -221,11 +222,11 @@ class _Model:
 
     @property
     def size(self) -> int:
-        """How many points it holds."""
+        """How many points the model holds."""
         return int(self._model.size)
 
     def add(self, points: Sequence[tuple[Vector, Vector]]) -> None:
-        """Take points of the unit box with their losses [objectives], the latest last."""
+        """Add points of the unit box with their losses [objectives], the latest last."""
         if not points:
             return
         with calm():
@@ -241,20 +242,20 @@ class _Model:
         self._model._coefficients_count = self._model._xopt_count = -1
 
     def sort(self, n: int) -> None:
-        """Order the latest ``n`` by their losses: the worst of them leave the model first."""
+        """Sort the latest ``n`` points by loss, so that the worst of them leave the model first."""
         self._model.sort(n)
 
     def tau(self, n: int) -> float:
-        """Kendall's tau between losses and values of the latest ``n``; 0 for fewer than three, or if all are equal."""
+        """Kendall's tau between losses and values of the latest ``n``; 0 for fewer than three or if all are equal."""
         with calm():
             return float(self._model.kendall(n))
 
     def widen(self, tau: float) -> None:
-        """Keep more points from now on, if the full model is this bad."""
+        """Keep more points from now on if the full model's tau is this low."""
         self._model.adapt_max_relative_size(tau)
 
     def values(self, units: Sequence[Vector]) -> Vector:
-        """One value for each point of the unit box; all 0 before there are two points."""
+        """One value per point of the unit box; all 0 with fewer than two points in the model."""
         if self.size < 2:
             return np.zeros(len(units))
         with calm():
@@ -262,6 +263,6 @@ class _Model:
 
     @property
     def optimum(self) -> Vector:
-        """The model's stationary point, or a step down its slope, moved into the unit box."""
+        """The model's stationary point, or a step down its gradient, moved into the unit box."""
         with calm():
             return np.clip(np.asarray(self._model.xopt, dtype=np.float64), 0.0, 1.0)

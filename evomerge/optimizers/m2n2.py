@@ -1,14 +1,15 @@
-"""M2N2: competition for items, mates that solve what one does not, and a split point between two parents.
+"""M2N2: competition for items, mates that solve what a parent does not, and a split point between two parents.
 
-Abrantes, Lange & Tang, "Competition and Attraction Improve Model Fusion" (GECCO 2025, arXiv 2508.16204). The credit of
-an item is shared among those who solve it (section 3.2: f_i = sum_j s_ij / z_j, with z_j all that is solved of j), so
-that whoever solves what few solve stays. A mate is drawn by what it would add (section 3.3: the sum over items of
-max(s_Bj - s_Aj, 0) / z_j). A child has the one parent's numbers before a random point of the genome and the other's
-after it, both mixed by a random ratio (section 3.1; there of all weights of two models, here of their genomes, whose
-numbers go from the first layer to the last). With ``cross_fit`` half of the items say who stays, and the other half who
-suits whom (``solved.py``); without, which keeps fewer lucky candidates (docs/diversity.md), all say both.
+Abrantes, Lange & Tang, "Competition and Attraction Improve Model Fusion" (GECCO 2025, arXiv 2508.16204). The credit for
+an item is shared among all who solve it (section 3.2: f_i = sum_j s_ij / z_j, where z_j is the sum of s_ij over i), so
+candidates that solve rarely solved items stay. A mate is drawn by what it would add (section 3.3: the sum over items of
+max(s_Bj - s_Aj, 0) / z_j). A child takes one parent's numbers before a random point of the genome and the other's after
+it, both mixed by a random ratio (section 3.1; the paper does this to all weights of two models, here it is done to
+their genomes, whose numbers go from the first layer to the last). With ``cross_fit`` half of the items decide which
+candidates stay and the other half which mates suit them (``solved.py``). Without it, all items decide both, which keeps
+fewer lucky candidates (docs/diversity.md).
 
-Merges of merges alone never leave what their parents span, and a search begins with few: children get noise as well.
+Merging merges can never leave the span of their parents, and a search begins with few, so children also get noise.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ _EPSILON = 1e-9
 
 
 class M2n2Settings(Settings):
-    """What the search file says of M2N2.
+    """The settings of M2N2.
 
-    ``capacity`` is how many candidates stay; ``iso`` the standard deviation of the noise, in units of the parameters'
-    ranges.
+    ``capacity`` is the number of candidates that stay, and ``iso`` the standard deviation of the noise, in units of the
+    parameters' ranges.
     """
 
     name: Literal["m2n2"]
@@ -99,20 +100,20 @@ class M2n2(Population):
 
 
 def shared_credit(table: Vector) -> Vector:
-    """What each member gets of the items that it solves, shared with all who solve them: float64 [members]."""
+    """Each member's credit for the items that it solves, shared with all who solve them: float64 [members]."""
     return np.asarray((table / (table.sum(axis=0) + _EPSILON)).sum(axis=1))
 
 
 def attraction(table: Vector, one: int) -> Vector:
-    """What each member would add to one of them: float64 [members]."""
+    """What each member would add to member ``one``: float64 [members]."""
     shares = table / (table.sum(axis=0) + _EPSILON)
     return np.asarray(np.maximum(shares - shares[one], 0.0).sum(axis=1))
 
 
 def survivors(table: Vector, count: int) -> list[int]:
-    """The members that stay: the one with the least credit goes, one after the other, and its credit to the others.
+    """The ``count`` members that stay. One at a time, the one with the least credit goes and the rest share its credit.
 
-    Of equal ones the latest goes.
+    On ties the latest is removed.
     """
     kept = list(range(len(table)))
     while len(kept) > count:
@@ -123,6 +124,6 @@ def survivors(table: Vector, count: int) -> list[int]:
 
 
 def _drawn(random: RandomState, weights: Vector) -> int:
-    """A number drawn by weights; evenly where all are zero."""
+    """Draw an index in proportion to the weights; uniformly if all are zero."""
     total = weights.sum()
     return int(random.choice(len(weights), p=weights / total if total > 0 else None))

@@ -1,4 +1,4 @@
-"""MAP-Elites: keeps the best candidate of every niche, and varies these.
+"""MAP-Elites: keeps the best candidate of every niche, and creates variations of them.
 
 Mouret & Clune, "Illuminating search spaces by mapping elites" (arXiv 1504.04909), with the iso + line variation of
 Vassiliades & Mouret, "Discovering the elite hypervolume by leveraging interspecies correlation" (GECCO 2018).
@@ -21,10 +21,10 @@ from evomerge.optimizers.variation import Population, Vector, iso_line
 
 
 class MapElitesSettings(Settings):
-    """What the search file says of MAP-Elites.
+    """The settings of MAP-Elites.
 
-    ``iso`` and ``line`` are of the variation (``variation.py``), in units of the parameters' ranges. (The paper's
-    ``iso`` of 0.01 is for many thousands of candidates.)
+    ``iso`` and ``line`` control the variation (``variation.py``), in units of the parameters' ranges. (The paper's
+    ``iso`` of 0.01 is meant for many thousands of candidates.)
     """
 
     name: Literal["map_elites"]
@@ -71,7 +71,7 @@ class MapElites(Population):
     def tell(self, observations: Sequence[Observation]) -> None:
         new = dict(enumerate(observations, self._told))
         self._told += len(new)
-        # An estimate from some items is often a lucky one; who leads its niche by such a one is scored on all.
+        # An estimate from a subset of items is often lucky; a candidate that leads its niche by one is scored on all.
         self._grid = self._grid.extend({number: o for number, o in new.items() if o.feasible and o.complete})
         units = self._units | {number: self._box.unit(o.genome) for number, o in new.items()}
         self._units = {number: units[number] for number in self._grid.niches}

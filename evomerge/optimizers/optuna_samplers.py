@@ -1,6 +1,6 @@
-"""Optuna's samplers as a search file names them; ``optuna_study`` drives them.
+"""The settings of Optuna's samplers; ``optuna_study`` drives the samplers.
 
-Optuna is imported when one of them is to propose: that takes a fifth of a second, which every command would pay.
+Optuna is imported only when a sampler is needed: the import takes a fifth of a second, which every command would pay.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from evomerge.optimizers.elites import Feature
 SamplerName = Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"]
 
 MAX_PARAMETERS = {"gp": 1_000, "qmc": 21_201}
-"""gp: beyond, one ask takes minutes and learns nothing. qmc: the dimensions of scipy's Sobol sequence."""
+"""gp: with more, one ask takes minutes and learns nothing. qmc: the most dimensions of scipy's Sobol sequence."""
 
 
 class OptunaSettings(Settings):
-    """One of Optuna's samplers; each takes one objective or several, and int and choice parameters.
+    """One of Optuna's samplers. All take one or more objectives, and int and choice parameters.
 
-    ``population`` is how many genomes are asked for at once and, for nsga2 and nsga3, the size of a generation. It
-    defaults to 4 + floor(3 ln n), made even for those two; Optuna's own 50 would spend a small budget on chance. gp
-    fits its model to all candidates at every ask, at a cost that grows with their cube: it is for a few hundred.
+    ``population`` is the number of genomes asked for at once and, for nsga2 and nsga3, the size of a generation. It
+    defaults to 4 + floor(3 ln n), rounded up to an even number for those two; Optuna's own default of 50 would spend a
+    small budget on random genomes. gp fits its model to all candidates at every ask, at a cost that grows with the cube
+    of their number, so it suits a few hundred candidates.
     """
 
     name: SamplerName

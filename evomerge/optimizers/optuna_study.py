@@ -1,7 +1,7 @@
-"""Optuna's samplers, driven by ask and tell on a study in memory.
+"""Optuna's samplers, driven through ask and tell on an in-memory study.
 
-A sampler is made afresh for every ask, seeded by (search seed, number of the ask): all else that it knows it reads from
-the study, so the study's trials are its whole state.
+A new sampler is created for every ask, seeded by (search seed, number of the ask). Everything else that it knows it
+reads from the study, so the study's trials are its entire state.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from evomerge.optimizers.optuna_samplers import OptunaSettings
 
 GENERATION_KEYS = {"nsga2": "NSGAIISampler:generation", "nsga3": "NSGAIIISampler:generation"}
-"""Where Optuna keeps the generation of a trial; a trial without one never becomes a parent."""
+"""The key under which Optuna keeps the generation of a trial; a trial without one never becomes a parent."""
 
 DEAR = ("tpe", "gp")
-"""Samplers whose asks cost up to seconds each."""
+"""Samplers whose asks take up to seconds each."""
 
 GOOD_SHARE, MAX_GOOD = 0.1, 25
 """tpe models the best tenth of all trials, at most 25, as good: the default ``gamma`` of Optuna's TPESampler."""
 
 
 class OptunaOptimizer:
-    """One search by a sampler of Optuna.
+    """One search with one of Optuna's samplers.
 
-    Failed candidates are told as inf, which every sampler ranks last. Genomes told without having been asked for count
-    like the others; under nsga2 and nsga3, baselines are of the first generation, beside the genomes first asked for.
+    Failed candidates are told as inf, which every sampler ranks last. Genomes that were never asked for count like all
+    others; for nsga2 and nsga3, baselines belong to the first generation, together with the first genomes asked for.
     """
 
     favourite: Genome | None = None
@@ -60,12 +60,12 @@ class OptunaOptimizer:
     @property
     def keeps(self) -> Keeps:
         match self._name:
-            case "tpe":  # the others are bad alike, however bad; with several objectives only the share holds
+            case "tpe":  # it treats all others as equally bad; with several objectives only the share applies
                 finished: int = sum(t.state.is_finished() for t in self._study.get_trials(deepcopy=False))
                 good = math.ceil(GOOD_SHARE * (finished + self.population))
                 most = MAX_GOOD if len(self._study.directions) == 1 else good
                 return Best(min(good, most, self.population))
-            case "random" | "qmc":  # they learn nothing; the best alone counts, as the result
+            case "random" | "qmc":  # they learn nothing; only the best matters, as the result
                 return Best(1)
             case _:  # nsga2, nsga3: the elite of two generations may hold all; gp fits its model to every loss
                 return "all"
@@ -107,7 +107,7 @@ class OptunaOptimizer:
                 elif self._genetic and self._asks == 0:
                     self._baselines.append(
                         (genome.copy(), losses)
-                    )  # told now, they would be the first generation alone
+                    )  # told now, they alone would form the first generation
                 else:
                     self._add(genome, losses, generation=self._generation())
 
@@ -134,7 +134,7 @@ class OptunaOptimizer:
         )
 
     def _generation(self) -> int:
-        """The generation that nsga2 and nsga3 are gathering: the latest asked for."""
+        """The generation that nsga2 and nsga3 are collecting, which is the latest one asked for."""
         if not self._genetic:
             return 0
         key = GENERATION_KEYS[self._name]
@@ -146,21 +146,22 @@ class OptunaOptimizer:
         uniform = samplers.RandomSampler(seed=second)
         match self._name:
             case "tpe":
-                # Optuna's default with several objectives takes each parameter alone, at a cost that grows with both.
+                # Optuna's default for several objectives treats parameters independently, at a cost that grows with
+                # the number of both.
                 return samplers.TPESampler(seed=first, multivariate=True, constant_liar=True)
             case "gp":
                 return samplers.GPSampler(seed=first)
             case "random":
                 return uniform
             case "qmc":
-                # The scrambling must be the same for the whole sequence, so its seed is the search's own.
+                # The whole sequence must use the same scrambling, so its seed is that of the search.
                 return samplers.QMCSampler(scramble=True, seed=self._seed, independent_sampler=uniform)
             case "nsga2":
                 sampler = samplers.NSGAIISampler(population_size=self.population, seed=first)
             case "nsga3":
                 sampler = samplers.NSGAIIISampler(population_size=self.population, seed=first)
-        # Its own uniform numbers repeat, from the same seed, the stream that decides crossover and parents: seeded
-        # afresh for every ask, the first mutated value would follow from the choice of the parents.
+        # The sampler's own uniform numbers repeat, from the same seed, the stream that decides crossover and parents:
+        # since it is reseeded for every ask, the first mutated value would depend on the choice of the parents.
         sampler.sample_independent = uniform.sample_independent
         return sampler
 
@@ -177,7 +178,7 @@ def _distribution(parameter: Parameter) -> Any:
 
 @contextmanager
 def _calm() -> Iterator[None]:
-    """One thread, and neither Optuna's log nor its warnings (experimental classes, inf among the values)."""
+    """Use one thread, and silence Optuna's log and warnings (experimental classes, inf among the values)."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

@@ -1,11 +1,10 @@
-"""MAP: a quadratic of each objective says where the Pareto front lies, and points of that front are scored.
+"""MAP: a quadratic model of each objective predicts the Pareto front, and points of that front are scored.
 
 Li et al., "MAP: Low-compute Model Merging with Amortized Pareto Fronts via Quadratic Approximation" (ICLR 2025, arXiv
-2406.07529): the metric of each task is taken to be quadratic in the weights of the sources, its coefficients are fitted
-to merges drawn at random, and the Pareto front is that of the quadratics, found without scoring anything. Here all
-candidates that are told are fitted to, at every ask, and the quadratics are used only while they foretell candidates
-well that they were not fitted to. Where they do not, children of the candidates that are known to be on the front are
-scored in their place.
+2406.07529): the metric of each task is assumed to be quadratic in the weights of the sources, the coefficients are
+fitted to random merges, and the Pareto front is that of the quadratics, found without scoring anything. Here the
+quadratics are fitted again at every ask to all candidates told so far, and are used only while their cross-validated
+predictions are good. Otherwise, children of the candidates on the known front are scored instead.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from evomerge.optimizers.quadratic import Quadratic, Vector, terms
 from evomerge.optimizers.variation import Population, iso_line
 
 MAX_PARAMETERS = 10
-"""A quadratic of ten has 66 coefficients, each of which wants a candidate and more."""
+"""A quadratic of ten parameters has 66 coefficients, each of which needs more than one candidate."""
 
 SPARE = 1.5
-"""Candidates for each coefficient before the first fit: with fewer, leaving one out says little."""
+"""Candidates per coefficient before the first fit: with fewer, leave-one-out errors mean little."""
 
 _SAMPLED = 4096
-"""Points of the box among which the front of the quadratics is looked for, and then as many near the front found."""
+"""Number of points of the box sampled to find the front of the quadratics, and then again near that front."""
 
 _ISO, _LINE = 0.05, 0.2
 
 
 class MapSettings(Settings):
-    """What the search file says of MAP.
+    """The settings of MAP.
 
-    ``least_explained`` is the share of the variance of every objective that its quadratic must foretell, each candidate
-    by the quadratic of the others, to be used.
+    ``least_explained`` is the share of the variance that the quadratic of every objective must explain to be used, each
+    candidate being predicted by the quadratic fitted to the others.
     """
 
     name: Literal["map"]
@@ -69,7 +68,7 @@ class MapSettings(Settings):
 
 
 def first_fit(parameters: int) -> int:
-    """How many candidates are known when quadratics of so many parameters are fitted first."""
+    """How many candidates must be known before quadratics of this many parameters are first fitted."""
     return math.ceil(SPARE * terms(parameters))
 
 
@@ -77,13 +76,13 @@ class Map(Population):
     """One search by MAP."""
 
     wants_items = False
-    keeps: Keeps = "all"  # every loss is fitted to
+    keeps: Keeps = "all"  # the fit uses every loss
 
     def __init__(self, settings: MapSettings, parameters: Sequence[Parameter], seed: int) -> None:
         super().__init__(settings.population, parameters, seed)
         self._settings = settings
         self._first_fit = first_fit(len(parameters))
-        self._known: list[Observation] = []  # that keep the constraints; the losses of others are made up
+        self._known: list[Observation] = []  # feasible ones only; the losses of others are made up
         self._tried: dict[bytes, Vector] = {}  # asked for or told, as points of the unit box
 
     def ask(self, n: int) -> list[Genome]:
@@ -120,7 +119,7 @@ class Map(Population):
 
 
 def spread_over_fronts(losses: Vector, tried: Vector, n: int) -> list[int]:
-    """So many rows of the front, each as far as can be from what was tried and chosen; then of the front of the rest.
+    """Choose ``n`` points of the front, each as far as possible from those tried or chosen; then of the next front.
 
     Args:
         losses: float64 [points, objectives].

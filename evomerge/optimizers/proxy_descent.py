@@ -1,7 +1,8 @@
-"""A search by descents of the proxy alone: what it asks for itself are averages of the points that they lead to.
+"""Search by gradient descent on the proxy alone; the optimizer itself only asks for averages of the points reached.
 
-Steps on a few items each go astray by the luck of the draw, and the average of their last points strays less (Polyak &
-Juditsky, "Acceleration of stochastic approximation by averaging", SIAM Journal on Control and Optimization 30, 1992).
+Steps on a few items each wander because the items are drawn at random; the average of their last points wanders less
+(Polyak & Juditsky, "Acceleration of stochastic approximation by averaging", SIAM Journal on Control and Optimization
+30, 1992).
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from evomerge.optimizers.cma_es import Box, Vector
 from evomerge.optimizers.elites import Feature
 
 ANY = 0.2
-"""How often an int or a choice, by which no proxy has a derivative, is drawn anew."""
+"""How often an int or a choice, for which the proxy has no derivative, is drawn again at random."""
 
 AVERAGED = 4
-"""Points of descents, the latest, that are averaged: two generations of them."""
+"""How many of the latest points of descents are averaged: two generations of them."""
 
 
 class ProxyDescentSettings(Settings):
-    """Points of the search's ``proxy``, and beside them ``population`` points around their mean.
+    """Scores the points of the search's ``proxy``, and beside them ``population`` points around their mean.
 
-    These vary by ``sigma``, a fraction of each parameter's range; an int or a choice is now and then any value.
+    The latter vary by ``sigma``, a fraction of each parameter's range; now and then an int or a choice takes any value.
     """
 
     name: Literal["proxy_descent"]
@@ -47,10 +48,10 @@ class ProxyDescentSettings(Settings):
 
 
 class ProxyDescent:
-    """One search.
+    """One search by descent on the proxy.
 
-    Points of descents are those told that were not asked for, once anything was. Before any comes, and where none does,
-    the best of all that was told stands for their mean, by the sum of its losses.
+    Genomes that are told without having been asked for, after the first ask, are taken to be points of descents. Until
+    there are any, the best genome told so far, by the sum of its losses, is used in place of their mean.
     """
 
     keeps = Best(1)

@@ -1,4 +1,4 @@
-"""A quadratic of each objective over the unit box, by least squares, and how much of the objective it explains."""
+"""A least-squares quadratic of each objective over the unit box, and how much of the objective it explains."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 Vector = NDArray[np.float64]
 
 _SURE = 1e-9
-"""What leverage leaves of 1 where a point alone decides the quadratic there, so that nothing is known of its error."""
+"""If 1 - leverage is below this, a point alone determines the quadratic there, and its error is unknown."""
 
 
 def terms(parameters: int) -> int:
-    """How many coefficients a quadratic of so many parameters has: 21 of five."""
+    """How many coefficients a quadratic of this many parameters has: 21 for five."""
     return (parameters + 1) * (parameters + 2) // 2
 
 
@@ -25,8 +25,8 @@ class Quadratic:
 
     Attributes:
         coefficients: float64 [terms, objectives].
-        explained: float64 [objectives], the share of the variance of an objective that it foretells, each candidate
-            by the quadratic of the others (R2 by leaving one out); below zero where their mean would foretell better.
+        explained: float64 [objectives], the share of each objective's variance that is predicted when each candidate
+            is left out of the fit (leave-one-out R2); negative if the mean of the others would predict better.
     """
 
     coefficients: Vector
@@ -34,7 +34,7 @@ class Quadratic:
 
     @classmethod
     def fit(cls, units: Vector, losses: Vector) -> Quadratic:
-        """The quadratic of least squares; of equally good ones the smallest.
+        """The least-squares quadratic; if there are several, the one with the smallest coefficients.
 
         Args:
             units: float64 [candidates, parameters], points of the unit box.
@@ -45,24 +45,24 @@ class Quadratic:
         left, sizes, right = left[:, kept], sizes[kept], right[kept]
         projected = left.T @ losses
         coefficients = right.T @ (projected / sizes[:, None])
-        free = 1.0 - (left**2).sum(axis=1)  # of each point, how little of its own loss its value follows
+        free = 1.0 - (left**2).sum(axis=1)  # 1 - leverage of each point
         missed = (losses - left @ projected) / np.where(free > _SURE, free, math.nan)[:, None]
         mean_of_others = (losses - losses.mean(axis=0)) * len(losses) / max(len(losses) - 1, 1)
         return cls(coefficients, _explained((missed**2).sum(axis=0), (mean_of_others**2).sum(axis=0)))
 
     def values(self, units: Vector) -> Vector:
-        """float64 [points, objectives] of points [points, parameters]."""
+        """Evaluate the quadratics at points [points, parameters]: float64 [points, objectives]."""
         return np.asarray(_design(units) @ self.coefficients)
 
 
 def _explained(missed: Vector, varied: Vector) -> Vector:
-    """1 - missed / varied; minus infinity where nothing is known of it, or nothing varies."""
+    """1 - missed / varied; minus infinity if unknown or if nothing varies."""
     is_known = np.isfinite(missed) & (varied > 0)
     return np.where(is_known, 1.0 - missed / np.where(is_known, varied, 1.0), -math.inf)
 
 
 def _design(units: Vector) -> Vector:
-    """float64 [points, terms]: 1, each parameter from the middle of the box, and each product of two of these."""
+    """float64 [points, terms]: 1, each parameter relative to the middle of the box, and all their pairwise products."""
     centred = units - 0.5
     first, second = np.triu_indices(units.shape[1])
     return np.column_stack([np.ones(len(units)), centred, centred[:, first] * centred[:, second]])

@@ -1,4 +1,4 @@
-"""Ways to make one loss of several objectives, for optimizers that take one."""
+"""Ways to combine several objectives into one loss, for optimizers that take only one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from evomerge.errors import InputError
 
 Weights = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=2)]
-"""One weight above zero for each objective, in the order of the objectives."""
+"""One positive weight per objective, in the order of the objectives."""
 
 RHO = 0.05
-"""How much the sum counts beside the maximum in ``Chebyshev``: the value of Knowles (2006)."""
+"""The weight of the sum relative to the maximum in ``Chebyshev``: the value of Knowles (2006)."""
 
 
 class WeightedSum(BaseModel):
-    """The sum of weight times loss, in the losses' own units. It cannot reach the hollow parts of a front."""
+    """The weighted sum of losses, in the losses' own units. It cannot reach the non-convex parts of a front."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,23 +29,23 @@ class WeightedSum(BaseModel):
     def __call__(
         self, losses: NDArray[np.float64], best: NDArray[np.float64], worst: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """One number for each row of ``losses`` [n, objectives]; ``best`` and ``worst`` play no part."""
+        """One number for each row of ``losses`` [n, objectives]; ``best`` and ``worst`` are not used."""
         scalars: NDArray[np.float64] = (losses * np.array(self.weights)).sum(axis=1)
         return scalars
 
     def slopes(
         self, losses: NDArray[np.float64], best: NDArray[np.float64], worst: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """By how much the number of each row grows with each of its losses, float64 [n, objectives]."""
+        """The derivative of each row's number with respect to each of its losses: float64 [n, objectives]."""
         return np.broadcast_to(np.array(self.weights, dtype=np.float64), losses.shape)
 
 
 class Chebyshev(BaseModel):
-    """The augmented Chebyshev distance from the best seen in each objective: it can reach every point of a front.
+    """The augmented Chebyshev distance from the best value seen in each objective; it can reach any point of a front.
 
-    Losses are first scaled by the range seen so far in the search, so the weights mean the same for objectives of any
-    unit. The ends of the front must have been seen for this to be so: sources that excel in one objective each, scored
-    first, show them. Knowles, ParEGO (IEEE TEC 10(1), 2006), eq. (2).
+    Losses are first divided by the range seen so far in the search, so that weights mean the same for objectives of any
+    unit. This requires that the ends of the front have been seen; they have if sources that excel in one objective each
+    were scored first. Knowles, ParEGO (IEEE TEC 10(1), 2006), eq. (2).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,8 +65,8 @@ class Chebyshev(BaseModel):
     def slopes(
         self, losses: NDArray[np.float64], best: NDArray[np.float64], worst: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """By how much the number of each row grows with each of its losses, float64 [n, objectives]: with the one that
-        is the largest when weighted, and little with the others.
+        """The derivative of each row's number with respect to each of its losses, float64 [n, objectives]: large for
+        the largest weighted loss, and small for the others.
         """
         scale = np.array(self.weights) / np.where(worst > best, worst - best, 1.0)
         largest = (scale * (losses - best)).argmax(axis=1)[:, None] == np.arange(losses.shape[1])
@@ -77,7 +77,7 @@ Scalarisation = Annotated[WeightedSum | Chebyshev, Field(discriminator="name")]
 
 
 def check_scalarisation(mix: Scalarisation | None, objectives: int, optimizer: str, place: str) -> None:
-    """Refuse several objectives without a way to make one of them, and a way that is not for so many.
+    """Reject several objectives without a scalarisation, or one for a different number of objectives.
 
     Raises:
         InputError: naming ``place`` (``optimizer``) and the hint.
@@ -102,7 +102,7 @@ def check_scalarisation(mix: Scalarisation | None, objectives: int, optimizer: s
 
 
 class Scalars:
-    """Makes one loss of several, by the best and the worst that have been seen of each objective."""
+    """Combines several objectives into one loss, using the best and worst values seen of each."""
 
     def __init__(self, mix: Scalarisation | None, objectives: int) -> None:
         self._mix = mix
@@ -110,10 +110,10 @@ class Scalars:
         self._worst = np.full(objectives, -np.inf)
 
     def see(self, values: Sequence[float]) -> NDArray[np.float64]:
-        """The losses of a candidate as float64 [objectives], remembered; all inf if one of them is not finite.
+        """Remember a candidate's losses and return them as float64 [objectives]; all inf if one is not finite.
 
         Raises:
-            ValueError: there are not as many as objectives.
+            ValueError: the number of losses differs from the number of objectives.
         """
         losses = np.asarray(values, dtype=np.float64)
         if losses.shape != self._best.shape:
@@ -125,7 +125,7 @@ class Scalars:
         return losses
 
     def of(self, losses: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """One number for each candidate, inf for those that failed."""
+        """One number per candidate; inf for those that failed."""
         rows = np.array(losses, dtype=np.float64).reshape(-1, self._best.size)
         if self._mix is None:
             return rows[:, 0]

@@ -1,7 +1,7 @@
-"""Which items candidates solve, as a table of shares, and its two halves: one says who is better, one who is different.
+"""A table of how far candidates solve items, and its two halves: one to judge quality by, the other difference.
 
-A candidate that was lucky on some items looks better by them, and looks different by the same items. Judged by one half
-of the items and described by the other, it is lucky in one thing at most.
+A candidate that was lucky on some items looks better on them, and different on the same items. If one half of the items
+measures quality and the other half difference, luck on an item can help with only one of the two.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def losses_of(observation: Observation) -> NDArray[np.float32]:
 
 
 def solved(losses: Sequence[NDArray[np.float32]]) -> Table:
-    """How far each candidate solves each item: 1 as the best of them does, 0 as the worst: float64 [candidates, items].
+    """How far each candidate solves each item, from 1 for the best to 0 for the worst: float64 [candidates, items].
 
-    An item in which all are alike tells nobody apart, and is solved by none. Nor is one that some were not scored on,
-    as in a race: who was scored on more would else look as if it solved more. Where no item is known of all, what was
-    not scored counts as not solved.
+    An item with equal losses does not distinguish candidates, and counts as solved by none. Items that were not scored
+    for all candidates, as in a race, count as solved by none as well; otherwise candidates scored on more items would
+    seem to solve more. If no item was scored for all candidates, missing scores count as not solved.
     """
     table = np.stack(losses).astype(np.float64)
     missing = np.isnan(table)
@@ -36,11 +36,11 @@ def solved(losses: Sequence[NDArray[np.float32]]) -> Table:
     worst = known.max(axis=0, initial=-np.inf)
     best = np.where(np.isnan(table), np.inf, table).min(axis=0, initial=np.inf)
     width = np.where(worst > best, worst - best, np.inf)
-    return np.asarray(np.nan_to_num((worst - table) / width))  # NaN where it was not scored
+    return np.asarray(np.nan_to_num((worst - table) / width))  # NaN if not scored
 
 
 def halves(items: int, *, cross_fit: bool) -> tuple[slice, slice]:
-    """The items by which candidates are judged, and those by which they are described: every second one each where they
-    are to be apart, else all.
+    """The items that judge candidates and those that describe them: alternating items if the two are to be disjoint,
+    otherwise all items for both.
     """
     return (slice(0, None, 2), slice(1, None, 2)) if cross_fit and items > 1 else (slice(None), slice(None))

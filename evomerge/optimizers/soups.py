@@ -1,6 +1,6 @@
-"""The greedy soup: sources join the mean one by one, the best first, and stay while the score does not fall.
+"""The greedy soup: sources join the mean one at a time, the best first, and stay if the score does not drop.
 
-Wortsman et al., "Model soups" (arXiv 2203.05482), recipe 1. Nothing in it is random.
+Wortsman et al., "Model soups" (arXiv 2203.05482), recipe 1. The search is not random.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from evomerge.optimizers.elites import Feature
 
 
 class SoupSettings(Settings):
-    """The greedy soup over a space with one weight for each source, such as ``method: linear`` on the whole model.
+    """The greedy soup, for a space with one weight per source, such as ``method: linear`` on the whole model.
 
-    It ends by itself, after at most two candidates a source.
+    It stops by itself, after at most two candidates per source.
     """
 
     name: Literal["greedy_soup"]
@@ -57,14 +57,14 @@ class SoupSettings(Settings):
 class GreedySoup:
     """One search for the greedy soup.
 
-    What it asks for follows from the losses that it was told, whoever asked: baselines that are a source alone, or a
-    soup, are not asked for again. Of a genome told twice the first loss counts.
+    What it asks for depends only on the losses it was told, whoever asked for them: baselines that are a single source,
+    or a soup, are not asked for again. If a genome is told twice, its first loss counts.
     """
 
     favourite: Genome | None = None
     wants_items = False
     refined: Sequence[Refinement] = ()
-    keeps: Keeps = "all"  # the order of every source decides when it is tried, and a trial is out alone
+    keeps: Keeps = "all"  # sources are tried in the order of their losses, and trials are pending one at a time
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self._names = [p.share_of for p in parameters]
@@ -73,7 +73,7 @@ class GreedySoup:
 
     @property
     def population(self) -> int:
-        """Every source alone that was not asked for yet; then one, since each trial depends on the one before."""
+        """Every single source that was not asked for yet; after that 1, since each trial depends on the one before."""
         waiting = [genome for genome in self._alone() if self._is_new(genome)]
         return max(1, len(waiting))
 
@@ -88,7 +88,7 @@ class GreedySoup:
         return f"greedy_soup has tried every source; in the soup, in this order: {members}"
 
     def ask(self, n: int) -> list[Genome]:
-        """What is to be scored next; where more is wanted, later trials as if those before failed, then the soup."""
+        """The next genomes to score; if more are wanted, later trials as if those before had failed, then the soup."""
         soup, _ = self._progress()
         new = [genome for genome in self._trials() if self._is_new(genome)]
         rest = [self._mean(soup or range(len(self._names))) for _ in range(n - len(new))]
@@ -112,7 +112,7 @@ class GreedySoup:
             yield from (self._mean([*soup, i]) for i in left)
 
     def _progress(self) -> tuple[list[int], list[int] | None]:
-        """The soup so far and the sources still to be tried, in their order; None while the order is unknown."""
+        """The soup so far and the sources still to try, in order; None while the order is unknown."""
         losses = [self._loss(genome) for genome in self._alone()]
         known = [loss for loss in losses if loss is not None]
         if len(known) < len(losses):

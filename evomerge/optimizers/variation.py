@@ -1,4 +1,4 @@
-"""What optimizers share that keep many candidates: a random first generation, and children of those that are kept."""
+"""The base of optimizers that keep a population: a random first generation, then children of the kept candidates."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Vector = NDArray[np.float64]
 
 
 class Population(ABC):
-    """An optimizer (``base.Optimizer``) whose candidates are children of candidates that it was told of.
+    """An optimizer (``base.Optimizer``) whose candidates are children of candidates that it was told.
 
     Baselines are kept like all others.
 
     Args:
-        population: of a generation.
-        seed: of all that is drawn, with the number of the ask.
+        population: the size of a generation.
+        seed: determines all random numbers, together with the number of the ask.
     """
 
     favourite: Genome | None = None
     stopped: str | None = None
-    refined = ()  # no numbers are tied
+    refined = ()  # no parameters are tied
 
     def __init__(self, population: int, parameters: Sequence[Parameter], seed: int) -> None:
         self.population = population
@@ -58,11 +58,11 @@ class Population(ABC):
 
     @abstractmethod
     def _children(self, random: RandomState, n: int) -> Vector | None:
-        """New points of the unit box, float64 [n, parameters]; None, with nothing drawn, while too few are known."""
+        """New points of the unit box, float64 [n, parameters]; None, without drawing, while too few are known."""
 
 
 def iso_line(random: RandomState, one: Vector, other: Vector, iso: float, line: float) -> Vector:
-    """Children of pairs: noise along each parameter, and a step along the line through both.
+    """Children of pairs of parents: noise along each parameter, and a step along the line through both.
 
     one + iso N(0, I) + line N(0, 1) (other - one): Vassiliades & Mouret, "Discovering the elite hypervolume by
     leveraging interspecies correlation" (GECCO 2018, arXiv 1804.03906), equation 1.
@@ -71,7 +71,7 @@ def iso_line(random: RandomState, one: Vector, other: Vector, iso: float, line: 
         one, other: float64 [children, parameters], points of the unit box.
 
     Returns:
-        float64 [children, parameters], moved back into the box.
+        float64 [children, parameters], clipped to the box.
     """
     noise = iso * random.standard_normal(one.shape)
     steps = line * random.standard_normal((len(one), 1)) * (other - one)
