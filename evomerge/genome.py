@@ -1,4 +1,4 @@
-"""Genomes, the parameters that name their numbers, and the contract of a search space."""
+"""Genomes, the parameters that describe their numbers, and the search space interface."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Genome = NDArray[np.float64]
 class Parameter:
     """One named, bounded number of a genome.
 
-    A "real" is any float in [low, high]; an "int" a whole number in it; a "choice" the position of one of ``choices``
-    (low 0, high len - 1). Genomes carry all three as floats. ``group`` gathers parameters for display ("layers.3").
-    ``share_of`` is the source that it says the share of, where it is nothing but that. ``differentiable`` says that
-    weights follow it without jumps, so that a smooth loss has a derivative by it.
+    A "real" is any float in [low, high], an "int" a whole number in that range, and a "choice" the index of one of
+    ``choices`` (low 0, high len - 1). Genomes hold all three as floats. ``group`` groups parameters for display
+    ("layers.3"). ``share_of`` names the source of which this is the share, if it is nothing else. ``differentiable``
+    means that weights are differentiable in it, so that a smooth loss has a derivative with respect to it.
 
-    Where numbers may be tied, ``places`` are those of the model that it is of, from the whole to its own, and ``what``
-    is its kind ("weight.maths"): numbers of one kind can be one in any place that they share.
+    For parameters that may be tied, ``places`` lists the parts of the model that it belongs to, from the whole to the
+    smallest, and ``what`` is its kind ("weight.maths"): parameters of one kind can be tied in any place they share.
     """
 
     name: str
@@ -42,15 +42,15 @@ class Parameter:
     what: str = ""
 
     def holds(self, value: float) -> bool:
-        """Whether it can have this value: within the bounds, and whole for "int" and "choice"."""
+        """Whether a value is allowed: within the bounds, and whole for "int" and "choice"."""
         return self.low <= value <= self.high and (self.kind == "real" or value == int(value))
 
 
 def check_genome(genome: Genome, parameters: Sequence[Parameter], place: str) -> None:
-    """Refuse a genome that is no point of the space of these parameters.
+    """Reject a genome that is not a point of the space with these parameters.
 
     Raises:
-        InputError: naming ``place``, which is what gave it, and the first parameter that has no such value.
+        InputError: naming ``place``, where the genome came from, and the first parameter with an invalid value.
     """
     hint = "Repair what gave it: float64 [parameters], within the bounds, whole numbers for int and choice."
     if not isinstance(genome, np.ndarray):
@@ -66,10 +66,10 @@ def check_genome(genome: Genome, parameters: Sequence[Parameter], place: str) ->
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """A recipe that every search scores first and shows everything later against.
+    """A recipe that every search scores first and compares everything later with.
 
-    ``genome`` is the point of the space that decodes to the same model, or None where the space holds no such point.
-    ``kind`` says which comparisons it takes part in: confirmed candidates are compared with sources and the average.
+    ``genome`` is the point of the space that decodes to the same model, or None if the space contains no such point.
+    ``kind`` decides which comparisons it takes part in: confirmed candidates are compared with sources and the average.
     """
 
     label: str
@@ -81,8 +81,8 @@ class Baseline:
 class SearchSpace(Protocol):
     """Named, bounded parameters and the function that decodes them into a recipe.
 
-    ``decode`` is total and pure: every genome inside the bounds gives a valid recipe, and the same genome the same
-    recipe, in every process. It may map many genomes to one recipe.
+    ``decode`` is total and pure: every genome inside the bounds gives a valid recipe, and equal genomes give equal
+    recipes, in every process. Several genomes may decode to the same recipe.
     """
 
     @property
@@ -90,12 +90,12 @@ class SearchSpace(Protocol):
 
     @property
     def layer_buffers(self) -> int:
-        """The most different layers, by content, that one recipe of this space is made of."""
+        """The largest number of distinct layers, by content, in any recipe of this space."""
         ...
 
     @property
     def hops(self) -> int:
-        """The most layers that a model of this space has."""
+        """The largest number of layers of any model of this space."""
         ...
 
     def decode(self, genome: Genome) -> Recipe: ...
@@ -103,22 +103,22 @@ class SearchSpace(Protocol):
     def baselines(self) -> Iterable[Baseline]: ...
 
     def genome_of(self, recipe: Recipe) -> Genome | None:
-        """The point of this space nearest to a recipe over the same sources; None where none says anything like it.
+        """The point of this space closest to a recipe over the same sources; None if there is nothing comparable.
 
-        Of a recipe that is of this space it is a point that decodes to the same, up to rounding.
+        For a recipe of this space, the point decodes to the same recipe, up to rounding.
         """
         ...
 
 
 @runtime_checkable
 class Refitting(Protocol):
-    """A search space of models of which something is fitted once for all candidates, and may be fitted to each."""
+    """A search space with something fitted once for all candidates that can be fitted again to a single candidate."""
 
     @property
     def refits(self) -> int:
-        """How many of the best candidates are to be fitted anew at the end of a search."""
+        """How many of the best candidates to fit again at the end of a search."""
         ...
 
     def refitted(self, recipe: Recipe) -> Recipe | None:
-        """The recipe with what is fitted of it fitted to itself; None where that is nothing, or nothing new."""
+        """The recipe with its fit repeated for this candidate; None if nothing is fitted, or nothing would change."""
         ...

@@ -1,8 +1,8 @@
-"""What a merge method is: one object, which knows all that anybody asks of it, and how methods are looked up by name.
+"""The definition of a merge method, one object with everything that the program needs to know, and lookup by name.
 
-Methods of this project are a file each in ``evomerge.methods``; a package adds its own by an entry point of the group
-``evomerge.merge_methods`` that names a ``Method``. Nothing here imports torch, nor do this project's methods before a
-tensor is made, so that a wrong name or number is refused at once.
+This project's methods are in ``evomerge.methods``, one per file; a package adds its own with an entry point of the
+group ``evomerge.merge_methods`` that names a ``Method``. Neither this module nor the methods import torch before a
+tensor is computed, so a wrong name or number is rejected immediately.
 """
 
 from __future__ import annotations
@@ -23,51 +23,52 @@ if TYPE_CHECKING:
 GROUP = "evomerge.merge_methods"
 
 Plan: TypeAlias = "Callable[[Facts, Blend], Pass]"
-"""(facts about one tensor, blend) -> how it is made. Equal arguments give equal plans."""
+"""(facts about one tensor, blend) -> how the tensor is computed. Equal arguments give equal plans."""
 
 FRACTION = (0.0, 1.0)
-"""Limits of a parameter that is a share of a whole."""
+"""Limits of a parameter that is a fraction."""
 
 AUTO = "auto"
-"""In a search file, in place of a method's name: the one that is taken where nobody knows better."""
+"""In a search file, in place of a method's name: the recommended method."""
 
 AUTO_METHOD = "task_arithmetic"
-"""Which that is: docs/methods.md says why. A search records this name, so that another choice changes no old search."""
+"""The method that ``auto`` stands for; docs/methods.md explains why. A search records this name, so changing the
+recommendation later does not change old searches."""
 
 Value = float | str
-"""Of a parameter: a number, or the name of a choice."""
+"""A parameter's value: a number, or the name of a choice."""
 
 Point = Mapping[str, Value | Mapping[str, Value]]
-"""Values of parameters by name. One value for a parameter of scope "source" is that of every source."""
+"""Parameter values by name. A single value for a parameter of scope "source" applies to every source."""
 
 Shares = Callable[[Blend], Mapping[str, float]]
-"""(blend) -> how much it takes of each of its sources (of the changes to the base, where there is one)."""
+"""(blend) -> how much it takes of each source (of its change to the base, if there is a base)."""
 
 Kept = Callable[[int, int, int], int]
-"""(rows, columns, sources) -> bytes of a method's evidence of one matrix [out, in] of a layer."""
+"""(rows, columns, sources) -> the bytes of evidence that a method keeps for one matrix [out, in] of a layer."""
 
 Need = Literal["calibration", "channels", "merged_inputs", "fit"]
-"""What a method or a step needs beside weights. Calibration texts tell: "calibration" is what layers of every source
-that is mixed are given as input, "channels" how large each channel of that is in the base, for which this alone is run,
-and "merged_inputs" what layers of every mixed source are given behind the merged layers before, anew for each
-candidate. "fit" is how much of each source right answers want (``merging.fitting.coefficients``)."""
+"""What a method or step needs in addition to weights. The first three require calibration texts: "calibration" is the
+layer inputs of every mixed source; "channels" is how large each input channel is in the base, so only the base is run;
+"merged_inputs" is the layer inputs of every mixed source behind the preceding merged layers, computed again for each
+candidate. "fit" is how much of each source fits right answers best (``merging.fitting.coefficients``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class MethodParameter:
-    """A number or a choice that a merge method takes, with the range that a search walks by default.
+    """A number or a choice that a merge method takes, with the range that a search covers by default.
 
     Attributes:
-        name: in a blend's ``parameters``.
+        name: its key in a blend's ``parameters``.
         scope: "source" means one value for every source of the blend (base excepted), "blend" one value for all; the
-            latter may be left out of a blend, and then is the default.
-        low, high: what a search walks by default. Of a choice neither counts.
-        default: what is taken where nobody says anything.
-        searched: whether a search walks it without having been given bounds.
+            latter may be omitted from a blend, and then has the default.
+        low, high: the range that a search covers by default; unused for a choice.
+        default: the value if none is given.
+        searched: whether a search varies it without having been given bounds.
         kind: "real", "int" for whole numbers (a blend holds them as floats), "choice" for one of ``choices``.
         choices: names, which begin with a letter.
-        limits: the least and the largest value that it may have at all; a blend outside them is refused.
-        share: whether it says how much of a source is taken.
+        limits: the smallest and the largest valid value; a blend outside them is rejected.
+        share: whether the value says how much of a source is taken.
     """
 
     name: str
@@ -91,7 +92,7 @@ class MethodParameter:
             raise ValueError(f"{self.name}: range and default of an int are whole numbers")
 
     def check(self, value: object, place: str) -> None:
-        """Refuse a value that the parameter cannot have.
+        """Reject a value that the parameter cannot have.
 
         Raises:
             InputError: naming ``place``.
@@ -114,27 +115,28 @@ class Method:
     """A merge method.
 
     Attributes:
-        name: in recipes and search files.
+        name: its name in recipes and search files.
         plan: its equation.
-        parameters: what it takes.
-        needs_base: whether it cannot do without a base.
-        min_sources, max_sources: how many it mixes, the base not counted; ``max_sources`` is None for any number.
-        switches: its yes/no settings with their defaults (``normalize``); a search does not walk them.
-        needs: what it needs beside weights.
-        kept: how much evidence it keeps of a matrix of a layer, at most; None where that is next to nothing.
-        whole_models: its facts are of whole models (``Facts.model_threshold``), not of one tensor at a time.
-        shares: how much a blend takes of each source, for pictures. The values of the parameter that has ``share``
-            where None; all alike where there is no such parameter.
-        alone: (sources, one of them, or None for the base) -> the point where the merge is that source as it is. None
-            where there is no such point, as ``uniform``.
-        uniform: (sources) -> the point where the merge is the plain average of all sources.
-        arithmetic: (sources, weight) -> the point where the merge is the base and that weight times each task vector,
-            where no switch has it divide by weights. None where there is no such point.
-        differentiable: the parameters that its passes (each a ``passes.Differentiable``) follow without jumps, the
-            masks being as they are; None where a loss has no derivative by what its passes are made with.
-        mergekit: what mergekit lets one say of it; None where mergekit has no such method.
-        title: its name as people write it.
-        reference: where it is described.
+        parameters: the parameters it takes.
+        needs_base: whether it requires a base.
+        min_sources, max_sources: how many sources it mixes, not counting the base; ``max_sources`` is None for any
+            number.
+        switches: its yes/no settings with their defaults (``normalize``); a search does not vary them.
+        needs: what it needs in addition to weights.
+        kept: an upper bound on the evidence it keeps for a matrix of a layer; None if that is negligible.
+        whole_models: its facts concern whole models (``Facts.model_threshold``), not one tensor at a time.
+        shares: how much a blend takes of each source, for figures. If None, the values of the parameter with ``share``;
+            equal for all sources if there is no such parameter.
+        alone: (sources, one of them, or None for the base) -> the point at which the merge is that source unchanged.
+            None if there is no such point; the same holds for ``uniform``.
+        uniform: (sources) -> the point at which the merge is the plain average of all sources.
+        arithmetic: (sources, weight) -> the point at which the merge is the base plus that weight times each task
+            vector, unless a switch makes it divide by weights. None if there is no such point.
+        differentiable: the parameters in which its passes (each a ``passes.Differentiable``) are differentiable for
+            fixed masks; None if a loss has no derivative with respect to the inputs of its passes.
+        mergekit: the settings that mergekit accepts for it; None if mergekit has no such method.
+        title: its display name.
+        reference: where it is published.
     """
 
     name: str
@@ -157,20 +159,20 @@ class Method:
     reference: str = ""
 
 
-# ---- looking up ------------------------------------------------------------------------------------------------------
+# ---- lookup ----------------------------------------------------------------------------------------------------------
 
 
 def find_method(name: str, place: str) -> Method:
-    """The method of this name.
+    """The method with this name.
 
     Raises:
-        InputError: there is none, or a package's entry point names something else than a ``Method`` of this name.
+        InputError: there is none, or a package's entry point names something other than a ``Method`` with this name.
     """
     return find_named(GROUP, name, place, Method)
 
 
 def named_method(value: object) -> object:
-    """What a search file says of the method, with ``auto`` as the method that it stands for."""
+    """The method setting of a search file, with ``auto`` replaced by the method that it stands for."""
     return AUTO_METHOD if value == AUTO else value
 
 
@@ -179,11 +181,11 @@ def own_methods() -> dict[str, Method]:
     return {name: find_method(name, name) for name in OWN[GROUP]}
 
 
-# ---- what is asked of blends -----------------------------------------------------------------------------------------
+# ---- blends ----------------------------------------------------------------------------------------------------------
 
 
 def check_blend(blend: Blend, method: Method, place: str) -> None:
-    """Refuse a blend that its method cannot compute: wrong number of sources, missing base, unknown or missing values.
+    """Reject a blend that its method cannot compute: wrong number of sources, missing base, unknown or missing values.
 
     Raises:
         InputError: naming ``place`` and what to change.
@@ -212,7 +214,7 @@ def check_blend(blend: Blend, method: Method, place: str) -> None:
 
 
 class Needing(Protocol):
-    """What may need something beside weights: a method, or a step after it."""
+    """Something with ``needs``: a method, or a step after it."""
 
     @property
     def name(self) -> str: ...
@@ -222,12 +224,12 @@ class Needing(Protocol):
 
 
 def needs_texts(needs: Iterable[Need]) -> bool:
-    """Whether calibration texts tell any of what is needed."""
+    """Whether any of these needs requires calibration texts."""
     return any(need != "fit" for need in needs)
 
 
 def check_needs(part: Needing, place: str, *, has_texts: bool, has_fit: bool) -> None:
-    """Refuse a method or a step that needs texts where there are none, or items to fit to.
+    """Reject a method or step that needs calibration texts or items to fit to if there are none.
 
     Raises:
         InputError: naming ``place``.
@@ -241,11 +243,11 @@ def check_needs(part: Needing, place: str, *, has_texts: bool, has_fit: bool) ->
 
 
 def plan_of(method: Method, facts: Facts, blend: Blend) -> Pass:
-    """How a method makes a tensor by a blend that ``check_blend`` let through; what that leaves out has its default.
+    """The method's plan for a tensor, given a blend that ``check_blend`` accepted; omitted values have their defaults.
 
     Raises:
-        TypeError: the method gives something else than a pass.
-        ValueError: the pass reads what the blend has not.
+        TypeError: the method returns something other than a pass.
+        ValueError: the pass reads tensors of models that are not in the blend.
     """
     defaults = dict(method.switches) | {p.name: p.default for p in method.parameters if p.scope == "blend"}
     if not defaults.keys() <= blend.parameters.keys():
@@ -271,9 +273,9 @@ def default_parameters(method: Method, sources: Sequence[str]) -> dict[str, bool
 
 
 def method_shares(blend: Blend) -> dict[str, float]:
-    """How much the method of a blend takes of each of its sources; see ``Shares``.
+    """How much the method of a blend takes of each source; see ``Shares``.
 
-    Of a method that is not installed here, as where a page shows the search of somebody else, all count alike.
+    If the method is not installed, for example when showing somebody else's search, all sources count equally.
     """
     try:
         method = find_method(blend.method, "blend")
@@ -288,7 +290,7 @@ def method_shares(blend: Blend) -> dict[str, float]:
 
 
 def share_parameters(method: str) -> list[str]:
-    """The names of the parameters that say how much of a source is taken; none of a method that is not installed."""
+    """The names of the parameters that say how much of a source is taken; empty if the method is not installed."""
     try:
         return [p.name for p in find_method(method, "blend").parameters if p.share]
     except InputError:
@@ -300,7 +302,7 @@ def _alike(blend: Blend) -> dict[str, float]:
 
 
 def is_copy(blend: Blend) -> bool:
-    """Whether a blend is its one source as it is."""
+    """Whether a blend is a plain copy of its only source."""
     if len(blend.sources) != 1 or blend.base is not None:
         return False
     try:
@@ -317,7 +319,7 @@ def is_copy(blend: Blend) -> bool:
 
 
 def value_at(point: Point, name: str, source: str | None) -> Value:
-    """The value of a parameter at a point, of ``source`` where each has its own. KeyError where it has none."""
+    """A parameter's value at a point, for ``source`` if each source has its own. KeyError if it has none."""
     value = point[name]
     if isinstance(value, Mapping):
         if source is None:

@@ -1,9 +1,9 @@
-"""What a step is: it changes what a merge method made, tensor by tensor, and is looked up by name as methods are.
+"""The definition of a step, which changes the result of a merge method, tensor by tensor; looked up like methods.
 
-A step works on the change Delta = m - b that a method made to the base: m is what the method, and the steps before,
-give for a tensor, and b the base's own. Steps of this project are a file each in ``evomerge.steps``; a package adds its
-own by an entry point of the group ``evomerge.merge_steps`` that names a ``Step``. Nothing here imports torch, nor do
-this project's steps before a tensor is made.
+A step works on the change Delta = m - b, where m is a tensor as computed by the method and the previous steps, and b
+the base's own. This project's steps are in ``evomerge.steps``, one per file; a package adds its own with an entry point
+of the group ``evomerge.merge_steps`` that names a ``Step``. Neither this module nor the steps import torch before a
+tensor is computed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 GROUP = "evomerge.merge_steps"
 
 Values = Mapping[str, Value]
-"""Values of a step's parameters by name, every one of them."""
+"""Values of all of a step's parameters by name."""
 
 Plan: TypeAlias = "Callable[[Facts, Blend, Values, Pass], Pass]"
-"""(facts about one tensor, blend, the step's values, how the tensor is made so far) -> how it is made after the step.
+"""(facts about one tensor, blend, the step's values, the plan so far) -> the plan including the step.
 
-The blend has a base. Equal arguments give equal plans; a tensor that the step leaves alone keeps its plan.
+The blend has a base. Equal arguments give equal plans; a tensor that the step does not affect keeps its plan.
 """
 
 
@@ -38,22 +38,22 @@ class Step:
     """A step after a merge method.
 
     Attributes:
-        name: in recipes and search files.
+        name: its name in recipes and search files.
         plan: its equation.
-        parameters: what it takes, each of scope "blend".
-        needs: what it needs beside weights: nothing but "channels", for a step sees the base alone.
-        neutral: values at which it changes nothing, to the last bit, whatever its other parameters are; empty where
-            there are none. A blend at these does without the step.
-        factor: (values) -> by what it multiplies the change of every tensor, where it does nothing else: how much of
-            each source is taken then counts as much more. None of other steps.
-        in_any_basis: whether it makes of a change Q D P, for orthonormal Q and P, what it makes of D between these two:
-            it goes by lengths, singular values and what is turned with D alone. In core space it then works on the
+        parameters: the parameters it takes, each of scope "blend".
+        needs: what it needs in addition to weights: nothing or "channels", because a step sees only the base.
+        neutral: values at which it changes nothing, bit for bit, whatever its other parameters are; empty if there are
+            none. A blend with these values omits the step.
+        factor: (values) -> the factor on the change of every tensor, if the step does nothing else; the shares of the
+            sources are multiplied by it too. None for other steps.
+        in_any_basis: whether, for orthonormal Q and P, it maps a change Q D P to Q times what it makes of D times P: it
+            depends only on lengths, singular values and what is rotated with D. In core space it then works on the
             small D.
-        keeps_derivatives: whether it gives a ``passes.Differentiable`` for one, with the numbers of this among its own:
-            it multiplies the change, element by element, by what the change has no part in.
-        differentiable: the parameters that the pass which it gives follows without jumps.
-        title: its name as people write it.
-        reference: where it is described.
+        keeps_derivatives: whether, given a ``passes.Differentiable``, it returns one that includes the numbers of the
+            given one: it multiplies the change, element by element, by factors independent of the change.
+        differentiable: the parameters in which the returned pass is differentiable.
+        title: its display name.
+        reference: where it is published.
     """
 
     name: str
@@ -77,28 +77,28 @@ class Step:
             raise ValueError(f"{self.name}: {min(unknown)} is neutral and no parameter")
 
     def values(self, given: Values) -> dict[str, Value]:
-        """The values of all parameters: those given, and the defaults of the others."""
+        """The values of all parameters: those given, and defaults for the others."""
         return {p.name: p.default for p in self.parameters} | dict(given)
 
     def is_neutral(self, values: Values) -> bool:
-        """Whether it changes nothing at these values of all parameters."""
+        """Whether the step changes nothing at these values of all parameters."""
         return bool(self.neutral) and all(values[name] == value for name, value in self.neutral.items())
 
 
 def find_step(name: str, place: str) -> Step:
-    """The step of this name.
+    """The step with this name.
 
     Raises:
-        InputError: there is none, or a package's entry point names something else than a ``Step`` of this name.
+        InputError: there is none, or a package's entry point names something other than a ``Step`` with this name.
     """
     return find_named(GROUP, name, place, Step)
 
 
 def check_step(given: BlendStep, step: Step, blend: Blend, place: str) -> None:
-    """Refuse what a blend says of a step that cannot be done.
+    """Reject a step in a blend that cannot be computed.
 
     Raises:
-        InputError: naming ``place``: an unknown parameter, a value that it cannot have, or no base.
+        InputError: naming ``place``: an unknown parameter, an invalid value, or no base.
     """
     if blend.base is None:
         problem = f"{step.name} changes what is added to a base, and this blend has none"
@@ -112,5 +112,5 @@ def check_step(given: BlendStep, step: Step, blend: Blend, place: str) -> None:
 
 
 def needs_of_steps(blend: Blend) -> set[Need]:
-    """What the steps of a blend need beside weights."""
+    """What the steps of a blend need in addition to weights."""
     return {need for given in blend.steps for need in find_step(given.name, "blend.steps").needs}

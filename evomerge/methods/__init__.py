@@ -1,4 +1,4 @@
-"""This project's merge methods: one a file, its equation with all that is to be known of it.
+"""The merge methods of this project, one per file: the equation and everything else known about the method.
 
-Nothing here imports torch before a tensor is made: methods are looked up where a search file is checked.
+Nothing here imports torch before a tensor is computed, because search files are checked against these methods.
 """

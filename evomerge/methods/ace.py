@@ -1,19 +1,18 @@
-"""ACE-Merging: the change nearest to all task vectors on inputs whose covariances the task vectors stand for.
+"""ACE-Merging: the change closest to all task vectors on inputs whose covariances are estimated from the task vectors.
 
-Xu et al., "ACE-Merging: Data-Free Model Merging with Adaptive Covariance Estimation" (arXiv 2603.02945), as its
-authors' code computes it. For n task vectors d_i [out, in] of a layer, and d'_i, which are these less the mean of each
-column:
+Xu et al., "ACE-Merging: Data-Free Model Merging with Adaptive Covariance Estimation" (arXiv 2603.02945), as computed by
+the authors' code. For n task vectors d_i [out, in] of a layer, and d'_i, which are these minus the mean of each column:
 
     S_i = d'_i^T d'_i,    P = sum_i (S_i + e I),    Delta = (sum_i d'_i (S_i + e I)) (P + 1 q^T)^-1,    e = 0.01,
 
-with q the mean of the rows of sum_i S_i, which the paper calls a collective structural prior. Where norms are uneven,
-that is var(log |d_i|^2) > 0.3 (mean log |d_i|^2)^2, S_i and e are divided by tr S_i, q by the mean of |d_i|^2, and the
+with q the mean of the rows of sum_i S_i, which the paper calls a collective structural prior. If norms are uneven, that
+is, var(log |d_i|^2) > 0.3 (mean log |d_i|^2)^2, S_i and e are divided by tr S_i, q by the mean of |d_i|^2, and the
 change is
 
     Delta + sigma U_k V_k^T    with U S V^T = Delta + sum_i d_i (S_i - P / n),
 
-k three tenths of the singular values and sigma the mean of the k largest. There is nothing in it to search but lambda,
-so Delta is made once. What is no matrix of a layer is a mean.
+where k is three tenths of the number of singular values and sigma the mean of the k largest. Only lambda is searched,
+so Delta is computed once. Tensors that are not matrices of a layer are averaged.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _NONE = 1e-12
 
 
 def ace(facts: Facts, blend: Blend) -> Pass:
-    """b + lambda Delta; see the module's text."""
+    """b + lambda Delta; see the module docstring."""
     factor = number(blend, "lambda", 1.0)
     if not facts.site.matrices:
         return added_mean(blend, factor)
@@ -47,7 +46,7 @@ def ace(facts: Facts, blend: Blend) -> Pass:
 
 
 def ace_change(matrices: Sequence[Tensor]) -> Tensor:
-    """Delta, float32 [out, in], of task vectors of that kind."""
+    """Delta, float32 [out, in], for task vectors of the same shape and dtype."""
     from evomerge.merging.normal_equations import Filter, nearest, own_products, seen
 
     sizes = [float(matrix.double().square().sum()) for matrix in matrices]
@@ -58,11 +57,11 @@ def ace_change(matrices: Sequence[Tensor]) -> Tensor:
     shares = [1.0 / trace if uneven else 1.0 for trace in traces]
     ridges = [_RIDGE * share for share in shares]
     by = Filter(sum(ridges))
-    # sum_i d'_i e_i / sum_i e_i is the start of the solution, which that ridge leaves towards it.
+    # sum_i d'_i e_i / sum_i e_i is the starting point of the solution, towards which that ridge pulls.
     made = nearest(centred, products, shares, [ridge / by.eps for ridge in ridges], by).double()
     width = made.shape[1]
     ones = seen(made.new_ones(width), centred, products, shares, by)
-    # Sherman and Morrison's formula for 1 q^T: (P^-1 q) n is what the ridge leaves of a row of ones.
+    # The Sherman-Morrison formula for 1 q^T: (P^-1 q) n is what the ridge leaves of a row of ones.
     spread = width * (statistics.fmean(sizes) + _NONE if uneven else 1.0)
     made.addr_(made.sum(dim=1), ones / (spread + ones.sum()), alpha=-1.0)
     if uneven:
@@ -71,7 +70,7 @@ def ace_change(matrices: Sequence[Tensor]) -> Tensor:
 
 
 def _uneven(sizes: Sequence[float]) -> bool:
-    """Whether norms differ so much that each covariance is taken by its shape alone."""
+    """Whether norms differ so much that covariances are normalised by their traces."""
     logs = [math.log(size + _NONE) for size in sizes]
     return len(logs) > 1 and statistics.variance(logs) > _UNEVEN * (statistics.fmean(logs) ** 2 + _NONE)
 
@@ -96,7 +95,7 @@ def _refinement(
 
 
 def _through(rows: Tensor, own: Tensor) -> Tensor:
-    """rows own^T own, by the smaller of the two products."""
+    """rows own^T own, computed as the cheaper of the two products."""
     return rows @ own.T @ own if len(own) < own.shape[1] else rows @ (own.T @ own)
 
 

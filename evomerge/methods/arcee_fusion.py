@@ -1,4 +1,4 @@
-"""Arcee Fusion: the source where it differs importantly from the base, the base elsewhere. As mergekit has it."""
+"""Arcee Fusion: the source where its difference from the base is important, the base elsewhere. As in mergekit."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _FENCE = 1.5
 
 
 def arcee_fusion(facts: Facts, blend: Blend) -> Pass:
-    """x where it differs importantly from b, else b.
+    """x where its difference from b is important, else b.
 
-    The importance of an element is |d| times its row's Kullback-Leibler divergence between softmax(x) and softmax(b);
-    important is what is not below median + fence (q3 - q1), ``fence`` being 1.5 in mergekit. Quartiles are those of the
-    whole tensor, exactly, where mergekit draws a million elements.
+    The importance of an element is |d| times its row's Kullback-Leibler divergence between softmax(x) and softmax(b).
+    It is important if that is not below median + fence (q3 - q1); ``fence`` is 1.5 in mergekit. The quartiles are exact
+    ones of the whole tensor, whereas mergekit samples a million elements.
     """
     names = (base_of(blend), *blend.sources)
 

@@ -1,4 +1,4 @@
-"""Model Breadcrumbs: task vectors without their outliers and without what is small; plain, and with an elected sign.
+"""Model Breadcrumbs: task vectors without outliers and small elements; plain, and with the sign election of TIES.
 
 Davari and Belilovsky, "Model Breadcrumbs" (arXiv 2312.06795), section 3.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def breadcrumbs(facts: Facts, blend: Blend) -> Pass:
-    """b + sum_i w_i m_i d_i, without the floor(gamma n) largest magnitudes and with the floor(p n) largest of the rest.
+    """b + sum_i w_i m_i d_i; masks drop the floor(gamma n) largest magnitudes and keep the next floor(p n).
 
     The paper masks outliers and small perturbations.
     """
@@ -38,7 +38,7 @@ def _without_outliers(facts: Facts, blend: Blend, source: str) -> SparsePart | N
     if share >= 1:
         return windowed(facts, blend, source, 0.0, math.inf)
     kept, top = int(share * size), int(blend.value("gamma", source) * size)
-    small = max(0, size - kept - top)  # as many outliers stay as the density needs
+    small = max(0, size - kept - top)  # outliers are kept if the density requires it
     large = size - small - kept
     if kept == 0:
         return None
@@ -47,7 +47,7 @@ def _without_outliers(facts: Facts, blend: Blend, source: str) -> SparsePart | N
 
 
 _OUTLIERS = MethodParameter("gamma", "source", low=0.0, high=0.05, default=0.01, searched=False, limits=FRACTION)
-# The paper keeps 85 to 90% of a task vector, and the lambda that a validation set chose, 0.3 to 0.5.
+# The paper keeps 85 to 90% of a task vector, and chooses a lambda of 0.3 to 0.5 on a validation set.
 _PARAMETERS = (weight(0.4), density(0.9), _OUTLIERS, scale())
 _GAMMA = per_source("gamma", 0.01)
 

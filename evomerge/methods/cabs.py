@@ -1,8 +1,8 @@
-"""CABS: of every block of elements each source's largest changes, which no other source has.
+"""CABS: each source keeps its largest changes in every block of elements, and no two sources keep the same element.
 
 Yang et al., "CABS: conflict-aware and balanced sparsification for enhancing model merging" (arXiv 2503.01874), section
-4: sources are pruned one after another, each where none before it kept anything (conflict-aware), to n of every m
-neighbours (balanced).
+4: sources are pruned one after another, each only where none before it kept anything (conflict-aware), to n out of
+every m neighbours (balanced).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def cabs(facts: Facts, blend: Blend) -> Pass:
-    """b + lambda sum_i w_i m_i d_i with n : m masks of which no two share an element; m is 256, as for language models.
+    """b + lambda sum_i w_i m_i d_i with disjoint n : m masks; m is 256, as in the paper for language models.
 
-    n = 256 ``density``, rounded. Who comes first has the choice: the order is that of ``priority``, the highest first,
-    and of the sources where it is equal, so that a search over it is one over orders. Where densities sum to more than
-    1, the last get what is left; the reference code lets masks overlap then. A source without weight takes nothing.
+    n = 256 ``density``, rounded. Sources choose in the order of ``priority``, the highest first, and in their own order
+    if priorities are equal, so searching over priorities searches over orders. If densities sum to more than 1, the
+    last sources get what is left, whereas masks in the reference code overlap. A source with weight 0 takes nothing.
     """
     factor, counted = number(blend, "lambda", 1.0), {}
     for source in blend.sources:

@@ -1,4 +1,4 @@
-"""Consensus merging: a sum of task vectors, where enough of them matter beside the others.
+"""Consensus merging: a sum of task vectors, restricted to elements that matter to enough sources.
 
 Wang et al., "Localizing task information for improved model merging and compression" (arXiv 2405.07813), sections 3
 and 4: TALL masks and Consensus Task Arithmetic.
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def consensus(facts: Facts, blend: Blend) -> Pass:
-    """b + lambda c sum_i v_i with v_i = w_i d_i, and a mask c = 1 where at least ``votes`` masks m_i are.
+    """b + lambda c sum_i v_i with v_i = w_i d_i, and a mask c that is 1 where at least ``votes`` of the masks m_i are.
 
-    m_i = 1 where |v_i| > r_i |sum_j v_j - v_i|: the change of source i outweighs what the others make of the element.
-    With two votes go selfish elements, which matter to one source alone, and catastrophic ones, which matter to none.
-    With one vote and r_i = 0 it is task arithmetic. A factor that all weights share moves no mask.
+    m_i = 1 where |v_i| > r_i |sum_j v_j - v_i|: the change of source i outweighs that of all others. Two votes remove
+    selfish elements, which matter to only one source, and catastrophic ones, which matter to none. One vote and r_i = 0
+    is task arithmetic. Multiplying all weights by one factor does not change the masks.
     """
     weights = dict(zip(blend.sources, values(blend, "weight"), strict=True))
     ratios = dict(zip(blend.sources, values(blend, "ratio"), strict=True))
@@ -36,9 +36,9 @@ CONSENSUS = Method(
     consensus,
     (
         weight(0.4),
-        # The paper chooses each from 0.2 to 0.6; 0 is there for task arithmetic to be a point of the space.
+        # The paper chooses each from 0.2 to 0.6; 0 makes task arithmetic a point of the space.
         MethodParameter("ratio", "source", low=0.0, high=0.6, default=0.4, limits=(0.0, 100.0)),
-        # More votes than there are sources leave the base.
+        # With more votes than sources, the result is the base.
         MethodParameter("votes", "blend", low=1, high=2, default=2, kind="int", limits=(0, 1000)),
         scale(),
     ),
@@ -46,7 +46,7 @@ CONSENSUS = Method(
     min_sources=2,
     alone=one_weight({"votes": 1.0, "lambda": 1.0}),
     uniform=equal_weights({"ratio": 0.0, "votes": 1.0, "lambda": 1.0}),
-    differentiable=("lambda",),  # a mask moves with every weight
+    differentiable=("lambda",),  # each mask depends on all weights
     title="Consensus task arithmetic",
     reference="arXiv 2405.07813",
 )

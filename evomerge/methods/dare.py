@@ -1,4 +1,4 @@
-"""DARE: elements of task vectors dropped at random, the rest rescaled; plain, and with the sign election of TIES.
+"""DARE: random elements of task vectors dropped, the rest rescaled; plain, and with the sign election of TIES.
 
 Yu et al., "Language models are super Mario" (arXiv 2311.03099), section 3.
 """
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 def dare_linear(facts: Facts, blend: Blend) -> Pass:
-    """b + sum_i w_i (m_i / p_i) d_i, with random masks that keep an element with chance p_i.
+    """b + sum_i w_i (m_i / p_i) d_i, with random masks that keep an element with probability p_i.
 
-    Drop at random, rescale by 1 / (1 - drop rate), then task arithmetic. ``rescale: false`` leaves out the division.
+    Drop at random, rescale by 1 / (1 - drop rate), then task arithmetic. ``rescale: false`` omits the division.
     """
     return masked_sum(facts, blend, _dropped, elect=False)
 
 
 def dare_ties(facts: Facts, blend: Blend) -> Pass:
-    """``dare_linear`` with the sign election of ``ties``, as in the same paper: DARE in the place of trimming."""
+    """``dare_linear`` with the sign election of ``ties``, as in the same paper: DARE replaces trimming."""
     return masked_sum(facts, blend, _dropped, elect=True)
 
 

@@ -1,4 +1,4 @@
-"""DELLA: elements of task vectors dropped at random, large ones less often; plain, and with the sign election of TIES.
+"""DELLA: random elements of task vectors dropped, large ones less often; plain, and with the sign election of TIES.
 
 Deep et al., "DELLA-Merging" (arXiv 2406.11617), section 3.
 """
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 def della_linear(facts: Facts, blend: Blend) -> Pass:
     """b + sum_i w_i m_i d_i / c_i, with random masks that keep large magnitudes more often.
 
-    Within each row the chance to be kept rises evenly with the rank of the magnitude, from p - epsilon to p + epsilon
-    (epsilon at most what leaves that within 0 and 1). One c_i a tensor keeps the expected L1 norm, where the paper
-    divides each element by its own chance.
+    Within each row the probability to be kept rises evenly with the rank of the magnitude, from p - epsilon to
+    p + epsilon (epsilon is reduced if needed to stay within 0 and 1). One c_i per tensor preserves the expected L1
+    norm, whereas the paper divides each element by its own probability.
     """
     return masked_sum(facts, blend, _dropped_by_rank, elect=False)
 
 
 def della(facts: Facts, blend: Blend) -> Pass:
-    """``della_linear`` with the sign election of ``ties``, as the paper does."""
+    """``della_linear`` with the sign election of ``ties``, as in the paper."""
     return masked_sum(facts, blend, _dropped_by_rank, elect=True)
 
 

@@ -1,8 +1,8 @@
-"""Task arithmetic around a fit: every tensor has of every source as much as right answers want.
+"""Task arithmetic around a fit: each tensor takes as much of every source as the fit to right answers found best.
 
-W = b + sum_i w_i c_i d_i, where the c_i of each tensor are fitted to right answers, on items of their own, before the
-search (``evomerge.merging.fitting.coefficients``): one number for each tensor and source, as layer-wise AdaMerging has
-them (Yang et al., arXiv 2310.02575, section 3.2). Where all weights are 1 it is the fit itself.
+W = b + sum_i w_i c_i d_i, where the c_i of each tensor are fitted to right answers before the search, on separate items
+(``evomerge.merging.fitting.coefficients``): one number per tensor and source, as in layer-wise AdaMerging (Yang et al.,
+arXiv 2310.02575, section 3.2). With all weights at 1 this is the fit itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def fitted(facts: Facts, blend: Blend) -> Pass:
-    """See the module's text."""
+    """The equation in the module docstring."""
     base = base_of(blend)
     wanted = facts.coefficients_of(base, blend.sources)
     return added(base, blend.sources, [w * c for w, c in zip(values(blend, "weight"), wanted, strict=True)])

@@ -1,19 +1,19 @@
-"""Gram: the change that is nearest to every task vector on the inputs that the task vector itself shows.
+"""Gram: the change closest to every task vector on the inputs that the task vector itself implies.
 
-Without data, the rows of a task vector d_i [out, in] stand for its layer's inputs: gradients are sums of them. With
-G_i = d_i^T d_i and c_i = w_i / |d_i|^(2p), the change that disturbs each source least on its own inputs is, in one
-form,
+Without data, the rows of a task vector d_i [out, in] stand in for its layer's inputs, since gradients are sums of
+these. With G_i = d_i^T d_i and c_i = w_i / |d_i|^(2p), the change that disturbs each source least on its own inputs has
+the general form
 
     b + lambda (s + (D - s C) h(C)),    C = sum_i c_i G_i,    D = sum_i c_i d_i G_i,
 
 with a ridge h(l) = 1 / (l + eps), or the filter of gradient descent h(l) = (1 - exp(-l / eps)) / l, over a share of the
-largest eigenvalues, and a start s, which stays where the task vectors show nothing. The methods of four papers are
-points of this box, or near ones:
+largest eigenvalues, and a starting point s, which remains where the task vectors imply nothing. The methods of four
+papers are points of this parameter space, or close to one:
 
-* WUDI (arXiv 2503.08099, ``wudi``): p = 1, no start, a ridge that is only there to invert.
+* WUDI (arXiv 2503.08099, ``wudi``): p = 1, s = 0, a ridge only to make C invertible.
 * ACTMat (arXiv 2604.01329, ``actmat``): p = 0, weights, the pseudo-inverse.
-* SWUDI (arXiv 2606.07289, ``swudi``): p = 1, from the sum of task vectors, gradient descent, the largest eigenvalues.
-* ACE (arXiv 2603.02945, ``ace``): p = 0 or 1 by how uneven norms are, a ridge towards the mean, and more.
+* SWUDI (arXiv 2606.07289, ``swudi``): p = 1, s the sum of task vectors, gradient descent, the largest eigenvalues.
+* ACE (arXiv 2603.02945, ``ace``): p = 0 or 1 depending on how uneven norms are, a ridge towards the mean, and more.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 
 def gram(facts: Facts, blend: Blend) -> Pass:
-    """See the module's text. eps is in units of the mean eigenvalue of C, so that neither norms nor widths change it.
+    """The equation in the module docstring. eps is relative to the mean eigenvalue of C, and so scale-independent.
 
-    The start is ``start`` times the weighted mean of the task vectors: nothing at 0, their sum at as many as there are
-    sources, if these have equal weights. Where the ridge is large, a start of 1 is their mean.
+    s is ``start`` times the weighted mean of the task vectors: zero for 0, and for equal weights their sum if ``start``
+    is the number of sources. With a large ridge and a ``start`` of 1, the result is close to the mean.
     """
     return solved(
         facts,
@@ -54,16 +54,16 @@ def gram(facts: Facts, blend: Blend) -> Pass:
 
 
 def actmat(facts: Facts, blend: Blend) -> Pass:
-    """b + lambda (sum_i w_i d_i G_i) (sum_i w_i G_i)^+, the pseudo-inverse as the limit of a small ridge.
+    """b + lambda (sum_i w_i d_i G_i) (sum_i w_i G_i)^+, with the pseudo-inverse as the limit of a small ridge.
 
-    From the mean, which changes nothing: no task vector has anything where C is zero.
+    Starting at the mean makes no difference, because all task vectors are zero where C is.
     """
     return solved(facts, blend, values(blend, "weight"), norm=0.0, start=1.0, eps=_LIMIT)
 
 
 _LIMIT = 1e-8
-"""Of the mean eigenvalue: a ridge as good as none, above what rounding to float32 makes of directions that a change has
-not, which a pseudo-inverse would make large."""
+"""Relative to the mean eigenvalue: negligible as a ridge, yet above the float32 rounding errors in directions that a
+change does not have, which a pseudo-inverse would amplify."""
 
 
 def solved(
@@ -77,7 +77,7 @@ def solved(
     flow: bool = False,
     rank: float = 1.0,
 ) -> Pass:
-    """Gram at one point of its box: a weighted mean of what is no matrix of a layer, else from products made once."""
+    """Gram at one point of its parameter space, from cached products; a weighted mean if not a matrix of a layer."""
     base, factor, total, site = base_of(blend), number(blend, "lambda", 1.0), sum(weights), facts.site
     if not total:
         return Combine({base: 1.0})
@@ -93,18 +93,18 @@ def solved(
         products = _products(facts, (base, *blend.sources), matrix)
         squares = products["squares"].tolist()
         shares = [w / square**norm if square else 0.0 for w, square in zip(weights, squares, strict=True)]
-        mean = sum(c * square for c, square in zip(shares, squares, strict=True)) / width  # of the eigenvalues of C
+        mean = sum(c * square for c, square in zip(shares, squares, strict=True)) / width  # mean eigenvalue of C
         shares = [shares[i] / (mean or 1.0) for i in used]
         solvers.append(_solver(_only(products, used), shares, starts, by))
     return changed_by_matrix(site, (base, *(blend.sources[i] for i in used)), solvers, factor)
 
 
 Solver: TypeAlias = "Callable[[list[Tensor]], Tensor]"
-"""(task vectors of a matrix, float32 [out, in]) -> the change to it, of that kind."""
+"""(task vectors of a matrix, float32 [out, in]) -> the change to the matrix, same shape and dtype."""
 
 
 def changed_by_matrix(site: Site, names: tuple[str, ...], solvers: Sequence[Solver], factor: float) -> Pass:
-    """The base and ``factor`` times a change to each of a tensor's matrices, from the task vectors of ``names[1:]``."""
+    """The base plus ``factor`` times a change to each of a tensor's matrices, from the task vectors ``names[1:]``."""
     from evomerge.merging.normal_equations import matrix_of
 
     def whole(tensors: Sequence[Tensor]) -> Tensor:
@@ -119,7 +119,7 @@ def changed_by_matrix(site: Site, names: tuple[str, ...], solvers: Sequence[Solv
 
 
 def _products(facts: Facts, names: tuple[str, ...], matrix: int) -> Products:
-    """The products of all task vectors of a matrix, which no number of a candidate changes."""
+    """The products of all task vectors of a matrix, which are the same for every candidate."""
     from evomerge.merging.normal_equations import changes, own_products
 
     def compute() -> Products:
@@ -129,7 +129,7 @@ def _products(facts: Facts, names: tuple[str, ...], matrix: int) -> Products:
 
 
 def _kept(rows: int, columns: int, count: int) -> int:
-    """The bytes of ``own_products``: float64 but for the basis and what is in it."""
+    """The bytes of ``own_products``: float64 except for the basis and what is expressed in it."""
     width = min(columns, count * rows)
     made = 8 * count + 8 * count * width * (width + 1) // 2
     if rows < columns:
@@ -138,7 +138,7 @@ def _kept(rows: int, columns: int, count: int) -> int:
 
 
 def _only(products: Products, used: Sequence[int]) -> Products:
-    """The products of some of the task vectors; a basis of all is one of these, too."""
+    """The products of only some of the task vectors; a basis of all vectors is also one of these."""
     if len(used) == len(products["squares"]):
         return products
     return {name: kept if name == "basis" else kept[used] for name, kept in products.items()}
@@ -151,7 +151,7 @@ def _solver(products: Products, shares: Sequence[float], starts: Sequence[float]
 
 
 WEIGHT = MethodParameter("weight", "source", 0.0, 1.5, 1.0, limits=(0.0, 1e6), share=True)
-"""C must have no negative part. Only their ratios count."""
+"""C must not have a negative part. Only the ratios of weights matter."""
 
 GRAM = Method(
     "gram",

@@ -1,4 +1,4 @@
-"""Karcher: the point of least mean squared angle to the sources' directions, as in arXiv 2603.04972."""
+"""Karcher: the point with the least mean squared angle to the sources' directions, as in arXiv 2603.04972."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def karcher(facts: Facts, blend: Blend) -> Pass:
-    """The Karcher mean of the sources' directions, weighted; see ``sphere.karcher``."""
+    """The weighted Karcher mean of the sources' directions; see ``sphere.karcher``."""
     if len(blend.sources) == 1:
         return Combine({blend.sources[0]: 1.0})
     given = np.array(values(blend, "weight"))

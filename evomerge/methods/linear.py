@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def linear(facts: Facts, blend: Blend) -> Pass:
-    """sum_i w_i x_i / sum_i w_i. Weights that sum to zero say nothing of a mean: then all count the same."""
+    """sum_i w_i x_i / sum_i w_i. If the weights sum to zero, all sources count equally."""
     shares = weights(blend, normalize=True)
     if switch(blend, "normalize", True) and cancel(shares):
         shares = [1 / len(shares)] * len(shares)
@@ -29,7 +29,7 @@ def linear(facts: Facts, blend: Blend) -> Pass:
 LINEAR = Method(
     "linear",
     linear,
-    # Only the ratios of the weights count, so there is nothing to find above 1.
+    # Only the ratios of the weights matter, so there is nothing to gain above 1.
     (weight(1.0, high=1.0),),
     switches={"normalize": True},
     alone=one_weight(),

@@ -1,4 +1,4 @@
-"""Localize-and-Stitch without data: each source's largest changes in its whole model, averaged where they overlap.
+"""Localize-and-Stitch without data: each source's largest changes over its whole model, averaged where they overlap.
 
 He et al., "Localize-and-Stitch: efficient model merging via sparse task arithmetic" (arXiv 2408.13656), section 4: the
 dataless localisation, and stitching.
@@ -17,15 +17,15 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from evomerge.merging.measured.facts import Facts
 
-_MIN = 2.0**-149  # the least magnitude of a float32 but zero
+_MIN = 2.0**-149  # the smallest positive float32
 
 
 def localize_and_stitch(facts: Facts, blend: Blend) -> Pass:
     """b + lambda sum_i w_i m_i d_i / sum_i w_i m_i: the weighted mean of the sources whose mask has the element.
 
-    m_i has the share ``density`` of the elements of the whole model in which source i changed most: layers that it
-    changed little give little. The paper's overlaps have plain means, which are equal weights; weights count where
-    masks overlap alone.
+    m_i keeps the fraction ``density`` of the elements of the whole model that source i changed most, so layers that
+    changed little contribute little. The paper takes plain means where masks overlap, which are equal weights; only
+    there do weights matter.
     """
     base, shares, lows = base_of(blend), {}, {}
     for source, share, kept in zip(blend.sources, values(blend, "weight"), values(blend, "density"), strict=True):
@@ -37,7 +37,7 @@ def localize_and_stitch(facts: Facts, blend: Blend) -> Pass:
 
 
 def _low(facts: Facts, base: str, source: str, kept: float) -> float:
-    """The least magnitude in the mask. What a source left as it was is in it only where all is."""
+    """The smallest magnitude in the mask. Unchanged elements are in it only if all elements are."""
     return max(facts.model_threshold(base, source, kept), _MIN) if kept < 1 else 0.0
 
 
@@ -47,7 +47,7 @@ LOCALIZE_AND_STITCH = Method(
     "localize_and_stitch",
     localize_and_stitch,
     (
-        weight(1.0, high=1.0),  # only their ratios count
+        weight(1.0, high=1.0),  # only their ratios matter
         # The paper keeps 1 to 10%.
         MethodParameter("density", "source", low=0.01, high=1.0, default=0.1, limits=FRACTION),
         scale(searched=True),

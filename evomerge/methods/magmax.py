@@ -1,4 +1,4 @@
-"""MagMax: of every element the change of the source that changed it most.
+"""MagMax: each element takes the change of the source that changed it most.
 
 Marczak et al., "MagMax: leveraging model merging for seamless continual learning" (arXiv 2407.06322), section 4.
 """
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def magmax(facts: Facts, blend: Blend) -> Pass:
-    """b + lambda w_p d_p, of every element p that i for which |w_i d_i| is largest.
+    """b + lambda w_p d_p where, for each element, p is the i with the largest |w_i d_i|.
 
-    The paper has no weights, which is to say equal ones. Of opposite changes of one size the positive one is taken.
+    The paper has no weights, which amounts to equal ones. If opposite changes are equally large, the positive one wins.
     """
     factor = number(blend, "lambda", 1.0)
     weights = [factor * w for w in values(blend, "weight")]
@@ -30,7 +30,7 @@ def magmax(facts: Facts, blend: Blend) -> Pass:
 MAGMAX = Method(
     "magmax",
     magmax,
-    # 0.5: the scaling factor of the paper.
+    # 0.5: the paper's scaling factor.
     (weight(0.5), scale()),
     needs_base=True,
     alone=one_weight({"lambda": 1.0}),

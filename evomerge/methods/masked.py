@@ -1,4 +1,4 @@
-"""What methods share that add up task vectors of which each is masked: by magnitude, or at random."""
+"""Shared by methods that add up masked task vectors, whether the masks are by magnitude or random."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from evomerge.merging.measured.facts import Facts
 
 Mask = Callable[["Facts", Blend, str], SparsePart | None]
-"""(facts about one tensor, blend, source) -> its masked task vector, with no weight yet; None where nothing is kept."""
+"""(facts about one tensor, blend, source) -> the masked task vector, before weighting; None if nothing is kept."""
 
 ALL_KEPT: Mapping[str, Value] = {"density": 1.0, "lambda": 1.0}
-"""Where nothing is masked, and the weights alone say what is added."""
+"""The parameters at which nothing is masked, and only the weights determine what is added."""
 
 
 def masked_sum(facts: Facts, blend: Blend, mask: Mask, *, elect: bool) -> Pass:
     """b + lambda sum_i w_i m_i d_i.
 
     Args:
-        elect: keep of each element only what has the sign of the weighted sum. Their weighted mean is taken where the
-            blend says ``normalize: true``.
+        elect: keep only those elements whose sign is that of the weighted sum. If the blend says ``normalize: true``,
+            take their weighted mean.
     """
     base, factor = base_of(blend), number(blend, "lambda", 1.0)
     divide = elect and switch(blend, "normalize", False)
@@ -42,7 +42,7 @@ def masked_sum(facts: Facts, blend: Blend, mask: Mask, *, elect: bool) -> Pass:
 
 
 def windowed(facts: Facts, blend: Blend, source: str, low: float, high: float) -> SparsePart:
-    """The task vector where its magnitude is within [low, high), rescaled to its whole L1 norm if the blend says so."""
+    """The task vector where its magnitude is in [low, high), rescaled to its full L1 norm if the blend says so."""
     factor = 1.0
     if switch(blend, "rescale", False):
         whole, kept = facts.window_sums(base_of(blend), source, low, high)
@@ -51,5 +51,5 @@ def windowed(facts: Facts, blend: Blend, source: str, low: float, high: float) -
 
 
 def switches(*, rescale: bool) -> Mapping[str, bool]:
-    """The yes/no settings of all such methods, with their defaults."""
+    """The switches of all these methods, with their defaults."""
     return {"normalize": False, "rescale": rescale}

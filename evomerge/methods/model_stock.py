@@ -1,4 +1,4 @@
-"""Model Stock: from the base towards the mean of the sources, as far as the angles between them say.
+"""Model Stock: from the base towards the mean of the sources, by a distance that follows from their angles.
 
 Jang et al., "Model Stock: all we need is just a few fine-tuned models" (arXiv 2403.19522).
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def model_stock(facts: Facts, blend: Blend) -> Pass:
     """b + lambda t (mean_i x_i - b), with t from the angles between the task vectors; see ``sphere.stock_ratio``.
 
-    lambda is 1 in the paper. ``filter_wise: true`` gives each row of a matrix a t of its own.
+    lambda is 1 in the paper. ``filter_wise: true`` gives each row of a matrix its own t.
     """
     base, factor, count = base_of(blend), number(blend, "lambda", 1.0), len(blend.sources)
     if not switch(blend, "filter_wise", False):

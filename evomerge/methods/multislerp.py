@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def multislerp(facts: Facts, blend: Blend) -> Pass:
-    """The barycentre of directions, of task vectors where there is a base; see ``sphere.multislerp``."""
+    """The barycentre of the directions of the sources, or of task vectors given a base; see ``sphere.multislerp``."""
     if len(blend.sources) == 1:
         return Combine({blend.sources[0]: 1.0})
     shares = np.array(weights(blend, normalize=True))

@@ -1,6 +1,6 @@
-"""NearSwap: the source where it is near the base, and towards it where it is not.
+"""NearSwap: the source where it is close to the base, and the base moved towards it elsewhere.
 
-alchemonaut's NearSwap, as mergekit has it (https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001).
+alchemonaut's NearSwap, as in mergekit (https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _T = 0.001
 
 
 def nearswap(facts: Facts, blend: Blend) -> Pass:
-    """b + min(1, t / |d|) d: the source where it is near the base, and towards it by t where it is not."""
+    """b + min(1, t / |d|) d: the source where it is within t of the base, elsewhere the base moved towards it by t."""
     t = number(blend, "t", _T)
 
     def rows(tensors: Sequence[Tensor], first_row: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""NuSLERP: SLERP by weights, of the task vectors where there is a base, as a whole or vector by vector.
+"""NuSLERP: SLERP with weights, on task vectors if there is a base, for the whole tensor or vector by vector.
 
 mergekit's nuslerp (Goddard).
 """
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from evomerge.merging.arithmetic.sphere import Vector
     from evomerge.merging.measured.facts import Facts
 
-_COLINEAR = 1 - 1e-12  # |cos| from which on there is no arc to speak of: float64 has its sine to four digits there
+_COLINEAR = 1 - 1e-12  # |cos| above which vectors count as parallel: float64 has the sine to four digits there
 
 
 def nuslerp(facts: Facts, blend: Blend) -> Pass:
-    """SLERP at t = w_2 / (w_1 + w_2), of the task vectors where there is a base.
+    """SLERP at t = w_2 / (w_1 + w_2), on task vectors if there is a base.
 
-    ``flatten: false`` takes each row of a matrix as a vector of its own instead of the whole; with ``row_wise: true``
-    as well, each column.
+    ``flatten: false`` treats each row of a matrix as a vector of its own instead of the whole matrix; with ``row_wise:
+    true`` as well, each column.
     """
     first, second = values(blend, "weight")
     t = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
@@ -77,13 +77,13 @@ def _of_many(facts: Facts, blend: Blend, t: float) -> Pass:
 
 
 def _pairs_of(first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What inner products are summed from, in float64: squares of small changes underflow in float32."""
+    """The factors whose products sum to inner products, in float64: squares of small changes underflow in float32."""
     first, second = first.double(), second.double()
     return [(first, first), (first, second), (second, second)]
 
 
 def _slerp_of_many(products: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """``sphere.slerp`` for many pairs of vectors at once, from <a, a>, <a, b>, <b, b>; zero is at a right angle."""
+    """``sphere.slerp`` for many pairs of vectors at once, from <a, a>, <a, b>, <b, b>; zero counts as perpendicular."""
     aa, ab, bb = products
     cosine = (ab / (aa * bb).sqrt().clamp(min=1e-300)).clamp(-1, 1)
     straight = cosine.abs() >= _COLINEAR

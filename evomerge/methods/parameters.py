@@ -1,4 +1,4 @@
-"""Parameters that several methods take, and the points at which weights make a merge a source or the average."""
+"""Parameters shared by several methods, and the points at which weights make a merge a single source or the average."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def density(default: float) -> MethodParameter:
 def scale(*, searched: bool = False) -> MethodParameter:
     """The lambda of the papers: a factor on the whole sum of task vectors.
 
-    Where weights are not normalised it only multiplies them, and a search over both would walk the same models many
-    times; so a search leaves it at 1 unless the method has no weights.
+    If weights are not normalised, lambda only multiplies them, and a search over both would visit the same models many
+    times. A search therefore leaves it at 1 unless the method has no weights.
     """
     return MethodParameter("lambda", "blend", low=0.0, high=2.0, default=1.0, searched=searched)
 
 
 def one_weight(others: Mapping[str, Value] | None = None) -> Callable[[Sequence[str], str | None], Point]:
-    """``Method.alone`` by a weight of one for the source and of none for others, the other parameters at ``others``."""
+    """``Method.alone`` with weight 1 for the source and 0 for all others; the other parameters are ``others``."""
 
     def alone(sources: Sequence[str], source: str | None) -> Point:
         return {"weight": {name: float(name == source) for name in sources}, **(others or {})}
@@ -35,7 +35,7 @@ def one_weight(others: Mapping[str, Value] | None = None) -> Callable[[Sequence[
 
 
 def equal_weights(others: Mapping[str, Value] | None = None) -> Callable[[Sequence[str]], Point]:
-    """``Method.uniform`` by equal weights of sum one, the other parameters at ``others``."""
+    """``Method.uniform`` with equal weights that sum to 1; the other parameters are ``others``."""
 
     def uniform(sources: Sequence[str]) -> Point:
         return {"weight": dict.fromkeys(sources, 1.0 / len(sources)), **(others or {})}
@@ -44,7 +44,7 @@ def equal_weights(others: Mapping[str, Value] | None = None) -> Callable[[Sequen
 
 
 def same_weights(others: Mapping[str, Value] | None = None) -> Callable[[Sequence[str], float], Point]:
-    """``Method.arithmetic`` by one weight for all sources, the other parameters at ``others``."""
+    """``Method.arithmetic`` with the same weight for all sources; the other parameters are ``others``."""
 
     def arithmetic(sources: Sequence[str], weight: float) -> Point:
         return {"weight": dict.fromkeys(sources, weight), **(others or {})}

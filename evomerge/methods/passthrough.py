@@ -1,4 +1,4 @@
-"""Passthrough: one source as it is, or scaled, as layers in stacks of layers are."""
+"""Passthrough: a single source, optionally scaled, as for layers in layer stacks."""
 
 from __future__ import annotations
 

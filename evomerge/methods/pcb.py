@@ -1,7 +1,7 @@
-"""PCB-Merging: of every element a mean of the changes, each by how much it counts in its source and among the others.
+"""PCB-Merging: a mean of the changes of each element, weighted by their importance within and between sources.
 
-Du et al., "Parameter competition balancing for model merging" (arXiv 2410.02396), section 3, tensor by tensor, where
-the paper ranks the elements of a whole model.
+Du et al., "Parameter competition balancing for model merging" (arXiv 2410.02396), section 3, applied per tensor; the
+paper ranks the elements of a whole model.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _CLAMP, _RATIO, _TINY = 0.01, 0.05, 1e-12
 
 @dataclass(frozen=True)
 class _Scores:
-    """How much the changes of sources count: exp(n c^2) tanh(d sum_j d_j), c being |d| clamped, from 0 to 1.
+    """The scores of the sources' changes: exp(n c^2) tanh(d sum_j d_j), where c is |d| clamped and mapped to [0, 1].
 
     Attributes:
-        lows, highs: between which each source's magnitudes are clamped.
+        lows, highs: the bounds that each source's magnitudes are clamped to.
     """
 
     lows: Sequence[float]
@@ -40,7 +40,7 @@ class _Scores:
         return delta.abs().clamp(self.lows[source], self.highs[source])
 
     def of(self, source: int, rows: Sequence[Tensor]) -> Tensor:
-        """Of one source; none below zero, where it opposes the sum."""
+        """The scores of one source; zero where it opposes the sum."""
         base, *tensors = rows
         total = sum((tensor - base for tensor in tensors[1:]), tensors[0] - base)
         delta, low, high = tensors[source] - base, self.lows[source], self.highs[source]
@@ -49,10 +49,10 @@ class _Scores:
 
 
 def pcb(facts: Facts, blend: Blend) -> Pass:
-    """b + lambda sum_i w_i s_i d_i / sum_i s_i, with the share ``ratio`` of each source's highest scores.
+    """b + lambda sum_i w_i s_i d_i / sum_i s_i, over the fraction ``ratio`` of each source's highest scores.
 
-    s_i is what a score is above the lowest of these, the highest being 1. Magnitudes are clamped at ``clamp`` of the
-    elements at both ends.
+    s_i is the score minus the lowest of these, scaled so that the highest is 1. Magnitudes are clamped at the quantile
+    ``clamp`` from both ends.
     """
     names, ratio, clamp = (
         (base_of(blend), *blend.sources),

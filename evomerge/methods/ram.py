@@ -1,6 +1,6 @@
-"""RAM and RAM+: what one source alone changed is taken whole, what several changed as their mean.
+"""RAM and RAM+: changes by only one source are taken in full, and changes by several sources are averaged.
 
-"Reinforced Agent Merging" (arXiv 2601.13572). Changed means |d_i| > epsilon.
+"Reinforced Agent Merging" (arXiv 2601.13572). "Changed" means |d_i| > epsilon.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ _MIN, _RISE, _MAX = 1e-5, 0.1, 0.2  # defaults of epsilon, r and alpha
 
 
 def ram(facts: Facts, blend: Blend) -> Pass:
-    """b + lambda times: d_i where only source i changed the element, the mean of d_i where several did."""
+    """b + lambda times d_i where only source i changed the element, and the mean of d_i where several sources did."""
     return _ram(blend, [1.0] * len(blend.sources))
 
 
 def ramplus_tl(facts: Facts, blend: Blend) -> Pass:
-    """``ram`` with what a source changed alone multiplied by 1 + r min(shared_i / alone_i, alpha).
+    """``ram`` with changes by a single source multiplied by 1 + r min(shared_i / alone_i, alpha).
 
-    RAM+, tensor by tensor ("TL"): shared_i and alone_i count the elements that source i changed with others and alone.
+    RAM+, tensor by tensor ("TL"): shared_i counts the elements that source i changed with others, alone_i those that
+    only it changed.
     """
     import torch
 

@@ -1,11 +1,11 @@
-"""RegMean: the linear layer that is nearest to what each source's own layer gives on its own inputs.
+"""RegMean: the linear layer whose outputs are closest to those of each source's own layer on its own inputs.
 
 Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models" (arXiv 2212.09849), equation 2 and section
 3.3: for W_i [out, in], the inputs' Gram matrices G_i [in, in] and weights c_i,
 
     W = (sum_i c_i W_i G~_i) (sum_i c_i G~_i)^-1,    G~ = a G + (1 - a) diag(G).
 
-What is no weight of a linear layer is a weighted mean.
+All parameters other than weights of linear layers are averaged with these weights.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from evomerge.merging.measured.inputs import LayerInput
 
 _RIDGE = 1e-6
-"""Of the mean of the diagonal, towards the weighted mean of the weights: channels that no text reaches leave the sum
-singular, and sources that no text reached (experts of a mixture) have no Gram matrix that counts."""
+"""A ridge towards the weighted mean, relative to the mean of the diagonal. Channels that no text reaches leave the sum
+singular, and sources that no text reached (experts of a mixture) have no usable Gram matrix."""
 
 
 def regmean(facts: Facts, blend: Blend) -> Pass:
-    """See the module's text."""
+    """The equation in the module docstring."""
     return nearest_on(facts, blend, facts.input_of)
 
 
 def nearest_on(facts: Facts, blend: Blend, input_of: Callable[[str], LayerInput]) -> Pass:
-    """The linear layer that is nearest to the sources' own on some inputs; a weighted mean of what is none.
+    """The linear layer closest to the sources' own on some inputs; for other tensors, a weighted mean.
 
     Args:
-        input_of: gives, by the name of a source, the inputs that its layer counts on.
+        input_of: maps a source's name to the inputs of its layer.
     """
     weights, off = values(blend, "weight"), number(blend, "off_diagonal", 0.9)
-    if not any(weights):  # the limit where all go to zero alike
+    if not any(weights):  # the limit as all go to zero equally
         weights = [1.0] * len(weights)
     shares = {name: w / sum(weights) for name, w in zip(blend.sources, weights, strict=True) if w}
     if not facts.site.is_matrix or len(shares) == 1:

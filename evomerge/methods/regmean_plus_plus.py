@@ -1,12 +1,12 @@
-"""RegMean++: RegMean whose inputs have come through the merged layers.
+"""RegMean++: RegMean on inputs that have passed through the merged layers.
 
 Nguyen et al., "RegMean++: Enhancing Effectiveness and Generalization of Regression Mean for Model Merging" (arXiv
-2508.03121): the equation of RegMean (``regmean``), where the inputs of layer l of source i are what that layer is given
-when the texts of source i have gone through the merged layers 0 to l - 1. As in the authors' code, all linear parts of
-a layer are observed within the source's own layer, not behind parts of it that are merged already.
+2508.03121): the equation of RegMean (``regmean``), where the inputs of layer l of source i are what that layer receives
+after the texts of source i have passed through the merged layers 0 to l - 1. As in the authors' code, all linear
+modules of a layer are observed within the source's own layer, not after merged modules of the same layer.
 
-The inputs follow from the numbers of a candidate, so that nothing of them is kept: a candidate costs about two runs of
-a model over the texts of each source.
+The inputs depend on the candidate, so nothing can be cached: a candidate costs about two forward passes over the texts
+of each source.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def regmean_plus_plus(facts: Facts, blend: Blend) -> Pass:
-    """See the module's text."""
+    """The equation in the module docstring."""
     return nearest_on(facts, blend, facts.merged_input_of)
 
 
@@ -33,7 +33,7 @@ REGMEAN_PLUS_PLUS = Method(
     "regmean_plus_plus",
     regmean_plus_plus,
     (WEIGHT, MethodParameter("off_diagonal", "blend", 0.0, 1.0, 0.9, limits=FRACTION)),
-    alone=one_weight({"off_diagonal": 0.9}),  # which does not count there
+    alone=one_weight({"off_diagonal": 0.9}),  # which has no effect there
     needs=("merged_inputs",),
     title="RegMean++",
     reference="arXiv 2508.03121",

@@ -1,16 +1,16 @@
-"""ResMerge, for experts of reinforcement learning: what is left of task vectors without their first singular vectors.
+"""ResMerge, for experts trained with reinforcement learning: merges task vectors without their first singular vectors.
 
-Sun et al., "ResMerge" (arXiv 2606.02252), and its reference code. With A_i the part of rank 1 of d_i that is nearest to
-it (its head), R_i = d_i - A_i the residual, and q_i = R_i / |R_i|, for n sources and each matrix of a layer:
+Sun et al., "ResMerge" (arXiv 2606.02252), and its reference code. With A_i the best rank-1 approximation of d_i (its
+head), R_i = d_i - A_i the residual, and q_i = R_i / |R_i|, for n sources and each matrix of a layer:
 
 * the backbone has the direction of q = sum_i q_i and the length c^beta mean_i |R_i|, with c = |q| / n the coherence and
-  beta from 1 for opposite residuals to 0.7 for equal ones; where c is no more than 1 / sqrt(n), which random directions
-  have, it is the mean of the R_i;
+  beta from 1 for opposite residuals to 0.7 for equal ones; if c is at most 1 / sqrt(n), the value for random
+  directions, the backbone is the mean of the R_i;
 * the head has the direction of sum_i A_i and the length rho a |backbone|, with a the mean of the positive cosines
   between heads.
 
-What is no matrix of a layer is a mean. All of it lies in the span of the d_i and the A_i: the singular vectors and the
-inner products are evidence, and a candidate costs one pass.
+Tensors that are not matrices of a layer are averaged. The result lies in the span of the d_i and the A_i: the singular
+vectors and the inner products are kept as evidence, and a candidate costs one pass.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from evomerge.recipes.stack import Blend
 
 _BETA, _FALL, _RHO = 1.0, 0.3, 0.2
-_SMALL = 1e-8  # a length that is none
+_SMALL = 1e-8  # lengths below this count as zero
 
 
 def resmerge(facts: Facts, blend: Blend) -> Pass:
-    """b + lambda (backbone + head). Experts that are kept in one tensor are matrices of their own."""
+    """b + lambda (backbone + head). Experts stored in one tensor are separate matrices."""
     import torch
 
     base, names, factor = base_of(blend), blend.sources, number(blend, "lambda", 1.0)
@@ -61,7 +61,7 @@ def _mixed(changes: Vector, crossed: Vector, heads: Vector, beta: float, rho: fl
     Args:
         changes, crossed, heads: [n, n] inner products of the d_i, of d_i with A_j, and of the A_i.
     """
-    inner = changes - crossed - crossed.T + heads  # of the R_i
+    inner = changes - crossed - crossed.T + heads  # inner products of the R_i
     backbone = _backbone(inner, beta)
     length = math.sqrt(max(float(backbone @ inner @ backbone), 0.0))
     whole = math.sqrt(max(float(heads.sum()), 0.0))
@@ -72,7 +72,7 @@ def _mixed(changes: Vector, crossed: Vector, heads: Vector, beta: float, rho: fl
 
 
 def _backbone(inner: Vector, beta: float) -> Vector:
-    """Coefficients of the R_i in the backbone, of their inner products."""
+    """Coefficients of the R_i in the backbone, from their inner products."""
     count, lengths = len(inner), np.sqrt(np.maximum(np.diag(inner), 0.0))
     inverse = np.divide(1, lengths, where=lengths > _SMALL, out=np.zeros(count))
     size = math.sqrt(max(float(inverse @ inner @ inverse), 0.0))
@@ -86,7 +86,7 @@ def _backbone(inner: Vector, beta: float) -> Vector:
 
 
 def _pairs(inner: Vector) -> Vector:
-    """The cosines between two vectors of some, those that are not zero."""
+    """The cosines of all pairs of vectors, without zero vectors."""
     lengths = np.sqrt(np.maximum(np.diag(inner), 0.0))
     there = lengths > _SMALL
     cosines = inner[np.ix_(there, there)] / np.outer(lengths[there], lengths[there])
@@ -94,11 +94,11 @@ def _pairs(inner: Vector) -> Vector:
 
 
 def _heads(tensors: Sequence[Tensor], name: str) -> Tensors:
-    """Of a base and n sources, matrices or experts of one tensor each.
+    """The heads and inner products of n sources, for a base and sources as matrices, or as experts of one tensor each.
 
     Returns:
         left [matrices, rows, n], right [matrices, n, columns]: float32, the A_i as products of their columns and rows.
-        changes, crossed, heads: float64 [matrices, n, n], as of ``_mixed``.
+        changes, crossed, heads: float64 [matrices, n, n], as for ``_mixed``.
     """
     import torch
 
@@ -109,7 +109,7 @@ def _heads(tensors: Sequence[Tensor], name: str) -> Tensors:
     for matrix in range(len(base)):
         changes = [source[matrix].double() - base[matrix].double() for source in sources]
         parts = [decomposed(change, most=1, name=name) for change in changes]
-        left = torch.cat([(u * s).sum(dim=1, keepdim=True) for u, s, _ in parts], dim=1)  # zero where there is none
+        left = torch.cat([(u * s).sum(dim=1, keepdim=True) for u, s, _ in parts], dim=1)  # zero if there is none
         right = torch.cat([v.sum(dim=1, keepdim=True) for _, _, v in parts], dim=1)
         flat = torch.stack([change.flatten() for change in changes])
         found["left"].append(left.float())
@@ -124,7 +124,7 @@ RESMERGE = Method(
     "resmerge",
     resmerge,
     (
-        # The longer the backbone the smaller beta; the paper's falls from here by 0.3 as residuals agree.
+        # The smaller beta, the longer the backbone; in the paper beta falls from this value by 0.3 as residuals agree.
         MethodParameter("beta", "blend", low=0.0, high=2.0, default=_BETA, limits=(0.0, 100.0)),
         MethodParameter("rho", "blend", low=0.0, high=1.0, default=_RHO),
         scale(searched=True),

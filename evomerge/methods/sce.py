@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 def sce(facts: Facts, blend: Blend) -> Pass:
-    """b + sum_i g_i e_i d_i / sum_i g_i e_i, over the elements that were selected.
+    """b + sum_i g_i e_i d_i / sum_i g_i e_i, over the selected elements.
 
-    Select the share ``select_topk`` of elements whose task vectors vary most between sources (of those that vary at
-    all); calculate for each source the share g_i of its squared norm over what was selected; erase (e_i = 0) where its
-    sign is not that of the sum.
+    Select the fraction ``select_topk`` of elements whose task vectors vary most between sources (of those that vary at
+    all). Calculate for each source its share g_i of the squared norm over the selected elements. Erase (e_i = 0) the
+    elements whose sign differs from that of the sum.
     """
     names, share = (base_of(blend), *blend.sources), number(blend, "select_topk", 1.0)
     least = 0.0
     if share < 1:
-        # In float32, as mergekit counts: 5/6 of 2304 are 1920 there, and 1919 in float64.
+        # In float32, as in mergekit: 5/6 of 2304 is 1920 there, and 1919 in float64.
         least = facts.variance_threshold(names, lambda varying: int(np.float32(varying) * np.float32(share)))
     energies = facts.energies(names, least)
     whole = energies.sum()

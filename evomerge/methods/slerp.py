@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def slerp(facts: Facts, blend: Blend) -> Pass:
-    """sin((1 - t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2, a being the angle between both; see ``sphere.slerp``."""
+    """sin((1 - t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2, where a is their angle; see ``sphere.slerp``."""
     coefficients = sphere.slerp(facts.inner(blend.sources), number(blend, "t", 0.5), colinear=0.9995)
     return Combine(dict(zip(blend.sources, coefficients.tolist(), strict=True)))
 
 
 def _shares(blend: Blend) -> Mapping[str, float]:
-    """The share of the way that leads from one to the other."""
+    """How far the point lies from one source to the other."""
     t = number(blend, "t", 0.5)
     return dict(zip(blend.sources, (1.0 - t, t), strict=True))
 

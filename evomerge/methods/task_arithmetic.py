@@ -1,4 +1,4 @@
-"""Task arithmetic: the base and a weighted sum of task vectors.
+"""Task arithmetic: the base plus a weighted sum of task vectors.
 
 Ilharco et al., "Editing models with task arithmetic" (arXiv 2212.04089), section 2: learning via addition, with a
 weight for each task vector.
@@ -28,7 +28,7 @@ def task_arithmetic(facts: Facts, blend: Blend) -> Pass:
 TASK_ARITHMETIC = Method(
     "task_arithmetic",
     task_arithmetic,
-    # 0.4: the scaling that is used where there is no validation set (see arXiv 2306.01708, experiments).
+    # 0.4: the scaling used when there is no validation set (see arXiv 2306.01708, experiments).
     (weight(0.4), scale()),
     needs_base=True,
     switches={"normalize": False},

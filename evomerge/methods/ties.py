@@ -1,4 +1,4 @@
-"""TIES: task vectors trimmed to their largest elements, and of these what agrees in sign.
+"""TIES: task vectors trimmed to their largest elements, of which those that agree in sign are added.
 
 Yadav et al., "TIES-Merging" (arXiv 2306.01708), algorithm 1.
 """
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def ties(facts: Facts, blend: Blend) -> Pass:
-    """b + the disjoint merge of the trimmed task vectors, weighted.
+    """b + the weighted disjoint merge of the trimmed task vectors.
 
-    Trim to the k = floor(p n) largest magnitudes (all as large as the k-th), elect the sign of the weighted sum, keep
-    what agrees. The paper's mean over the sources that agree is ``normalize: true``; by default their weighted sum is
-    taken.
+    Trim to the k = floor(p n) largest magnitudes (and all equal to the k-th), elect the sign of the weighted sum, keep
+    the elements that agree with it. The paper averages over the agreeing sources, which is ``normalize: true``; by
+    default their weighted sum is taken.
     """
     return masked_sum(facts, blend, _trimmed, elect=True)
 

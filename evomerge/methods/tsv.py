@@ -1,13 +1,13 @@
-"""TSV-Merge: task vectors by their singular vectors, which are made orthogonal between the sources.
+"""TSV-Merge: task vectors composed from their singular vectors, which are made orthogonal between sources.
 
 Gargiulo et al., "Task Singular Vectors: reducing task interference in model merging" (arXiv 2412.00081), section 4:
 for each matrix and source i with d_i = U_i S_i V_i^T (1), keep the first k = r / n of r singular vectors for each of n
-sources, set them side by side, U = [U_1 ... U_n] and V = [V_1 ... V_n], replace U and V by their nearest orthogonal
-matrices (5), and put the product together again: b + lambda U S V^T (6). What is no matrix of a layer is a mean.
+sources, concatenate them, U = [U_1 ... U_n] and V = [V_1 ... V_n], replace U and V by their nearest orthogonal matrices
+(5), and multiply again: b + lambda U S V^T (6). Tensors that are not matrices of a layer are averaged.
 
-Weights w_i multiply S_i. They leave U and V as they are, so decompositions are made once, and a candidate costs one
-product of matrices. Another k is another U and V; so k is no number of its own but halved so many times, and there are
-few of them to keep.
+Weights w_i multiply S_i. They do not affect U and V, so decompositions are computed once, and a candidate costs one
+matrix product. Every k needs its own U and V, so k is not searched directly: the parameter says how often k is halved,
+which leaves only a few decompositions to cache.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 def tsv(facts: Facts, blend: Blend) -> Pass:
-    """b + lambda U S V^T, S of the values w_i S_i. Experts that are kept in one tensor are matrices of their own."""
+    """b + lambda U S V^T, with w_i S_i in S. Experts stored in one tensor are separate matrices."""
     base, factor, weights = base_of(blend), number(blend, "lambda", 1.0), values(blend, "weight")
     halvings = int(number(blend, "halvings", 0))
     if not facts.site.matrices:
         return added(base, blend.sources, [factor * w / len(weights) for w in weights])
-    if len(weights) == 1 and halvings == 0:  # all of its singular vectors, which are orthogonal as they are
+    if len(weights) == 1 and halvings == 0:  # all of its singular vectors, which are already orthogonal
         return added(base, blend.sources, [factor * weights[0]])
     names = (base, *blend.sources)
     of_each = [_vectors(facts, names, halvings, number_of) for number_of in range(facts.site.matrices)]
@@ -53,7 +53,7 @@ def tsv(facts: Facts, blend: Blend) -> Pass:
 
 
 def _vectors(facts: Facts, names: Sequence[str], halvings: int, matrix: int) -> Tensors:
-    """The orthogonal vectors of one of a tensor's matrices, of a base and its sources; see ``_orthogonal``."""
+    """The orthogonal vectors of one of a tensor's matrices, for a base and its sources; see ``_orthogonal``."""
 
     def compute() -> Tensors:
         if halvings:
@@ -66,13 +66,13 @@ def _vectors(facts: Facts, names: Sequence[str], halvings: int, matrix: int) -> 
 
 
 def _kept(rows: int, columns: int, count: int) -> int:
-    """The bytes of ``_orthogonal``, of task vectors of full rank."""
+    """The bytes of ``_orthogonal`` for task vectors of full rank."""
     vectors = count * max(1, min(rows, columns) // count)
     return 4 * vectors * (rows + columns + 2 * vectors + 1) + 8 * vectors
 
 
 def _decomposed(facts: Facts, base: str, tensors: Sequence[Tensor]) -> Tensors:
-    """The vectors of n sources: r / n of each, or as many as it has. Tensors are [rows, columns], the base's first."""
+    """The vectors of n sources: r / n each, or as many as a source has. Tensors are [rows, columns], the base first."""
     import torch
 
     from evomerge.merging.arithmetic.spectra import decomposed, rounding
@@ -89,12 +89,12 @@ def _decomposed(facts: Facts, base: str, tensors: Sequence[Tensor]) -> Tensors:
 
 
 def _orthogonal(facts: Facts, sides: Sequence[Tensor], sizes: Tensor, owners: Tensor) -> dict[str, Tensor]:
-    """Of singular vectors of all sources, left [rows, k] and right [columns, k], in float64.
+    """Orthogonalise the singular vectors of all sources, left [rows, k] and right [columns, k], in float64.
 
     Returns:
-        left [rows, k], right [k, columns]: the orthogonal vectors nearest to them, float32. left_gram, right_gram
-        [k, k]: of their own inner products with those that they came from, which gives these back. sizes [k]: the
-        singular values. owners int64 [k]: to which source each belongs.
+        left [rows, k], right [k, columns]: the nearest orthogonal vectors, float32. left_gram, right_gram [k, k]: their
+        inner products with the original vectors, from which these can be recovered. sizes [k]: the singular values.
+        owners int64 [k]: the source that each belongs to.
     """
     from evomerge.merging.arithmetic.spectra import nearest_orthogonal
 
@@ -108,7 +108,7 @@ def _orthogonal(facts: Facts, sides: Sequence[Tensor], sizes: Tensor, owners: Te
 
 
 def _fewer(facts: Facts, whole: Tensors, halvings: int) -> Tensors:
-    """The vectors where of each source the first of its own are kept alone, their number halved so many times."""
+    """The vectors when only the first of each source are kept, their number halved ``halvings`` times."""
     import torch
 
     owners = whole["owners"]

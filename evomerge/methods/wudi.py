@@ -1,14 +1,14 @@
-"""WUDI and SWUDI: the change that disturbs each task vector least on the inputs that the task vector itself shows.
+"""WUDI and SWUDI: the change that disturbs each task vector least on the inputs that the task vector itself implies.
 
 Cheng et al., "Whoever Started the Interference Should End It" (arXiv 2503.08099): for task vectors d_i [out, in] of a
 layer,
 
     minimise over Delta:  sum_i |(Delta - d_i) d_i^T|^2 / |d_i|^2.
 
-Wei et al., "Closed-Form Spectral Regularization for Multi-Task Model Merging" (arXiv 2606.07289): the minimum itself is
-worse than some hundred steps of gradient descent towards it, which are in closed form a filter of the eigenvalues of C.
-Neither has weights, so all that is costly is made once; ``gram`` has both, with weights, as points of its box. What is
-no matrix of a layer is a mean.
+Wei et al., "Closed-Form Spectral Regularization for Multi-Task Model Merging" (arXiv 2606.07289): the exact minimum is
+worse than a few hundred steps of gradient descent towards it, which have the closed form of a filter on the eigenvalues
+of C. Neither has weights, so the expensive part is computed once; ``gram`` contains both, with weights, as points of
+its parameter space. Tensors that are not matrices of a layer are averaged.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 
 def wudi(facts: Facts, blend: Blend) -> Pass:
-    """b + lambda D (C + eps I)^-1 with c_i = 1 / |d_i|^2: the minimum, eps being 1e-8 as in the paper's closed form."""
+    """b + lambda D (C + eps I)^-1 with c_i = 1 / |d_i|^2: the minimum; eps is 1e-8, as in the paper's closed form."""
     factor = number(blend, "lambda", 1.0)
     return along_kept(facts, blend, "wudi 1", wudi_change, factor) if facts.site.matrices else added_mean(blend, factor)
 
 
 def wudi_change(matrices: Sequence[Tensor]) -> Tensor:
-    """D (C + eps I)^-1, float32 [out, in], of task vectors of that kind."""
+    """D (C + eps I)^-1, float32 [out, in], for task vectors of the same shape and dtype."""
     from evomerge.merging.normal_equations import Filter, nearest, own_products
 
     products = own_products(matrices)
@@ -49,7 +49,7 @@ def wudi_change(matrices: Sequence[Tensor]) -> Tensor:
 def swudi(facts: Facts, blend: Blend) -> Pass:
     """b + lambda (s - s V f V^T + D V (f / l) V^T) with C = V l V^T, s = sum_i d_i and f = 1 - exp(-l t).
 
-    ``log_t`` is the decimal logarithm of t, ``rank`` the share of the eigenvalues that f is not zero for.
+    ``log_t`` is the decimal logarithm of t, and ``rank`` the share of the eigenvalues for which f is not zero.
     """
     from evomerge.merging.normal_equations import Filter, kept_of
 
@@ -64,7 +64,7 @@ def swudi(facts: Facts, blend: Blend) -> Pass:
 
 
 def _eigenbasis(facts: Facts, names: tuple[str, ...], matrix: int) -> Tensors:
-    """That of one of a tensor's matrices, from which lambda, t and the rank take one product of matrices."""
+    """The eigenbasis for one of a tensor's matrices; with it, each lambda, t and rank costs one matrix product."""
     from evomerge.merging.normal_equations import changes, eigenbasis, own_products
 
     def compute() -> Tensors:
@@ -96,13 +96,13 @@ def _solver(kept: Tensors, count: int, by: Filter) -> Solver:
 
 
 def _shares(squares: Tensor) -> list[float]:
-    """1 / |d|^2, and nothing of a task vector that is nothing."""
+    """1 / |d|^2, and 0 for a task vector that is zero."""
     return [1.0 / square if square else 0.0 for square in squares.tolist()]
 
 
 _JITTER = 1e-8
 _PAPERS_TIME = math.log10(300.0)
-"""For full fine-tunes of a Llama, with a rank of 0.85."""
+"""The paper's value for full fine-tunes of a Llama, with a rank of 0.85."""
 
 WUDI = Method(
     "wudi",

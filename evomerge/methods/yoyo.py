@@ -1,13 +1,13 @@
-"""YOYO-Fusion: the robust mean of sources of equal size, in the few directions in which they differ.
+"""YOYO-Fusion: a robust mean of sources scaled to equal size, in the few directions in which they differ.
 
 Published with the models of YOYO-AI (the card of Qwen3-30B-A3B-YOYO-V5 has the equations). With r_i the root mean
-square of x_i: set the sources to one size, u_i = x_i / r_i (1); take their geometric median m (2) and what is left,
-R = U - 1 m^T (3); by the singular value decomposition of R give every source a coordinate in each of K - 1 directions
-(4); take in each direction the mean by Tukey's biweight, which leaves out who is far off (5); go that far from m, and
-give the result the mean length of the sources (6).
+square of x_i: scale the sources to one size, u_i = x_i / r_i (1); take their geometric median m (2) and the residuals
+R = U - 1 m^T (3); by singular value decomposition of R, give every source a coordinate in each of K - 1 directions (4);
+in each direction take the mean with Tukey's biweight, which ignores outliers (5); move from m by these means, and scale
+the result to the mean length of the sources (6).
 
-m is an average of the u_i, so all of it happens in their span, which their inner products know: the result is one
-linear combination. (With a median taken element by element it would be none; the card prefers the geometric one.)
+m is an average of the u_i, so everything happens in their span and can be computed from their inner products: the
+result is a linear combination. (With an elementwise median it would not be; the card prefers the geometric one.)
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from evomerge.recipes.stack import Blend
 if TYPE_CHECKING:
     from evomerge.merging.measured.facts import Facts
 
-_CUT = 4.685  # Tukey's constant: 95% efficient where nobody is far off
-_MAD = 1.4826  # times the median of |z|: the standard deviation, were z normally distributed
+_CUT = 4.685  # Tukey's constant: 95% efficient without outliers
+_MAD = 1.4826  # times the median of |z|: the standard deviation if z is normally distributed
 _SMALL_SQUARE = 1e-8  # what (1) adds to a mean square
-_BALANCED = 1e-6  # length, beside the sources', of a result that says nothing
+_BALANCED = 1e-6  # length, relative to the sources', below which the result has no meaningful direction
 
 
 def yoyo(facts: Facts, blend: Blend) -> Pass:
-    """The fusion of the sources whose weight is not zero; weights enter the mean (5), and are equal in the original.
+    """The fusion of the sources with non-zero weight; weights enter the mean (5), and are equal in the original.
 
-    Weights that are all zero say nothing of a mean: then all count the same.
+    If all weights are zero, all sources count equally.
     """
     given = np.array(values(blend, "weight"))
     shares = given if given.any() else np.ones(len(given))
@@ -58,15 +58,15 @@ def _fusion(inner: Vector, size: int, weights: Vector, cut: float) -> Vector:
     """
     norms, scales = np.sqrt(np.diag(inner)), np.sqrt(np.diag(inner) / size + _SMALL_SQUARE)
     points = _points(inner / np.outer(scales, scales))
-    centre = _geometric_median(points)  # (2), as shares of the u_i
+    centre = _geometric_median(points)  # (2), as weights of the u_i
     left, lengths, _ = np.linalg.svd(points - centre @ points)  # (3), (4)
-    kept = lengths > 1e-7 * math.sqrt(size)  # beyond the rounding of inner products
+    kept = lengths > 1e-7 * math.sqrt(size)  # above the rounding error of inner products
     left, coordinates = left[:, kept], left[:, kept] * lengths[kept]
     robust = _biweight(coordinates, cut) * _biweight(np.linalg.norm(coordinates, axis=1, keepdims=True), cut)
     counted = weights[:, None] * robust
     sums = counted.sum(axis=0)
     mean = np.divide((counted * coordinates).sum(axis=0), sums, where=np.abs(sums) > 1e-12, out=np.zeros_like(sums))
-    along = left @ (mean / lengths[kept])  # the same as a combination of the rows of R
+    along = left @ (mean / lengths[kept])  # expressed as a combination of the rows of R
     fused = (centre + along - along.sum() * centre) / scales
     length, total = math.sqrt(max(fused @ inner @ fused, 0.0)), weights.sum()
     if abs(total) < 1e-12 * np.abs(weights).sum() or length <= _BALANCED * norms.max():
@@ -75,18 +75,19 @@ def _fusion(inner: Vector, size: int, weights: Vector, cut: float) -> Vector:
 
 
 def _points(inner: Vector) -> Vector:
-    """[K, K] points, a row each, that lie to each other as the vectors of these inner products do."""
+    """Points with these inner products: [K, K], one per row."""
     centring = np.eye(len(inner)) - 1 / len(inner)
     squares, axes = np.linalg.eigh(centring @ inner @ centring)
     return np.asarray(axes * np.sqrt(np.maximum(squares, 0.0)))
 
 
 def _geometric_median(points: Vector, steps: int = 200, tolerance: float = 1e-10) -> Vector:
-    """Shares of points, of sum 1, whose mean is where the sum of the distances to all points is least.
+    """The weights of the points, with sum 1, whose mean minimises the sum of the distances to all points.
 
-    By Weiszfeld's iteration (1937) from the mean, until a step is shorter than ``tolerance`` beside the largest
-    distance. It would only creep towards a point that is the median itself: that is one which the others' directions
-    together do not pull away (Kuhn, "A note on Fermat's problem", 1973).
+    Computed with Weiszfeld's iteration (1937), starting from the mean, until a step is shorter than ``tolerance`` times
+    the largest distance. The iteration converges very slowly to a median that is one of the points, so these are tested
+    first: a point is the median if the unit vectors to the others sum to a length of at most its multiplicity (Kuhn, "A
+    note on Fermat's problem", 1973).
 
     Args:
         points: [n, dimensions].
@@ -98,7 +99,7 @@ def _geometric_median(points: Vector, steps: int = 200, tolerance: float = 1e-10
     if largest == 0:
         return np.full(count, 1 / count)
     pulls = np.linalg.norm((apart / np.where(distances > 0, distances, 1.0)[..., None]).sum(axis=1), axis=1)
-    spare = (distances == 0).sum(axis=1) - pulls  # how much firmer a point stands than the others pull
+    spare = (distances == 0).sum(axis=1) - pulls  # multiplicity of each point, minus the pull of the others
     if spare.max() > 1e-9:
         return np.asarray(np.eye(count)[int(spare.argmax())])
     middle = points.mean(axis=0)
@@ -112,9 +113,9 @@ def _geometric_median(points: Vector, steps: int = 200, tolerance: float = 1e-10
 
 
 def _biweight(values: Vector, cut: float) -> Vector:
-    """Tukey's biweight of each of the values of a column, beside the median of their magnitudes."""
+    """Tukey's biweight of each value in a column, relative to the median of their magnitudes."""
     sizes = np.abs(values)
-    middle = np.sort(sizes, axis=0)[(len(sizes) - 1) // 2]  # the lower one of two
+    middle = np.sort(sizes, axis=0)[(len(sizes) - 1) // 2]  # the lower median
     ratios = sizes / np.maximum(cut * _MAD * middle, 1e-12)
     return np.asarray(np.maximum(1 - ratios**2, 0.0) ** 2)
 
@@ -122,7 +123,7 @@ def _biweight(values: Vector, cut: float) -> Vector:
 YOYO = Method(
     "yoyo",
     yoyo,
-    # A cut of 1.5 leaves out all but the nearest, one of 10 hardly anybody.
+    # A cut of 1.5 ignores all but the closest values, one of 10 hardly any.
     (weight(1.0, high=1.0), MethodParameter("cut", "blend", low=1.5, high=10.0, default=_CUT, limits=(0.1, 1e6))),
     alone=one_weight(),
     title="YOYO-Fusion",

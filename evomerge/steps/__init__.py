@@ -1,1 +1,1 @@
-"""Steps after a merge method, one a file; see ``evomerge.step``."""
+"""Steps after a merge method, one per file; see ``evomerge.step``."""

@@ -1,7 +1,7 @@
-"""Activations: what the base leans on most is changed least.
+"""Activations: input channels that the base relies on most are changed least.
 
 Activation-Informed Merging (Nobari et al., arXiv 2502.02421, section 3): the change of a linear layer's weights is
-relaxed by input channel, in the measure in which the base's own activations there are large on some texts.
+reduced per input channel, in proportion to the base's own activations there on some texts.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def activations(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
     """b + (m - b) (1 - s_c (1 - omega)) for input channel c; s_c is mean |x_c| in the base, over the layer's largest.
 
-    What is no linear layer stays as it is (embeddings, norms, biases), and so does what cannot be observed, such as
-    experts that are computed as one.
+    Tensors that are not weights of a linear layer are unchanged (embeddings, norms, biases), and so are those whose
+    inputs cannot be observed, such as experts that are computed together.
     """
     omega = float(values["omega"])
     if omega == 1 or not (facts.site.is_matrix or facts.site.role.kind == "head"):

@@ -1,8 +1,8 @@
-"""Iso: all singular values of what was merged alike, or nearer to it.
+"""Iso: makes all singular values of the merged change equal, or more equal.
 
 Marczak et al., "No task left behind: isotropic model merging with common and task-specific subspaces" (arXiv
-2502.04959), section 4.1, Iso-C: of the change U S V^T of each matrix, S becomes its mean. Sums of task vectors have a
-few large singular values, those of what the tasks share, and all that is one task's own is small beside them.
+2502.04959), section 4.1, Iso-C: in the change U S V^T of each matrix, S is replaced by its mean. Sums of task vectors
+have a few large singular values, for what the tasks share; everything specific to one task is small in comparison.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def iso(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
-    """S becomes (1 - s) S + s mean(S), times the number that leaves the norm of the change as it was."""
+    """S becomes (1 - s) S + s mean(S), rescaled to preserve the norm of the change."""
     strength = float(values["strength"])
     if strength == 0:
         return made

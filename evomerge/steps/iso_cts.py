@@ -1,9 +1,9 @@
-"""Iso-CTS: alike singular values, some of the directions from what was merged and some from each source alone.
+"""Iso-CTS: equal singular values, with some directions from the merge and some from each single source.
 
 Marczak et al., "No task left behind: isotropic model merging with common and task-specific subspaces" (arXiv
-2502.04959), section 4.2: of the change U S V^T of a matrix [out, in] of rank r the first k = c r directions are common
-to the tasks. Each of n sources has (r - k) / n of its own: the first of the singular vectors of d_i - U_k U_k^T d_i.
-All are set side by side and replaced by the nearest orthogonal matrices, as in TSV-Merge, and U V^T is the change.
+2502.04959), section 4.2: in the change U S V^T of a matrix [out, in] of rank r the first k = c r directions are common
+to the tasks. Each of n sources has (r - k) / n of its own: the first singular vectors of d_i - U_k U_k^T d_i. All are
+concatenated and replaced by the nearest orthogonal matrices, as in TSV-Merge, and U V^T is the change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def iso_cts(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
-    """U V^T, times the number that leaves the norm of the change as it was."""
+    """U V^T, rescaled to preserve the norm of the change."""
     common, name = float(values["common"]), facts.site.name
 
     def of_matrix(matrix: Matrix) -> Tensor:

@@ -1,4 +1,4 @@
-"""Steps on the weights of linear layers as matrices: what they share."""
+"""Shared by steps that treat the weights of linear layers as matrices."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Matrix:
 
     Attributes:
         change: float32 [out, in].
-        vectors: the task vectors of the blend's sources, of that shape; none where a step does not ask for them.
-        noise: the largest singular value that rounding may have.
-        decompose: gives its spectrum, looked up where the change before was the same.
+        vectors: the task vectors of the blend's sources, of the same shape; empty unless the step asks for them.
+        noise: an upper bound on singular values that are due to rounding.
+        decompose: returns the SVD, from the cache if the change was computed before.
     """
 
     change: Tensor
@@ -39,18 +39,18 @@ class Matrix:
 
 
 OfMatrix: TypeAlias = "Callable[[Matrix], Tensor]"
-"""(a matrix's change) -> another change, float32 [out, in]."""
+"""(a matrix's change) -> the new change, float32 [out, in]."""
 
 
 def matrix_by_matrix(
     facts: Facts, blend: Blend, step: str, made: Pass, function: OfMatrix, *, with_sources: bool = False
 ) -> Pass:
-    """What a method made, with the change of each matrix of a layer replaced; of all other tensors as it is.
+    """What the method computed, with the change of each matrix of a layer replaced; other tensors are unchanged.
 
     Args:
-        step: the name of the step that does so.
-        function: gives the other change.
-        with_sources: it looks at the task vectors of the blend's sources too.
+        step: the name of the step.
+        function: computes the new change.
+        with_sources: whether it also uses the task vectors of the blend's sources.
     """
     if not facts.site.matrices:
         return made
@@ -79,7 +79,7 @@ def matrix_by_matrix(
 
 
 def _origin(facts: Facts, blend: Blend, step: str) -> str:
-    """All numbers that a change follows from which comes to a step, as a digest; empty where that is not known."""
+    """A digest of all numbers that determine a change before the step; empty if they are not known."""
     names = [given.name for given in blend.steps]
     if names.count(step) != 1 or facts.inputs is not None:
         return ""
@@ -88,6 +88,6 @@ def _origin(facts: Facts, blend: Blend, step: str) -> str:
 
 
 def _matrices(tensor: Tensor, input_axis: int) -> Tensor:
-    """A tensor of a layer as [matrices, out, in], of the same memory."""
+    """View a tensor of a layer as [matrices, out, in], without copying."""
     stacked = tensor.view(-1, *tensor.shape[-2:])
     return stacked if input_axis == 1 else stacked.transpose(1, 2)

@@ -1,8 +1,8 @@
-"""Scale: the whole change, multiplied.
+"""Scale: multiplies the whole change.
 
-Every merge has a size, and what it is worth follows that more than its direction: the lambda of task arithmetic
-(Ilharco et al., arXiv 2212.04089) for what a method has made, whichever it is. By layer it is LiNeS (Wang et al.,
-arXiv 2410.17146), which a search space lays out as ``profile: lines``.
+Every merge has a size, which affects its quality more than its direction does. This is the lambda of task arithmetic
+(Ilharco et al., arXiv 2212.04089), for any method. With one factor per layer it is LiNeS (Wang et al., arXiv
+2410.17146), which a search space offers as ``profile: lines``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def scale(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
 SCALE = Step(
     "scale",
     scale,
-    # A method may make next to nothing, which is to be as large as others make it: factors beyond 100 have been needed.
+    # A method may compute a tiny change that is to be scaled up to the usual size: factors over 100 have been needed.
     (MethodParameter("factor", "blend", low=0.0, high=2.0, default=1.0, limits=(0.0, 1e4)),),
     neutral={"factor": 1.0},
     factor=lambda values: float(values["factor"]),

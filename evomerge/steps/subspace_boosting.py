@@ -1,8 +1,8 @@
-"""Subspace boosting: the small singular values of what was merged, raised.
+"""Subspace boosting: raises the small singular values of the merged change.
 
-Skorobogat et al., "Subspace-boosted model merging" (arXiv 2506.16506), section 4: of the change U S V^T of each matrix,
-with S in falling order, j is the first with S_1 + ... + S_j at least a share beta of the sum of all, and what is
-smaller than S_j becomes S_j.
+Skorobogat et al., "Subspace-boosted model merging" (arXiv 2506.16506), section 4: in the change U S V^T of each matrix,
+with S in descending order, j is the first with S_1 + ... + S_j at least a share beta of the total, and smaller values
+are raised to S_j.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def subspace_boosting(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
-    """S_i becomes max(S_i, S_j), times the number that leaves the norm of the change as it was."""
+    """S_i becomes max(S_i, S_j), rescaled to preserve the norm of the change."""
     beta = float(values["beta"])
     if beta == 1:
         return made
@@ -39,7 +39,7 @@ def subspace_boosting(facts: Facts, blend: Blend, values: Values, made: Pass) ->
 SUBSPACE_BOOSTING = Step(
     "subspace_boosting",
     subspace_boosting,
-    # 0.2: of the paper for language models; 0.01 for vision, where all but the very largest are alike.
+    # The paper's values: 0.2 for language models; 0.01 for vision, which makes all but the very largest equal.
     (MethodParameter("beta", "blend", low=0.0, high=0.5, default=0.2, limits=FRACTION),),
     neutral={"beta": 1.0},
     in_any_basis=True,
