@@ -1,4 +1,4 @@
-"""The command line: one command a verb, no logic. Heavy imports happen inside the command that needs them."""
+"""The command line: one command per verb, no logic. Heavy imports happen inside the command that needs them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ app = typer.Typer(
 SearchFileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A search file (YAML).")]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a search.")]
 OutArgument = Annotated[
-    str, typer.Argument(metavar="OUT", help="The model folder to make, or where in object storage: s3://bucket/merged.")
+    str, typer.Argument(metavar="OUT", help="The model folder to make, or a URL in object storage: s3://bucket/merged.")
 ]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value of the search file; repeatable.")
@@ -34,14 +34,16 @@ SetOption = Annotated[
 ServerOption = Annotated[
     str | None,
     typer.Option(
-        "--server", metavar="URL", help="Ask this server: DIR is the search's name, EVOMERGE_TOKEN the token."
+        "--server", metavar="URL", help="Ask this server: DIR is the search's name, EVOMERGE_TOKEN holds the token."
     ),
 ]
 RankOption = Annotated[
-    str | None, typer.Option(metavar="N|full", help="The rank of each module, 32 by default; with --energy the most.")
+    str | None,
+    typer.Option(metavar="N|full", help="The rank of each module, 32 by default; with --energy the largest."),
 ]
 EnergyOption = Annotated[
-    float | None, typer.Option(metavar="SHARE", help="As few ranks as hold this share of a change's energy, as 0.99.")
+    float | None,
+    typer.Option(metavar="SHARE", help="The lowest ranks that hold this share of a change's energy, such as 0.99."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -65,7 +67,7 @@ def validate(
     ] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Check a search file and all that it names. Prints the plan; nothing is scored."""
+    """Check a search file and everything it names. Prints the plan; nothing is scored."""
     from evomerge.commands.run import validate
 
     validate(file, set_, show_prompt=show_prompt, as_json=json_)
@@ -79,7 +81,7 @@ def select(
 ) -> None:
     """Choose among many sources, before a search.
 
-    As a search whose file says `select:` does first. Prints the table; nothing is searched.
+    A search whose file says `select:` does this first. Prints the table; nothing is searched.
     """
     from evomerge.commands.run import select
 
@@ -97,7 +99,7 @@ def search(
     detach: Annotated[bool, typer.Option("--detach", help="With --address: do not follow the job's log.")] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="Join a cluster that requires no token.")] = False,
 ) -> None:
-    """Run a search to the end of its budget. Then its best are confirmed on the held-out split."""
+    """Run a search until its budget is spent. Then its best candidates are confirmed on the held-out split."""
     settings = [*set_, "cluster.insecure=true"] if insecure else set_
     if address is not None:
         from evomerge.search.clusters.launch import launch
@@ -114,11 +116,11 @@ def list_(
         str, typer.Argument(metavar="ROOT|DATABASE-URL", help="A folder of searches, or a database.")
     ] = "searches",
     address: Annotated[
-        str | None, typer.Option(metavar="auto|ray://...|http://...", help="Those that are jobs of this Ray cluster.")
+        str | None, typer.Option(metavar="auto|ray://...|http://...", help="List the jobs of this Ray cluster.")
     ] = None,
     server: ServerOption = None,
 ) -> None:
-    """List searches. Those of a folder, or that run as jobs of a Ray cluster, or those of a server."""
+    """List searches. Of a folder, of a Ray cluster that runs them as jobs, or of a server."""
     from evomerge.commands.listing import list_folder, list_jobs, list_server
 
     if server is not None:
@@ -132,11 +134,13 @@ def list_(
 @app.command()
 def resume(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a search, or the URL of its copy.")],
-    dir_: Annotated[Path | None, typer.Option("--dir", help="With a URL: folder to make; searches/NAME else.")] = None,
+    dir_: Annotated[
+        Path | None, typer.Option("--dir", help="With a URL: folder to make; searches/NAME by default.")
+    ] = None,
     set_: SetOption = [],  # noqa: B006
     server: ServerOption = None,
 ) -> None:
-    """Go on with a search. It was interrupted, or its budget is raised with --set budget.candidates=N."""
+    """Continue a search. After an interruption, or with a larger budget: --set budget.candidates=N."""
     if server is not None:
         from evomerge.commands.remote import resume as resume_there
 
@@ -154,7 +158,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Keep showing it until the search ends.")] = False,
     server: ServerOption = None,
 ) -> None:
-    """Show where a search stands."""
+    """Show the status of a search."""
     if server is not None:
         from evomerge.commands.remote import status as status_there
 
@@ -172,7 +176,7 @@ def observe(
         list[str], typer.Argument(metavar="OBSERVER...", help="As in a search file: '{kind: prometheus, port: 9090}'.")
     ],
 ) -> None:
-    """Tell observers of a search. Such as Prometheus or TensorBoard, until nobody drives it."""
+    """Report a search to observers. Sends its events to Prometheus, TensorBoard and others until no driver runs."""
     from evomerge.commands.observe import observe
 
     observe(folder, observers)
@@ -180,13 +184,13 @@ def observe(
 
 @app.command()
 def pause(folder: FolderArgument, server: ServerOption = None) -> None:
-    """Start nothing new until `resume`; what runs goes on."""
+    """Start nothing new until `resume`; running attempts finish."""
     _command(folder, "pause", server)
 
 
 @app.command()
 def stop(folder: FolderArgument, server: ServerOption = None) -> None:
-    """Let what runs finish, then end. The search can be resumed."""
+    """Let running attempts finish, then end. The search can be resumed."""
     _command(folder, "stop", server)
 
 
@@ -220,7 +224,7 @@ def show(
     folder: FolderArgument,
     candidate: Annotated[str, typer.Argument(metavar="ID", help="A candidate, such as c0042, a source, best, knee.")],
     json_: JsonOption = False,
-    recipe: Annotated[bool, typer.Option("--recipe", help="Print its recipe alone, for `evomerge merge`.")] = False,
+    recipe: Annotated[bool, typer.Option("--recipe", help="Print only its recipe, for `evomerge merge`.")] = False,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw its path into an SVG file.")] = None,
     items: Annotated[bool, typer.Option("--items", help="Print every item that it was scored on.")] = False,
     prompt: Annotated[
@@ -246,7 +250,7 @@ def compare(
     json_: JsonOption = False,
     items: Annotated[bool, typer.Option("--items", help="Print the items that they differ on, with answers.")] = False,
 ) -> None:
-    """Compare two candidates item by item. Paired differences, each with the interval of one comparison."""
+    """Compare two candidates item by item. Shows paired differences with the interval of a single comparison."""
     from evomerge.commands.look import compare, show_items
 
     if items:
@@ -259,9 +263,9 @@ def compare(
 def curse(
     folder: FolderArgument,
     json_: JsonOption = False,
-    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it into an SVG file.")] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Plot it into an SVG file.")] = None,
 ) -> None:
-    """Show the winner's curse. How far the best search scores fall on held-out items."""
+    """Show the winner's curse. How far the best search scores drop on held-out items."""
     from evomerge.commands.look import curse
 
     curse(folder, as_json=json_, picture=picture)
@@ -274,7 +278,7 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="The file to write; report.html in DIR by default.")
     ] = None,
 ) -> None:
-    """Write a search as one HTML file. Pictures, tables, settings, and the commands to do it again."""
+    """Write a search as one HTML file. It has pictures, tables, settings, and the commands to reproduce it."""
     from evomerge.commands.report import report
 
     report(folder, out)
@@ -282,7 +286,7 @@ def report(
 
 @app.command()
 def confirm(folder: FolderArgument) -> None:
-    """Score the best on the held-out split. The front and the best candidates, and the winner is named."""
+    """Score the best on the held-out split. Scores the front and the best candidates, and names the winner."""
     from evomerge.commands.run import confirm
 
     raise typer.Exit(confirm(folder))
@@ -291,10 +295,10 @@ def confirm(folder: FolderArgument) -> None:
 @app.command()
 def team(
     folder: FolderArgument,
-    members: Annotated[int, typer.Option("-k", "--members", help="How many candidates it has, 2 to 8.")] = 3,
+    members: Annotated[int, typer.Option("-k", "--members", help="Number of candidates in it, 2 to 8.")] = 3,
     json_: JsonOption = False,
 ) -> None:
-    """Choose candidates that together solve most. They are scored on the held-out split."""
+    """Choose candidates that together solve most items. They are scored on the held-out split."""
     from evomerge.commands.run import team
 
     raise typer.Exit(team(folder, members, as_json=json_))
@@ -310,14 +314,16 @@ def export(
     verify: Annotated[bool, typer.Option(help="Reload it and reproduce the recorded scores.")] = True,
     form: Annotated[
         str | None,
-        typer.Option("--as", metavar="FORM", help="Of routed experts: `routed` (remote code), `peft` or `mixture`."),
+        typer.Option("--as", metavar="FORM", help="For routed experts: `routed` (remote code), `peft` or `mixture`."),
     ] = None,
     as_adapter: Annotated[
-        bool, typer.Option("--as-adapter", help="Write what it adds to the base as a LoRA adapter instead.")
+        bool, typer.Option("--as-adapter", help="Write its difference from the base as a LoRA adapter instead.")
     ] = False,
     rank: RankOption = None,
     energy: EnergyOption = None,
-    team: Annotated[bool, typer.Option("--team", help="All members of the team, each in a folder of OUT.")] = False,
+    team: Annotated[
+        bool, typer.Option("--team", help="Export all members of the team, each to a folder in OUT.")
+    ] = False,
 ) -> None:
     """Write a candidate as a plain Hugging Face model folder."""
     from evomerge.commands.models import export, export_team
@@ -336,27 +342,29 @@ def export(
 
 @app.command()
 def merge(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe of Evomerge's or mergekit's.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe in Evomerge's or mergekit's format.")],
     out: OutArgument,
     calibration: Annotated[
         list[str],
         typer.Option(
             metavar="TEXTS|SOURCE=TEXTS",
-            help="Texts that sources are run over, for a method that needs it; repeatable: those of one source alone.",
+            help="Texts that sources are run over, if the method needs them; repeatable, to give texts for one source.",
         ),
     ] = [],  # noqa: B006
-    prompts: Annotated[int, typer.Option(min=1, max=100_000, help="How many of the texts count.")] = 32,
-    tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many tokens of each text count.")] = 512,
+    prompts: Annotated[int, typer.Option(min=1, max=100_000, help="How many of the texts to use.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many tokens of each text to use.")] = 512,
     fit: Annotated[
         Path | None,
-        typer.Option(metavar="SEARCH.yaml", help="A search file, to whose `fit` items a recipe is fitted."),
+        typer.Option(metavar="SEARCH.yaml", help="A search file; the recipe is fitted to its `fit` items."),
     ] = None,
     keys: Annotated[
         str | None,
-        typer.Option(help="Of tables of tensors: which are merged, `same` (all have them), `union` or `intersection`."),
+        typer.Option(
+            help="For tables of tensors: which to merge, `same` (all must have them), `union` or `intersection`."
+        ),
     ] = None,
     keep_stages: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Of a recipe in stages: write each of them here, in float32.")
+        Path | None, typer.Option(metavar="DIR", help="For a recipe in stages: write each stage here, in float32.")
     ] = None,
 ) -> None:
     """Make one merged model from a recipe, without a search."""
@@ -370,17 +378,17 @@ def moe(
     model: Annotated[str, typer.Argument(metavar="FILE|MODEL", help="mergekit-moe's YAML; with --prune a mixture.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],
     architecture: Annotated[
-        str | None, typer.Option(help="mixtral, qwen2_moe, qwen3_moe or glm4_moe, where the file's is not wanted.")
+        str | None, typer.Option(help="mixtral, qwen2_moe, qwen3_moe or glm4_moe, instead of the file's.")
     ] = None,
     prune: Annotated[
         int | None, typer.Option(metavar="K", help="Keep the K experts of each layer that the texts use most.")
     ] = None,
-    merge: Annotated[bool, typer.Option(help="Add the experts that go to those that are like them.")] = True,
+    merge: Annotated[bool, typer.Option(help="Merge removed experts into similar ones.")] = True,
     calibration: Annotated[Path | None, typer.Option(metavar="TEXTS", help="Texts, for --prune.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, max=100_000, help="How many of the texts count.")] = 32,
-    tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many tokens of each text count.")] = 512,
+    prompts: Annotated[int, typer.Option(min=1, max=100_000, help="How many of the texts to use.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many tokens of each text to use.")] = 512,
 ) -> None:
-    """Make a mixture of experts of dense models. Or one with fewer experts."""
+    """Make a mixture of experts from dense models. With --prune, remove experts from a mixture."""
     from evomerge.commands.moe import assemble_or_prune
 
     texts = None if calibration is None else (calibration, prompts, tokens)
@@ -391,21 +399,21 @@ def moe(
 def extract(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or model+adapter.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter's folder to make.")],
-    base: Annotated[str, typer.Option(metavar="MODEL", help="What it was tuned from.")],
+    base: Annotated[str, typer.Option(metavar="MODEL", help="The model that it was tuned from.")],
     rank: RankOption = None,
     energy: EnergyOption = None,
     embeddings: Annotated[
-        str, typer.Option(metavar="FORM", help="How changed embeddings are held: full, low_rank, tokens or none.")
+        str, typer.Option(metavar="FORM", help="How changed embeddings are stored: full, low_rank, tokens or none.")
     ] = "full",
-    preset: Annotated[str, typer.Option(help="Who is to load it: peft, or vllm, which takes less.")] = "peft",
+    preset: Annotated[str, typer.Option(help="What is to load it: peft, or vllm, which supports less.")] = "peft",
     verify: Annotated[
-        Path | None, typer.Option(metavar="SEARCH.yaml", help="Score it beside the model on a search's items.")
+        Path | None, typer.Option(metavar="SEARCH.yaml", help="Score it and the model on a search's items.")
     ] = None,
     compare_ranks: Annotated[
-        list[str], typer.Option(metavar="N", help="With --verify: score this rank as well; repeatable.")
+        list[str], typer.Option(metavar="N", help="With --verify: also score this rank; repeatable.")
     ] = [],  # noqa: B006
 ) -> None:
-    """Write what a model adds to its base as a LoRA adapter. Says what each part of it loses."""
+    """Extract a LoRA adapter from a fine-tuned model. Reports what each part of its change loses."""
     from evomerge.commands.extract import Wanted, extract
 
     extract(model, base, out, Wanted(rank, energy, embeddings, preset), verify, compare_ranks)
@@ -414,17 +422,20 @@ def extract(
 @app.command()
 def transplant(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or model+adapter.")],
-    donor: Annotated[str, typer.Argument(metavar="DONOR", help="The model whose vocabulary it is given.")],
+    donor: Annotated[str, typer.Argument(metavar="DONOR", help="The model whose vocabulary it gets.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],
     method: Annotated[str, typer.Option(help="How rows of new tokens are made: omp, subword or mean.")] = "omp",
     atoms: Annotated[
-        int | None, typer.Option("-k", min=1, max=1024, help="Of how many shared tokens, by omp; 64 in wide models.")
+        int | None,
+        typer.Option(
+            "-k", min=1, max=1024, help="With omp: from how many shared tokens each row is made; 64 in wide models."
+        ),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A text that both are to predict; a few pages else.")
+        Path | None, typer.Option(metavar="FILE", help="A text to measure predictions on; by default a few pages.")
     ] = None,
 ) -> None:
-    """Give a model the vocabulary of another one. Says how well it predicts a text before and after."""
+    """Give a model the vocabulary of another one. Reports how well it predicts a text before and after."""
     from evomerge.commands.transplant import transplant
 
     transplant(model, donor, out, method, atoms, text)
@@ -432,11 +443,11 @@ def transplant(
 
 @app.command()
 def consolidate(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder that DeepSpeed ZeRO has saved.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder saved by DeepSpeed ZeRO.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],
     model: Annotated[Path, typer.Option(metavar="MODEL", help="A folder with its config.json and tokenizer.")],
 ) -> None:
-    """Make a plain model folder of a DeepSpeed ZeRO checkpoint. Then it can be merged."""
+    """Turn a DeepSpeed ZeRO checkpoint into a plain model folder. It can then be merged."""
     from evomerge.commands.merge import consolidate
 
     consolidate(checkpoint, out, model)
@@ -445,28 +456,31 @@ def consolidate(
 @app.command()
 def serve(
     place: Annotated[str, typer.Argument(metavar="ROOT|DATABASE-URL", help="A folder of searches, or a database.")],
-    host: Annotated[str, typer.Option(help="The address to listen on; another than loopback is for others too.")] = (
+    host: Annotated[str, typer.Option(help="The address to listen on; other machines can reach any but loopback.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes any that is free.")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes any free port.")] = 8080,
     folder: Annotated[
-        Path, typer.Option(metavar="DIR", help="With a database: where folders of new searches are made.")
+        Path, typer.Option(metavar="DIR", help="With a database: where to create folders of new searches.")
     ] = Path("searches"),
     sources: Annotated[
         list[Path], typer.Option(metavar="DIR", help="A folder whose models and data searches may use; repeatable.")
     ] = [],  # noqa: B006
     allow_host: Annotated[
-        list[str], typer.Option(metavar="NAME", help="Another name that browsers call this server by; repeatable.")
+        list[str], typer.Option(metavar="NAME", help="Another host name of this server; repeatable.")
     ] = [],  # noqa: B006
-    no_token: Annotated[bool, typer.Option("--no-token", help="Let everybody in who reaches the address.")] = False,
+    no_token: Annotated[bool, typer.Option("--no-token", help="Admit everybody who reaches the address.")] = False,
     address: Annotated[
         str | None, typer.Option(metavar="auto|http://...", help="Start drivers as jobs of this Ray cluster.")
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Consent to --no-token for other machines, and to a cluster without one.")
+        bool,
+        typer.Option(
+            "--insecure", help="Consent to --no-token for other machines, and to a cluster that requires no token."
+        ),
     ] = False,
 ) -> None:
-    """Serve searches to browsers and programs. Prints the link to open; EVOMERGE_TOKEN gives the token."""
+    """Serve searches to browsers and programs. Prints the link to open; EVOMERGE_TOKEN sets the token."""
     from evomerge.service.server import serve
 
     serve(
@@ -479,11 +493,12 @@ def serve(
 def inspect(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders, hub ids, or model+adapter.")],
     base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="What they were tuned from; the first of several by default.")
+        str | None,
+        typer.Option(metavar="MODEL", help="The model that they were tuned from; by default the first of several."),
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Show what models are and how close they are. Layer by layer, which tells what will merge."""
+    """Show what models are and how close they are. Compares them layer by layer, to judge what will merge."""
     from evomerge.commands.inspect import inspect
 
     inspect(models, base, as_json=json_)
@@ -494,10 +509,10 @@ def score(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, hub id, or model+adapter.")],
     file: SearchFileArgument,
     set_: SetOption = [],  # noqa: B006
-    split: Annotated[Literal["search", "held_out"], typer.Option(help="Whose items.")] = "held_out",
+    split: Annotated[Literal["search", "held_out"], typer.Option(help="Which split's items.")] = "held_out",
     json_: JsonOption = False,
 ) -> None:
-    """Score any model on the items of a search file. On all of its objectives and constraints."""
+    """Score any model on the items of a search file. Scores all of its objectives and constraints."""
     from evomerge.commands.models import score
 
     score(model, file, set_, split, as_json=json_)
@@ -505,7 +520,7 @@ def score(
 
 @app.command()
 def plugins() -> None:
-    """List what a search file can name."""
+    """List the parts that a search file can name."""
     from evomerge.commands.plugins import list_plugins
 
     list_plugins()
@@ -517,7 +532,7 @@ def agreement(
     language: Annotated[str, typer.Option(metavar="CODE", help="The language that answers should be in.")] = "ja",
     json_: JsonOption = False,
 ) -> None:
-    """Grade answers by both scorers of mgsm. Shows where they do not agree."""
+    """Grade answers with both scorers of mgsm. Shows where they disagree."""
     from evomerge.commands.agreement import agreement
 
     agreement(file, language, as_json=json_)

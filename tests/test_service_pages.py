@@ -37,7 +37,7 @@ from evomerge.service.bodies import CandidateName, SearchSummary
 from evomerge.service.pages import forms
 from evomerge.service.pages import search as pages_search
 from evomerge.service.pages.candidate import sentence
-from evomerge.service.pages.lines import line_of, place_of
+from evomerge.service.pages.lines import place_of
 from evomerge.service.pages.model_card import card_of
 from evomerge.service.pages.rendering import sparkline
 from evomerge.service.pages.search import choices
@@ -491,7 +491,7 @@ def test_the_line_of_a_fault_is_the_one_that_holds_its_key(content: dict[str, An
     text = dump_yaml(content)
     lines = text.splitlines()
     for path in paths(content):
-        line = line_of(text, f"search file: {path}")
+        line = place_of(text, f"search file: {path}").line
         key = path.rpartition(".")[2]
         assert re.search(rf"(^|[\s{{'\"]){re.escape(key)}['\"]?:", lines[line - 1])
 
@@ -529,7 +529,7 @@ objectives:
     ],
 )
 def test_lines(text: str, field: str, line: int) -> None:
-    assert line_of(text, field) == line
+    assert place_of(text, field).line == line
 
 
 def test_the_keys_of_a_fault_lead_to_the_objective_on_the_task() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -204,10 +204,3 @@ def needed_bytes(model: Source, experts: int, shared: bool, *, untied: bool = Fa
 def has_bias(recipe: MixtureRecipe) -> bool:
     """Whether its routers have a bias for each expert."""
     return recipe.architecture == BIASED
-
-
-def router_names(recipe: MixtureRecipe) -> Sequence[str]:
-    """The names of all tensors of routers."""
-    names = ARCHITECTURES[recipe.architecture]
-    layers = range(recipe.layers)
-    return [names.gate(i) for i in layers] + ([names.bias(i) for i in layers] if has_bias(recipe) else [])

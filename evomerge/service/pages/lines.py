@@ -21,11 +21,6 @@ class FaultPlace:
     path: tuple[str, ...] = ()
 
 
-def line_of(text: str, field: str) -> int:
-    """The line of ``place_of``."""
-    return place_of(text, field).line
-
-
 def place_of(text: str, field: str) -> FaultPlace:
     """Where the key stands that ``field`` names; the innermost part of it that is there.
 
