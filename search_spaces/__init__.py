@@ -1,1 +1,1 @@
-"""Search spaces: one a file. A new one is a file here, or an entry point ``evomerge.search_spaces`` of a package."""
+"""Search spaces, one per file. To add one, write a file here or declare an entry point ``evomerge.search_spaces``."""

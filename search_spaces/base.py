@@ -1,4 +1,4 @@
-"""What a search space is made from, and the settings that the search file gives it."""
+"""What search spaces are built from, and the base class of their settings in the search file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from evomerge.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Soup:
-    """A weighted sum of sources that was found before the search, a baseline by its label."""
+    """A weighted sum of sources that was found before the search; its label names the baseline."""
 
     label: str
     weights: tuple[tuple[str, float], ...]
@@ -28,14 +28,14 @@ class Soup:
 
 @dataclass(frozen=True)
 class Measures:
-    """What was measured of the sources' weights when the search began.
+    """What was measured about the sources' weights at the start of the search.
 
     Attributes:
-        kappa: the factor of the law by which a space over task vectors has one more baseline
-            (``merging.measured.amplitude``); None where it is to have none.
-        tiers: that of each layer (``merging.adapters.tiers``); None where they are not measured: they then follow the
+        kappa: the factor that gives a space over task vectors one more baseline (``merging.measured.amplitude``); None
+            if there is to be no such baseline.
+        tiers: the tier of each layer (``merging.adapters.tiers``); None if not measured, in which case they follow the
             depth.
-        soups: by the losses of calibration texts.
+        soups: weighted sums chosen by the losses on calibration texts.
     """
 
     kappa: float | None = None
@@ -45,16 +45,17 @@ class Measures:
 
 @dataclass(frozen=True)
 class SpaceContext:
-    """What the search knows of its models when it builds the space.
+    """What the search knows about its models when it builds the space.
 
-    ``sources`` maps names to references and holds the base too, when there is one. ``layers`` counts the layers of the
-    tokenizer's source, ``depths`` those of each source whose number may be another; ``tied`` says that the head is the
-    embedding. ``method`` looks a merge method up by name and raises InputError for an unknown one. ``recipe_seed``,
-    ``dtype`` and ``vocabulary`` go into every recipe, and ``calibration``, the digest of the calibration texts where
-    there are any, into those whose method needs it; ``fit`` is that of the items that numbers may be fitted to.
-    ``adapters`` gives the PEFT types of the adapters on a source, as references tell, and ``prompts`` what is known of
-    each source's prompt, where it has one. ``measures`` are of the sources' weights, which nobody reads before a search
-    begins. ``tensors`` gives the names of all tensors of the tokenizer's source, where sources are tables of tensors.
+    ``sources`` maps names to references, including the base if there is one. ``layers`` is the number of layers of the
+    source that provides the tokenizer, ``depths`` that of every source whose number may differ; ``tied`` means that the
+    head shares the embedding's weights. ``method`` looks up a merge method by name, and raises InputError if it is
+    unknown. ``recipe_seed``, ``dtype`` and ``vocabulary`` become part of every recipe, and ``calibration``, the digest
+    of the calibration texts if there are any, part of those whose method needs it; ``fit`` is the digest of the items
+    that numbers may be fitted to. ``adapters`` lists the PEFT types of the adapters on each source according to its
+    reference, and ``prompts`` what is known about each source's prompt, if it has one. ``measures`` concerns the
+    sources' weights, which are only read once a search begins. ``tensors`` lists the names of all tensors of the source
+    that provides the tokenizer, if sources are tables of tensors.
     """
 
     sources: Mapping[str, str]
@@ -76,11 +77,11 @@ class SpaceContext:
 
     @property
     def mixed(self) -> tuple[str, ...]:
-        """The sources that are merged: all but the base."""
+        """The sources that are merged: all except the base."""
         return tuple(name for name in self.sources if name != self.base)
 
     def check_needs(self, part: Needing, place: str) -> None:
-        """Refuse a method or a step that needs what the search has not.
+        """Reject a method or step that needs something the search does not have.
 
         Raises:
             InputError: naming ``place``.
@@ -88,15 +89,15 @@ class SpaceContext:
         check_needs(part, place, has_texts=self.calibration is not None, has_fit=self.fit is not None)
 
     def calibration_of(self, blends: Iterable[Blend]) -> str | None:
-        """What a recipe of these blends says of calibration."""
+        """The ``calibration`` of a recipe with these blends."""
         return self.calibration if any(map(needs_texts, map(self._needs_of, blends))) else None
 
     def fit_of(self, blends: Iterable[Blend]) -> str | None:
-        """What a recipe of these blends says of a fit."""
+        """The ``fit`` of a recipe with these blends."""
         return self.fit if any("fit" in self._needs_of(blend) for blend in blends) else None
 
     def uniform(self, blend: Blend, vision: Blend | None = None) -> StackRecipe:
-        """A dense model of one blend in every part, such as a baseline; ``vision`` as in ``StackRecipe``."""
+        """A dense model with the same blend in every part, for example a baseline; ``vision`` as in ``StackRecipe``."""
         return StackRecipe.uniform(
             blend,
             vision=vision,
@@ -118,11 +119,11 @@ class SpaceContext:
 
 
 class SpaceSettings(BaseModel):
-    """What the search file says of a space; each space's file has its own subclass with its own ``kind``.
+    """The ``space:`` section of the search file; every space has a subclass with its own ``kind``.
 
-    ``mixes_tensors`` says that tensors of different sources are mixed, so that all must have equally many layers;
-    ``moves_layers`` that layers may stand in other places than their own; ``engines`` which can answer with its models;
-    ``takes_prompts`` that sources may be soft prompts and prefixes, which have no weights of their own.
+    ``mixes_tensors`` means that tensors of different sources are mixed, so that all must have the same number of
+    layers; ``moves_layers`` that layers may be moved to other positions; ``engines`` lists the engines that can run the
+    space's models; ``takes_prompts`` means that sources may be soft prompts and prefixes, which have no weights.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -135,13 +136,13 @@ class SpaceSettings(BaseModel):
     kind: str
 
     def at(self, root: Path) -> Self:
-        """These settings, with the paths in them taken from the folder ``root``."""
+        """These settings, with relative paths resolved against the folder ``root``."""
         return self
 
     def build(self, context: SpaceContext) -> SearchSpace:
-        """Make the space.
+        """Build the space.
 
         Raises:
-            InputError: settings that do not fit the sources; the place starts with ``space.``.
+            InputError: the settings do not fit the sources; the place starts with ``space.``.
         """
         raise NotImplementedError

@@ -1,7 +1,7 @@
-"""Which of several merge methods makes a blend, and the numbers of each, as numbers of a genome.
+"""The choice between several merge methods, and the numbers of each, as numbers of a genome.
 
-The first number is a choice among the methods. The numbers of every method follow, and last those of the steps, which
-all methods share. The numbers of a method that is not chosen change nothing, so that many genomes say one model.
+The first number is the choice of the method. The numbers of every method follow, and finally those of the steps, which
+all methods share. The numbers of methods that are not chosen have no effect, so many genomes represent one model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from search_spaces.profiles import Wave
 
 
 class ChosenMethodGenes:
-    """What a search walks where the method is a number itself; as ``MethodGenes``.
+    """What a search varies if the method itself is searched; has the interface of ``MethodGenes``.
 
     Args:
         of_methods: the genes of each method, all with the same steps.
@@ -27,11 +27,11 @@ class ChosenMethodGenes:
         self._of_methods = tuple(of_methods)
         self._own = [
             [p.default for p in genes.parameters("", "")[: genes.own]] for genes in of_methods
-        ]  # of each method, its numbers' defaults
+        ]  # the defaults of each method's numbers
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """Those that are chosen from."""
+        """The methods to choose from."""
         return tuple(method for genes in self._of_methods for method in genes.methods)
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class ChosenMethodGenes:
 
     @property
     def curves(self) -> list[tuple[int, int, Wave]]:
-        """As ``MethodGenes.curves``, of all methods."""
+        """As ``MethodGenes.curves``, for all methods."""
         begins = accumulate(map(len, self._own), initial=1)
         return [
             (begin + weight, begin + place, wave)
@@ -49,7 +49,7 @@ class ChosenMethodGenes:
         ]
 
     def parameters(self, prefix: str, group: str) -> list[Parameter]:
-        """Those of one blend, named after ``prefix``; a method's own after the method, too."""
+        """The parameters of one blend, named after ``prefix``; those of a method also after the method."""
         names = tuple(method.name for method in self.methods)
         parameters = [Parameter(f"{prefix}.method", 0.0, len(names) - 1.0, 0.0, "choice", group, names)]
         for name, genes in zip(names, self._of_methods, strict=True):
@@ -57,21 +57,21 @@ class ChosenMethodGenes:
         return [*parameters, *self._of_methods[0].parameters(prefix, group)[self._of_methods[0].own :]]
 
     def blend(self, numbers: Sequence[float] = (), depth: float | None = None) -> Blend:
-        """The blend that so many numbers say at a depth; without any, the first method's defaults."""
+        """The blend that these numbers stand for at a depth; without numbers, the first method's defaults."""
         chosen = int(numbers[0]) if numbers else 0
         begin = 1 + sum(map(len, self._own[:chosen]))
         own = numbers[begin : begin + len(self._own[chosen])]
         return self._of_methods[chosen].blend([*own, *numbers[1 + sum(map(len, self._own)) :]], depth)
 
     def numbers_at(self, point_of: Callable[[Method], Point | None]) -> list[float] | None:
-        """The numbers of a point, by the first method that has it; None where none has."""
+        """The numbers of a point, from the first method that has it; None if none has."""
         for chosen, genes in enumerate(self._of_methods):
             if (numbers := genes.numbers_at(point_of)) is not None:
                 return self._with(chosen, numbers[: genes.own], numbers[genes.own :])
         return None
 
     def nearest(self, blend: Blend, factor: float = 1.0) -> list[float] | None:
-        """The numbers nearest to a blend: by its own method where that is chosen from, else by the first that can."""
+        """The numbers closest to a blend, with its own method if available, else the first that can express it."""
         names = [method.name for method in self.methods]
         order = sorted(range(len(names)), key=lambda at: names[at] != blend.method)
         for chosen in order:
@@ -81,12 +81,12 @@ class ChosenMethodGenes:
         return None
 
     def defaults(self) -> list[tuple[Method, list[float]]]:
-        """Each method with the numbers of its defaults."""
+        """Each method with its default numbers."""
         first = self._of_methods[0]
         of_steps = [p.default for p in first.parameters("", "")[first.own :]]
         return [(method, self._with(k, self._own[k], of_steps)) for k, method in enumerate(self.methods)]
 
     def _with(self, chosen: int, own: Sequence[float], of_steps: Sequence[float]) -> list[float]:
-        """The numbers where a method is chosen and has these, and all others have their defaults."""
+        """The numbers that choose a method and set its numbers, with all other methods at their defaults."""
         of_methods = [own if number == chosen else defaults for number, defaults in enumerate(self._own)]
         return [float(chosen), *(value for numbers in of_methods for value in numbers), *of_steps]

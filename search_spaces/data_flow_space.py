@@ -1,7 +1,7 @@
-"""Data-flow space: the path that a token takes through the layers of all sources, whose weights stay as they are.
+"""Data-flow space: the path that a token takes through the layers of all sources, whose weights do not change.
 
 This is the data-flow half of Akiba et al., "Evolutionary Optimization of Model Merging Recipes" (arXiv 2403.13187,
-section 3.2). Model A, the source that gives the tokenizer, also gives the embedding, the final norm and the head.
+section 3.2). Model A, the source that provides the tokenizer, also provides the embedding, the final norm and the head.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from search_spaces.paths import PathGenes, PathSettings
 
 
 class DataFlowSpaceSettings(PathSettings):
-    """``space:`` of a search file, beside what ``PathSettings`` says.
+    """The ``space:`` section of a search file, in addition to ``PathSettings``.
 
     Args:
-        first: the name of model A, which must be the source that gives the tokenizer, as it is unless named.
-        others: the sources whose layers a path may take beside those of A; all of the file unless given. Of another
-            number of layers they may be, of another width not.
+        first: the name of model A, which must be the source that provides the tokenizer; that is also the default.
+        others: the sources whose layers a path may use besides those of A; all sources of the file by default. They may
+            differ in their number of layers, but not in width.
     """
 
     mixes_tensors: ClassVar[bool] = False
@@ -51,10 +51,11 @@ class DataFlowSpaceSettings(PathSettings):
 def other_sources(
     settings: PathSettings, others: Sequence[str] | None, context: SpaceContext, first: str | None
 ) -> tuple[str, ...]:
-    """The sources that take part beside model A; ``first`` is its name if it is a source.
+    """The sources besides model A; ``first`` is A's name if it is a source.
 
     Raises:
-        InputError: ``others`` names what is no source, one twice, or A; or pruning, which is of A alone, has others.
+        InputError: ``others`` names something that is not a source, or a source twice, or A; or it is given for
+            pruning, which uses only A.
     """
     if others is None:
         return () if settings.encoding == "pruning" else tuple(name for name in context.sources if name != first)
@@ -71,7 +72,7 @@ def other_sources(
 
 
 class Layer(NamedTuple):
-    """What a hop is made of, as ``StackRecipe.compose`` takes it."""
+    """The content of a hop, in the form that ``StackRecipe.compose`` takes."""
 
     layer: int | Mapping[str, int]
     attention: Blend
@@ -81,7 +82,7 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Member:
-    """A model of the pool, by its label: its layers, and what stands outside them."""
+    """A model of the pool, named by its label: its layers, and the parts outside them."""
 
     label: str
     embedding: Blend
@@ -91,23 +92,23 @@ class Member:
 
 
 def source_member(name: str, layers: int) -> Member:
-    """A source as it is."""
+    """A source, unchanged."""
     blend = Blend(method="passthrough", sources=(name,), parameters={"scale": {name: 1.0}})
     return Member(name, blend, [Layer(layer, blend, blend, blend) for layer in range(layers)], blend, blend)
 
 
 class DataFlowSpace:
-    """Paths through the layers of a pool of models, the first of which is model A; see the module's text.
+    """Paths through the layers of a pool of models, the first of which is model A; see the module docstring.
 
     Args:
-        settings: of the paths.
+        settings: the settings of the paths.
         pool: the models.
-        context: of the search.
-        seed: of every recipe.
-        dtype: of every recipe.
+        context: what is known about the search.
+        seed: the seed of every recipe.
+        dtype: the dtype of every recipe.
 
     Raises:
-        InputError: settings that contradict each other or the pool.
+        InputError: the settings contradict each other or do not fit the pool.
     """
 
     def __init__(
@@ -135,15 +136,15 @@ class DataFlowSpace:
         return self._recipe(self._pool[0], [pick.layer for pick in picks], scales)
 
     def genome_of(self, recipe: Recipe) -> Genome | None:
-        return None  # many genomes say one path
+        return None  # many genomes represent one path
 
     def baselines(self) -> Iterator[Baseline]:
-        """Every model of the pool alone, and the paths that people stack by hand, each recipe once.
+        """Every single model of the pool, and paths that people commonly stack by hand, each recipe once.
 
-        By hand: the lower half of A with the upper half of another model; the middle of another model between the
-        lowest and the highest quarter of A; and depth up-scaling, A without its last quarter and then A without its
-        first (Kim et al., "SOLAR 10.7B", arXiv 2312.15166), where there is room for so many hops. Where the ends of A
-        are fixed, these paths keep to that.
+        The latter are: the lower half of A with the upper half of another model; the middle of another model between
+        the lowest and the highest quarter of A; and depth up-scaling, A without its last quarter followed by A without
+        its first (Kim et al., "SOLAR 10.7B", arXiv 2312.15166), if that many hops are allowed. If the ends of A are
+        fixed, these paths respect that.
         """
         seen = set()
         for member, layers in zip(self._pool, self._spans(), strict=True):
@@ -151,14 +152,14 @@ class DataFlowSpace:
             seen.add(recipe.hash)
             yield Baseline(member.label, "source", recipe, self._point(layers) if member is self._pool[0] else None)
         for label, path in self._by_hand():
-            path = self._genes.ended(path)
+            path = self._genes.with_fixed_ends(path)
             recipe = self._recipe(self._pool[0], path)
             if len(path) <= self._genes.most and recipe.hash not in seen:
                 seen.add(recipe.hash)
                 yield Baseline(label, "default", recipe, self._point(path))
 
     def _spans(self) -> list[range]:
-        """The numbers of each model's layers."""
+        """The layer numbers of each model."""
         spans, start = [], 0
         for member in self._pool:
             spans.append(range(start, start + len(member.layers)))
@@ -181,7 +182,7 @@ class DataFlowSpace:
         return None if numbers is None else np.array(numbers, dtype=np.float64)
 
     def _recipe(self, ends: Member, path: Sequence[int], scales: Sequence[float] | None = None) -> StackRecipe:
-        """The recipe of a path; ``ends`` gives what stands outside of it."""
+        """The recipe of a path; ``ends`` provides the parts outside of it."""
         return StackRecipe.compose(
             sources=self._context.sources,
             tokenizer=self._context.tokenizer,

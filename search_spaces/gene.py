@@ -1,4 +1,4 @@
-"""One number of a genome: of a parameter of a method or of a step, and what a search file may say of it."""
+"""One number of a genome, for a parameter of a method or a step, and what a search file may say about it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from evomerge.genome import Parameter
 from evomerge.method import MethodParameter, Value
 
 Bounds = Mapping[str, tuple[float, float]]
-"""By parameter, the range that a search walks in place of the parameter's own."""
+"""By parameter, the range that a search covers instead of the parameter's own."""
 
 
 @dataclass(frozen=True)
 class Gene:
-    """One number: of a parameter, and of one source or (None) of all. ``differentiable`` as of ``Parameter``."""
+    """One number, for a parameter of one source, or of all (None). ``differentiable`` is as in ``Parameter``."""
 
     parameter: MethodParameter
     source: str | None
@@ -30,15 +30,15 @@ class Gene:
         return ".".join(part for part in (self.parameter.name, self.source) if part)
 
     def value(self, number: float) -> Value:
-        """What the number says."""
+        """The parameter's value for a number."""
         return self.parameter.choices[int(number)] if self.parameter.kind == "choice" else number
 
     def number(self, value: Value) -> float:
-        """The number that says it."""
+        """The number for a parameter's value."""
         return float(self.parameter.choices.index(value)) if isinstance(value, str) else float(value)
 
     def nearest(self, value: object) -> float:
-        """The number within the bounds that is nearest to a value; its default for what is no value of it."""
+        """The number within the bounds closest to a value; the default if it is not a valid value."""
         if isinstance(value, Mapping):
             value = float(np.mean(list(value.values()))) if self.source is None else value[self.source]
         if self.parameter.kind == "choice":
@@ -57,7 +57,7 @@ class Gene:
 def searched(
     parameters: Sequence[MethodParameter], bounds: Bounds, fixed: Mapping[str, Value]
 ) -> Iterator[tuple[MethodParameter, float, float]]:
-    """The parameters that a search walks, each with its range: one that is not ``searched`` is with bounds."""
+    """The parameters that a search varies, each with its range; giving bounds to one makes it searched."""
     for p in parameters:
         if p.name in fixed or not (p.searched or p.name in bounds):
             continue
@@ -73,12 +73,12 @@ def check_ranges(
     place: str,
     key: Callable[[str, str], str] = lambda field, name: name,
 ) -> None:
-    """Refuse ``bounds`` and ``fixed`` that do not fit the parameters of a method or a step.
+    """Reject ``bounds`` and ``fixed`` that do not fit the parameters of a method or a step.
 
     Args:
         owner: its name.
-        place: of the two keys in the search file.
-        key: (field, parameter) -> what the parameter is called there, where that is not its name.
+        place: where the two keys are in the search file.
+        key: (field, parameter) -> the parameter's name there, if it differs from its own name.
 
     Raises:
         InputError: naming the key.

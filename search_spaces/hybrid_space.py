@@ -1,7 +1,7 @@
-"""Hybrid space: weights and paths both, one after the other or at once.
+"""Hybrid space: searches both weights and paths, one after the other or at once.
 
-One after the other, as Akiba et al. do (arXiv 2403.13187, section 3.3): a merge that was found before joins the pool of
-a search over data flow as its model A. At once: every hop is itself a merge of layers of several sources.
+One after the other, as in Akiba et al. (arXiv 2403.13187, section 3.3): a merge that was found before joins the pool of
+a data-flow search as its model A. At once: every hop is itself a merge of layers of several sources.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from search_spaces.paths import MAX_PARAMETERS, EncodingName, PathGenes, PathSet
 from search_spaces.step_genes import StepSettings
 
 MERGED = "merged"
-"""The name that a winner has in the pool; what a search confirms as its best is called winner."""
+"""The name of the earlier winner in the pool; "winner" is already the name of the best candidate of a search."""
 
 
 class HybridSpaceSettings(PathSettings):
-    """``space:`` of a search file, beside what ``PathSettings`` says; either ``winner`` or ``method`` is given.
+    """The ``space:`` section of a search file, in addition to ``PathSettings``; either ``winner`` or ``method`` is set.
 
     Args:
-        encoding: as of every path, but "integers" unless given.
-        winner: a recipe file, such as the ``recipe.yaml`` of an export; relative to the search file. What it merges
-            joins the sources under the name "merged" and is model A.
-        others: the sources whose layers a path may take beside those of the winner; all of the file unless given.
-        method: every hop is a merge by this method of the layers of one number; or "auto".
-        granularity: what has weights of its own: with "hop", each slot of the encoding, the embedding, the final norm
-            and the head; with "model", only the model as a whole. "hop" unless given.
-        steps: what is done after the method, as in parameter space.
+        encoding: as for every path, but "integers" by default.
+        winner: a recipe file, such as the ``recipe.yaml`` of an export, relative to the search file. The merge that it
+            describes joins the sources under the name "merged" and is model A.
+        others: the sources whose layers a path may use besides those of the winner; all sources of the file by default.
+        method: the merge method for every hop, which merges the layers of one index; or "auto".
+        granularity: what has its own weights: with "hop", the default, each slot of the encoding, the embedding, the
+            final norm and the head; with "model", only the model as a whole.
+        steps: the steps after the method, as in a parameter space.
     """
 
     kind: Literal["hybrid_space"] = "hybrid_space"
@@ -78,8 +78,8 @@ class HybridSpaceSettings(PathSettings):
         if "merged_inputs" in context.method(self.method).needs:
             problem = f"{self.method} makes each layer from what the merged layers before give it, each in its place"
             raise InputError("space.method", problem, "Search over weights alone: `kind: parameter_space`.")
-        marks = list(ParameterSpaceSettings(method=self.method, steps=self.steps).build(context).baselines())
-        return JointSpace(self, context, self.method, marks)
+        baselines = list(ParameterSpaceSettings(method=self.method, steps=self.steps).build(context).baselines())
+        return JointSpace(self, context, self.method, baselines)
 
     def _after(self, winner: Path, context: SpaceContext) -> DataFlowSpace:
         for key, given in (("granularity", self.granularity), ("steps", self.steps)):
@@ -96,11 +96,11 @@ class HybridSpaceSettings(PathSettings):
 
 
 def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
-    """The recipe of a winner, which the models and settings of this search make the same.
+    """The recipe of an earlier winner, which must reproduce with the models and settings of this search.
 
     Raises:
-        InputError: it cannot be read, is of other models than the search or of other settings, or has scales or single
-            tensors of its own.
+        InputError: it cannot be read, uses other models or settings than the search, or has scales or blends for single
+            tensors.
     """
     place = "space.winner"
     try:
@@ -113,7 +113,7 @@ def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
         what = "scales hops" if recipe.is_scaled else "makes single tensors otherwise than their layer"
         raise InputError(place, f"{what}, which its layers cannot keep on another path", "Give a merge of weights.")
     used = recipe.used_sources() | recipe.vocabulary.used_sources() | {recipe.tokenizer}
-    here = Path(os.path.realpath(path)).parent  # which an exported recipe names folders from
+    here = Path(os.path.realpath(path)).parent  # paths in an exported recipe are relative to this
     recipe = recipe.model_copy(
         update={"sources": {name: absolute_reference(reference, here) for name, reference in recipe.sources.items()}}
     )
@@ -162,34 +162,34 @@ def _check_makable(recipe: StackRecipe, context: SpaceContext, place: str) -> No
 
 
 def winner_member(recipe: StackRecipe) -> Member:
-    """The model of a recipe, its hops as layers."""
+    """The model of a recipe, with its hops as layers."""
     blends = recipe.blends
     layers = [Layer(hop.layer, blends[hop.attention], blends[hop.mlp], blends[hop.norm]) for hop in recipe.hops]
     return Member(MERGED, blends[recipe.embedding], layers, blends[recipe.norm], blends[recipe.head])
 
 
 class JointSpace:
-    """Paths whose every hop is a merge of the layers that have one number in all sources.
+    """Paths in which every hop is a merge of the layers with the same index in all sources.
 
-    Where a path takes every layer once and unscaled, this is the parameter space of ``method``.
+    For a path that uses every layer once and unscaled, this equals the parameter space of ``method``.
 
     Args:
-        settings: of the paths and the weights.
-        context: of the search.
-        method: by which hops are merged.
-        marks: the baselines of the parameter space of this method on the whole model.
+        settings: the settings of the paths and the weights.
+        context: what is known about the search.
+        method: the method that merges hops.
+        baselines: the baselines of the parameter space of this method on the whole model.
 
     Raises:
-        InputError: settings that contradict each other or the sources.
+        InputError: the settings contradict each other or do not fit the sources.
     """
 
     def __init__(
-        self, settings: HybridSpaceSettings, context: SpaceContext, method: str, marks: Sequence[Baseline]
+        self, settings: HybridSpaceSettings, context: SpaceContext, method: str, baselines: Sequence[Baseline]
     ) -> None:
         self._settings = settings
         self._context = context
         self._genes = MethodGenes(context.method(method), context, steps=settings.steps)
-        self._marks = marks
+        self._baselines = baselines
         self._path = PathGenes(settings, {"merged": context.layers})
         slots = [Slot(name, name) for name in ("embedding", "norm", *([] if context.tied else ["head"]))]
         slots = [Slot("model", "model")] if self._one else [*self._path.slots, *slots]
@@ -206,7 +206,7 @@ class JointSpace:
 
     @property
     def _one(self) -> bool:
-        """The whole model has the same weights."""
+        """Whether the whole model has the same weights."""
         return self._settings.granularity == "model"
 
     def decode(self, genome: Genome) -> StackRecipe:
@@ -222,7 +222,7 @@ class JointSpace:
             embedding=embedding,
             hops=(Layer(pick.layer, *[of_slots[pick.slot]] * 3) for pick in picks),
             norm=norm,
-            head=head[0] if head else embedding,  # a tied head is the embedding's own tensor
+            head=head[0] if head else embedding,  # a tied head shares the embedding's tensor
             scales=scales,
             scaling=self._settings.scaling,
             vocabulary=self._context.vocabulary,
@@ -233,13 +233,13 @@ class JointSpace:
         )
 
     def genome_of(self, recipe: Recipe) -> Genome | None:
-        return None  # many genomes say one path
+        return None  # many genomes represent one path
 
     def baselines(self) -> Iterator[Baseline]:
-        """Those of the parameter space: every source alone, the uniform average, and the method's usual defaults."""
+        """Those of the parameter space: every single source, the uniform average, and the method's usual defaults."""
         path = self._path.point(range(self._context.layers))
-        for mark in self._marks:
-            if path is None or mark.genome is None:
-                yield replace(mark, genome=None)
+        for baseline in self._baselines:
+            if path is None or baseline.genome is None:
+                yield replace(baseline, genome=None)
             else:
-                yield replace(mark, genome=np.concatenate([path, np.tile(mark.genome, self._merges)]))
+                yield replace(baseline, genome=np.concatenate([path, np.tile(baseline.genome, self._merges)]))

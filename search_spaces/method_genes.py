@@ -16,17 +16,17 @@ from search_spaces.step_genes import StepGenes, StepSettings
 
 
 class MethodGenes:
-    """What a search walks of a merge method and of steps, for one blend of all sources.
+    """What a search varies in a merge method and in steps, for one blend of all sources.
 
     Args:
-        method: whose parameters they are.
-        context: of the search.
-        bounds: by parameter, where the method's own range is not wanted. One that is not ``searched`` is with bounds.
+        method: the method.
+        context: what is known about the search.
+        bounds: ranges by parameter, in place of the method's own. A parameter with bounds is always searched.
         fixed: values of parameters that are not searched.
-        switches: the method's yes/no settings, where its defaults are not wanted.
-        basis: of the blend.
-        steps: after the method, by name, in their order.
-        cosines: of the curve over depth that each weight of a source follows; 1 for the same weight everywhere.
+        switches: the method's yes/no settings, in place of its defaults.
+        basis: the blend's basis.
+        steps: the steps after the method, by name, in order.
+        cosines: the number of cosines in the curve over depth of each source weight; 1 for a constant weight.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class MethodGenes:
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """Whose numbers they are."""
+        """The methods that the numbers belong to."""
         return (self._method,)
 
     @property
     def own(self) -> int:
-        """How many of the numbers are the method's own; those of steps come after."""
+        """How many of the numbers belong to the method; those of steps come after."""
         return len(self._genes) + len(self._waves)
 
     def __len__(self) -> int:
@@ -67,21 +67,21 @@ class MethodGenes:
 
     @property
     def curves(self) -> list[tuple[int, int, Wave]]:
-        """Of each cosine of a curve, the places of the weight and of its own number."""
+        """For each cosine of a curve, the positions of the weight and of the cosine's own number."""
         return [(wave.place, len(self._genes) + number, wave) for number, wave in enumerate(self._waves)]
 
     def parameters(self, prefix: str, group: str) -> list[Parameter]:
-        """Those of one blend, named after ``prefix``; those of curves come after the method's others, then steps."""
+        """The parameters of one blend, named after ``prefix``; curves come after the method's others, then steps."""
         of_curves = (wave.described(prefix, group) for wave in self._waves)
         of_steps = (p for step in self._steps for p in step.parameters(prefix, group))
         return [*(gene.described(f"{prefix}.{gene.name}", group) for gene in self._genes), *of_curves, *of_steps]
 
     def blend(self, numbers: Sequence[float] = (), depth: float | None = None) -> Blend:
-        """The blend that so many numbers say; without any, the method's and steps' defaults with what is fixed.
+        """The blend that these numbers stand for; without numbers, the defaults of method and steps with fixed values.
 
         Args:
             numbers: in the order of ``parameters``.
-            depth: where curves are read, from 0 to 1; None outside of the stack of layers.
+            depth: where curves are evaluated, from 0 to 1; None outside the stack of layers.
         """
         values = default_parameters(self._method, self._sources) | self._switches
         for name, value in self._fixed.items():
@@ -103,10 +103,11 @@ class MethodGenes:
         )
 
     def nearest(self, blend: Blend, factor: float = 1.0) -> list[float] | None:
-        """The numbers nearest to a blend, all of whose change is multiplied by a factor.
+        """The numbers closest to a blend whose whole change is multiplied by a factor.
 
-        Of another method, what both have is taken, and the rest is at its default. The factor goes to the shares of the
-        sources. None where the blend is of other sources, takes its shares otherwise, or its method is not installed.
+        For a blend of another method, parameters that both have are kept and the rest are at their defaults. The factor
+        is applied to the shares of the sources. None if the blend has other sources or expresses shares differently, or
+        if its method is not installed.
         """
         method, ours = _installed(blend.method), self._method
         if method is None or set(blend.sources) != set(self._sources) or blend.base not in (None, self._base):
@@ -124,14 +125,14 @@ class MethodGenes:
         return [*numbers, *flat, *(number for step in self._steps for number in step.nearest(blend.steps))]
 
     def defaults(self) -> list[tuple[Method, list[float]]]:
-        """The method with the numbers of its and the steps' defaults."""
+        """The method with the default numbers of method and steps."""
         return [(self._method, [p.default for p in self.parameters("", "")])]
 
     def numbers_at(self, point_of: Callable[[Method], Point | None]) -> list[float] | None:
         """The numbers of a method's point at which no step changes anything.
 
-        None where it has no such point, bounds or what is fixed forbid it, it leaves a number open, or a step always
-        changes something.
+        None if there is no such point, bounds or fixed values exclude it, it leaves a number undetermined, or a step
+        always changes something.
         """
         point, neutral = point_of(self._method), [step.neutral() for step in self._steps]
         if point is None or None in neutral:
@@ -147,7 +148,7 @@ class MethodGenes:
         return [*numbers, *flat, *(number for of_step in neutral for number in of_step or ())] if inside else None
 
     def _at_depth(self, numbers: Sequence[float], depth: float | None) -> Sequence[float]:
-        """The numbers of the genes at a depth, each weight with a curve within its range."""
+        """The numbers at a depth; each weight with a curve is clipped to its range."""
         found = list(numbers[: len(self._genes)])
         if depth is None or not found:
             return found
@@ -171,7 +172,7 @@ class MethodGenes:
 
 
 def alone_at(method: Method, mixed: Sequence[str], source: str) -> Point | None:
-    """Where a method gives one source, or the base, as it is; None where it has no such point."""
+    """The point at which a method returns one source, or the base, unchanged; None if there is no such point."""
     if method.alone is None or not (source in mixed or method.needs_base):
         return None
     return method.alone(mixed, source if source in mixed else None)
@@ -185,7 +186,7 @@ def _installed(name: str) -> Method | None:
 
 
 def _shares(method: Method) -> set[tuple[str, str]]:
-    """The parameters that say how much of a source is taken; two methods of the same ones are told alike."""
+    """The parameters that say how much of a source is taken; methods with the same ones express shares the same way."""
     return {(p.name, p.scope) for p in method.parameters if p.share}
 
 

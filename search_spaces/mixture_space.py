@@ -1,9 +1,9 @@
-"""Mixtures: what goes into each expert of a plain mixture made of dense fine-tunes, and how tokens are routed.
+"""Mixtures of experts made from dense fine-tunes: what goes into each expert, and how tokens are routed.
 
-A slot is named after the source whose texts or answers its router's rows are learnt from, but is made of all sources
-by the method of the space: pure experts lost to merges where it was measured, and blends were on the front
-(docs/mixtures.md). The routers' rows are those of one landmark, the mixture of the pure sources' mlps on the mean of
-their attention; a candidate changes their temperature, and costs no gradient.
+A slot is named after the source whose texts or answers its router rows are learnt from, but is merged from all sources
+with the method of the space: in measurements pure experts lost to merges, and blends were on the front
+(docs/mixtures.md). The router rows come from one reference mixture, of the pure sources' mlps on the mean of their
+attention. A candidate only changes their temperature, so it needs no gradient computation.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from search_spaces.gene import check_ranges
 from search_spaces.method_genes import MethodGenes
 
 _TEMPERATURES = (-1.0, 1.0)  # as powers of ten
-_BIASES = (-0.5, 0.5)  # beside scores from 0 to 1
+_BIASES = (-0.5, 0.5)  # relative to scores from 0 to 1
 _MAX_SLOTS = 8
 
 
 class MixtureSpaceSettings(SpaceSettings):
-    """``space:`` of a search file.
+    """The ``space:`` section of a search file.
 
     Args:
-        architecture: of the mixture: "mixtral" of llama and mistral, "qwen2_moe" of qwen2 and llama, "qwen3_moe" of
-            qwen3, "glm4_moe" of llama, mistral and qwen2.
-        method: the merge method of every blend; task arithmetic with a base, else a linear sum, when left out.
-        slots: the sources after which the slots are named; all that are merged when left out.
-        router: how the routers' rows are found: "fitted" needs `fit`, "prototypes" texts of each slot's own
+        architecture: the mixture's architecture: "mixtral" from llama and mistral, "qwen2_moe" from qwen2 and llama,
+            "qwen3_moe" from qwen3, "glm4_moe" from llama, mistral and qwen2.
+        method: the merge method of every blend; by default task arithmetic with a base, else a linear sum.
+        slots: the sources after which the slots are named; by default all merged sources.
+        router: how the router rows are found: "fitted" requires `fit`, "prototypes" separate texts for each slot
             (`calibration: {file: FILE, sources: {NAME: FILE}}`).
-        groups: into how many groups of layers they are cut, each with a temperature of its own.
-        top_k: how many slots a token keeps; searched from 1 to all when left out.
-        bias: whether slots have a bias of their choice in each group; of a glm4_moe.
-        embedding: whether embedding and head have numbers of their own, or those of attention and norms.
-        bounds: a parameter's range, where the method's own is not wanted: ``weight: [0, 1.5]``.
+        groups: how many groups the layers are divided into, each with its own temperature.
+        top_k: how many slots a token uses; searched from 1 to all by default.
+        bias: whether slots have selection biases in each group; only for glm4_moe.
+        embedding: whether embedding and head have their own numbers, or those of attention and norms.
+        bounds: a parameter's range, in place of the method's own: ``weight: [0, 1.5]``.
         fixed: a parameter that is not searched.
     """
 
@@ -96,10 +96,10 @@ class MixtureSpaceSettings(SpaceSettings):
 
 
 class MixtureSpace:
-    """See ``evomerge.genome.SearchSpace``, and the module's text.
+    """See ``evomerge.genome.SearchSpace``, and the module docstring.
 
-    A genome has the method's numbers of each slot, of the rest, and of the embedding where it has its own; then the
-    temperature of each group and its biases (the first slot has none: only differences count); then top-k.
+    A genome has the method's numbers for each slot, for the rest, and for the embedding if it has its own; then the
+    temperature of each group and its biases (the first slot has none: only differences matter); then top-k.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class MixtureSpace:
         return np.clip(np.array(genome, dtype=np.float64), bounds[:, 0], bounds[:, 1])
 
     def baselines(self) -> Iterator[Baseline]:
-        """Each source as it is, their average, and the pure experts on the average, all at once and the best alone."""
+        """Each source unchanged, their average, and the pure experts on the average with top-k all and top-1."""
         for name in self._context.sources:
             yield Baseline(name, "source", self._context.uniform(_alone(name)), None)
         yield Baseline("uniform average", "average", self._context.uniform(_mean(self._context.mixed)), None)
@@ -219,7 +219,7 @@ class MixtureSpace:
             yield Baseline(f"pure experts, {kept}", "default", recipe, genome)
 
     def _pure(self, top_k: int) -> Genome | None:
-        """The genome of the pure sources' mlps on the average; None where the method has no such points."""
+        """The genome of the pure sources' mlps on the average; None if the method has no such points."""
         mixed = self._context.mixed
 
         def alone(method: Method, slot: str) -> Point | None:
@@ -239,7 +239,7 @@ class MixtureSpace:
         return np.array(numbers, dtype=np.float64)
 
     def _pure_recipe(self, top_k: int) -> MixtureRecipe:
-        """The same, whatever the method."""
+        """The recipe of the same mixture, whatever the method."""
         mean = _mean(self._context.mixed)
         routed = [[0.0] * (len(self._slots) if self._settings.bias else 1)] * self._settings.groups
         return self._recipe([_alone(slot) for slot in self._slots], mean, mean, routed, top_k)
@@ -250,7 +250,7 @@ def _text(blend: Blend) -> str:
 
 
 def _alone(source: str) -> Blend:
-    """One source as it is."""
+    """One source, unchanged."""
     return Blend.weighted_sum({source: 1.0})
 
 

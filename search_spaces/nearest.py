@@ -1,4 +1,4 @@
-"""The point of a space nearest to a recipe: what is needed to carry a genome of one space over to another."""
+"""The point of a space closest to a recipe, which is how a genome of one space is carried over to another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import Blend, Role, StackRecipe, roles
 
 SCALE = "scale"
-"""The step that multiplies a change, by its one number ``factor``; profiles are written as it."""
+"""The step that multiplies a change by its only number, ``factor``; profiles are written as this step."""
 
 
 class Profile(Protocol):
@@ -27,7 +27,7 @@ class Profile(Protocol):
 
 
 def blends_of(recipe: Recipe, layers: int) -> dict[Role, Blend] | None:
-    """The blend of each role of a merge of weights alone; None where a recipe is anything else, or of another depth."""
+    """The blend of each role of a merge of weights only; None if the recipe is anything else, or of another depth."""
     if not isinstance(recipe, StackRecipe) or recipe.is_scaled or recipe.tensors:
         return None
     if [hop.layer for hop in recipe.hops] != list(range(layers)):
@@ -36,7 +36,7 @@ def blends_of(recipe: Recipe, layers: int) -> dict[Role, Blend] | None:
 
 
 def without_scale(blend: Blend) -> tuple[Blend, float]:
-    """A blend without the scaling that it ends with, and by how much that is."""
+    """A blend without its final scaling, and the factor of that scaling."""
     if not blend.steps or blend.steps[-1].name != SCALE:
         return blend, 1.0
     factor = blend.steps[-1].parameters.get("factor", 1.0)
@@ -45,9 +45,9 @@ def without_scale(blend: Blend) -> tuple[Blend, float]:
 
 
 def middle(rows: Sequence[Sequence[float]], parameters: Sequence[Parameter]) -> list[float]:
-    """One number for each parameter of several: the mean, of an int the nearest to it, of a choice the most frequent.
+    """One number per parameter from several rows: the mean, rounded for an int, and the most frequent for a choice.
 
-    Where all agree it is theirs, to the last bit.
+    If all rows agree, the result is equal to them bit for bit.
     """
     numbers = []
     for column, parameter in zip(zip(*rows, strict=True), parameters, strict=True):
@@ -62,7 +62,7 @@ def middle(rows: Sequence[Sequence[float]], parameters: Sequence[Parameter]) -> 
 
 
 def fitted(profile: Profile, factors: Mapping[int | None, float]) -> list[float]:
-    """The numbers of a profile whose factors are nearest to these, by least squares, within the bounds."""
+    """The numbers of a profile whose factors are closest to these, by least squares, within the bounds."""
     size = len(profile.parameters)
     constant = np.array([profile.factor([0.0] * size, layer) for layer in factors])
     columns = [[profile.factor(unit, layer) for layer in factors] for unit in np.eye(size).tolist()]
@@ -70,5 +70,5 @@ def fitted(profile: Profile, factors: Mapping[int | None, float]) -> list[float]
     wanted = np.array(list(factors.values())) - constant
     numbers: NDArray[np.float64] = np.asarray(np.linalg.lstsq(slopes, wanted, rcond=None)[0])
     low, high = (np.array([getattr(p, end) for p in profile.parameters]) for end in ("low", "high"))
-    rounded: list[float] = np.clip(numbers.round(12), low, high).tolist()  # so that a factor of 1 stays one
+    rounded: list[float] = np.clip(numbers.round(12), low, high).tolist()  # so that a factor of 1 stays exactly 1
     return rounded

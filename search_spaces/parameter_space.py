@@ -2,8 +2,8 @@
 
 A genome holds the numbers of one merge method (a weight, a density, ...) for every source and every layer group. This
 is the parameter-space half of Akiba et al., "Evolutionary Optimization of Model Merging Recipes" (arXiv 2403.13187,
-section 3.1). Weights are not normalised unless asked: the optimum that the paper reports has weights that sum to about
-2, which no normalised merge can reach.
+section 3.1). Weights are not normalised by default: the optimum that the paper reports has weights that sum to about 2,
+which no normalised merge can reach.
 """
 
 from __future__ import annotations
@@ -35,39 +35,40 @@ from search_spaces.vision import VisionSettings
 T = TypeVar("T")
 
 LAW = "kappa sqrt(N)"
-"""How the baseline by the law is called, before its kappa."""
+"""The label of the baseline with lambda = kappa sqrt(N), followed by its kappa."""
 
 FITTED = "fitted"
-"""The method that is fitted to right answers, and the baseline of every search that has items for that."""
+"""The method that is fitted to right answers, and a baseline of every search that has items to fit to."""
 
 
 class ParameterSpaceSettings(SpaceSettings):
-    """``space:`` of a search file.
+    """The ``space:`` section of a search file.
 
     Args:
-        method: the merge method; "auto" for the one that docs/methods.md advises; or several, of which a number of each
-            layer group chooses one, with each one's own numbers.
-        granularity: how the model is cut into layer groups that have numbers of their own. "model": one group. "layer":
-            each layer, and the embedding, final norm and head. "block": as "layer", attention and mlp apart (a layer's
-            norms go with its attention). A number n: groups of n layers. "adaptive": as ``finest``, but the optimizer
-            begins with one number of each kind for the whole model, and lets halves of it come apart as candidates
-            allow, down to those groups.
+        method: the merge method; "auto" for the one that docs/methods.md recommends; or several methods, one of which
+            is chosen by a number of each layer group, with separate numbers for each method.
+        granularity: how the model is divided into layer groups that have their own numbers. "model": one group.
+            "layer": each layer, and the embedding, final norm and head. "block": like "layer", with attention and mlp
+            separate (a layer's norms belong to its attention). A number n: groups of n layers. "adaptive": like
+            ``finest``, but the optimizer begins with one number of each kind for the whole model, and splits it into
+            halves as the number of candidates allows, down to those groups.
         finest: "layer", "block" or a number n, with granularity "adaptive".
-        bounds: a parameter's range, where the method's own is not wanted: ``weight: [0, 2]``. Parameters that a search
-            leaves alone by default (``lambda``, ``gamma``, ``epsilon``) are searched when they are given one. Where
-            there are several methods, ``ties.weight`` is that of one, and ``weight`` that of all that have it; so it is
-            in ``fixed`` and ``switches``.
+        bounds: a parameter's range, in place of the method's own: ``weight: [0, 2]``. Parameters that are not searched
+            by default (``lambda``, ``gamma``, ``epsilon``) are searched if they are given bounds. With several methods,
+            ``ties.weight`` applies to one method, and ``weight`` to all that have it; the same holds for ``fixed`` and
+            ``switches``.
         fixed: a parameter that is not searched: ``density: 0.5``.
         switches: the method's yes/no settings: ``normalize: true``.
-        basis: "core" where all sources but the base are low-rank adapters of it (LoRA): the method merges these in the
-            few coordinates that hold all of their changes. Of the weights' own where nothing is said.
-        steps: what is done after the method, in this order: ``activations: {}``, or with ``bounds`` and ``fixed``.
-        profile: what depth changes, by a few numbers for all layers; with granularity "model". "lines": the change of
-            each layer is scaled, evenly from ``profile.first`` to ``profile.last``. "tiers": by a factor for each third
-            of the layers, those whose changes can be trusted least, more and most (``profile.low``, ``profile.middle``,
-            ``profile.high``). {cosines: 4}: each weight of a source is a smooth curve of 4 numbers.
-        vision: what reads images, by a number of its own, where several sources do; that of the source that gives the
-            tokenizer where nothing is said.
+        basis: "core" if all sources except the base are low-rank adapters of it (LoRA): the method merges these in the
+            few coordinates that hold all of their changes. By default the basis of the weights themselves.
+        steps: the steps after the method, in this order: ``activations: {}``, or with ``bounds`` and ``fixed``.
+        profile: a dependence on depth with a few numbers for all layers; requires granularity "model". "lines": the
+            change of each layer is scaled, linearly from ``profile.first`` to ``profile.last``. "tiers": one factor for
+            each third of the layers, those whose changes can be trusted least, more and most (``profile.low``,
+            ``profile.middle``, ``profile.high``). {cosines: 4}: each weight of a source is a smooth curve with 4
+            numbers.
+        vision: how the vision parts are combined, with a separate number, if several sources have them; by default they
+            come from the source that provides the tokenizer.
     """
 
     kind: Literal["parameter_space"] = "parameter_space"
@@ -112,11 +113,11 @@ class ParameterSpaceSettings(SpaceSettings):
 
     @property
     def groups(self) -> str | int:
-        """The layer groups that have numbers of their own, at the latest when all have come apart."""
+        """The layer groups that have their own numbers, or with "adaptive", the groups after all splits."""
         return (self.finest or "layer") if self.granularity == "adaptive" else self.granularity
 
     def of_method(self, values: Mapping[str, T], name: str) -> dict[str, T]:
-        """What ``bounds``, ``fixed`` or ``switches`` say of one of several methods."""
+        """The part of ``bounds``, ``fixed`` or ``switches`` that applies to one of several methods."""
         own = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
         return {key: value for key, value in values.items() if "." not in key} | own
 
@@ -148,7 +149,7 @@ class ParameterSpaceSettings(SpaceSettings):
             check_ranges(method.name, method.parameters, bounds, fixed, "space", partial(self._key, method.name))
 
     def _key(self, method: str, field: str, name: str) -> str:
-        """How the search file calls a parameter of one of several methods."""
+        """The search file's name for a parameter of one of several methods."""
         own = f"{method}.{name}"
         return own if own in (self.bounds if field == "bounds" else self.fixed) else name
 
@@ -175,7 +176,7 @@ def _only(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
 
 
 class ParameterSpace:
-    """The numbers of one merge method for every layer group; see the module's text."""
+    """The numbers of one merge method for every layer group; see the module docstring."""
 
     def __init__(self, settings: ParameterSpaceSettings, context: SpaceContext) -> None:
         self._settings = settings
@@ -243,22 +244,21 @@ class ParameterSpace:
         )
 
     def _in_layer(self, numbers: Sequence[float], layer: int | None) -> Blend:
-        """The blend of a layer by a profile, or of what is outside of the stack (None)."""
+        """The blend of a layer according to the profile; None for the parts outside the stack."""
         size = len(self._genes)
         if self._profile is not None:
             return with_factor(self._genes.blend(numbers[:size]), self._profile.factor(numbers[size:], layer))
         return self._genes.blend(numbers, self._depth(layer))
 
     def _depth(self, layer: int | None) -> float | None:
-        """Of the middle of a layer, from 0 to 1; None of what is outside of the stack."""
+        """The depth of the middle of a layer, from 0 to 1; None for the parts outside the stack."""
         return None if layer is None else (layer + 0.5) / self._context.layers
 
     def baselines(self) -> Iterator[Baseline]:
-        """Every source alone, the uniform average of the merged ones, and the method's usual defaults.
+        """Every single source, the uniform average of the merged ones, and the method's usual defaults.
 
-        Where the context has soups, these; where it says how strongly, also task arithmetic by the law of
-        ``merging.measured.amplitude``; where there are items that it can be fitted to, also how much of each source
-        these want in each tensor.
+        Also the soups of the context, if it has any; task arithmetic with the scaling of ``merging.measured.amplitude``
+        if kappa is known; and, if there are items to fit to, the fit of each source's share in each tensor.
         """
         mixed = self._context.mixed
         for name in self._context.sources:
@@ -282,10 +282,10 @@ class ParameterSpace:
             yield from self._fitted(self._context.base)
 
     def genome_of(self, recipe: Recipe) -> Genome | None:
-        """The point nearest to a merge of weights: each group has the mean of what the recipe says of its parts.
+        """The point closest to a merge of weights: each group has the mean of the recipe's numbers for its parts.
 
-        Scaling that ends a blend, as a profile is written, goes to the profile of this space, or else to the shares of
-        the sources; where scaling is a step of this space, it is that.
+        A scaling at the end of a blend, which is how a profile is written, is expressed by the profile of this space,
+        by a scale step if the space has one, or else by the shares of the sources.
         """
         blends = blends_of(recipe, self._context.layers)
         if blends is None:
@@ -305,7 +305,7 @@ class ParameterSpace:
         genome = [number for group in self._groups for number in middle(rows[group], parameters)]
         if self._profile is not None:
             genome += fitted(self._profile, {role.layer: factor for role, factor in factors.items()})
-        for weight, place, wave in self._genes.curves:  # where there is one group
+        for weight, place, wave in self._genes.curves:  # only with a single group
             (of_roles,) = rows.values()
             over_depth = [(self._depth(r.layer), row[weight]) for r, row in zip(blends, of_roles, strict=True)]
             genome[place] = wave.nearest([(depth, number) for depth, number in over_depth if depth is not None])
@@ -315,7 +315,7 @@ class ParameterSpace:
         return np.array(genome, dtype=np.float64)
 
     def _has_strength(self, method: Method) -> bool:
-        """Whether how far a merge goes is a number of this method: of task vectors, with weights or a factor."""
+        """Whether this method has a number for how far a merge goes: it uses task vectors, with weights or a factor."""
         named = {p.name for p in method.parameters}
         return method.needs_base and len(self._context.mixed) > 1 and not named.isdisjoint({"weight", "lambda"})
 
@@ -340,7 +340,7 @@ class ParameterSpace:
         return Baseline(f"{LAW}, kappa {kappa:g}", "default", recipe, genome)
 
     def _fitted(self, base: str) -> Iterator[Baseline]:
-        """What is fitted to right answers, unless it is a method of this space, of which it is the default."""
+        """The fit to right answers, unless it is a method of this space, whose default it then is."""
         if any(method.name == FITTED for method in self._genes.methods):
             return
         mixed = self._context.mixed
@@ -365,7 +365,7 @@ class ParameterSpace:
         if granularity == "model":
             return "model"
         if role.layer is None:
-            # A tied head is the embedding's own tensor; a gene for it would do nothing.
+            # A tied head shares the embedding's tensor; a gene for it would have no effect.
             return "embedding" if role.kind == "head" and self._context.tied else role.kind
         if granularity == "layer":
             return f"layers.{role.layer}"
@@ -376,10 +376,10 @@ class ParameterSpace:
         return f"layers.{first}-{min(first + granularity, self._context.layers) - 1}"
 
     def _genome_at(self, point_of: Callable[[Method], Point | None], source: str | None = None) -> Genome | None:
-        """The genome whose every group is at a method's point and scaled by nothing; None where there is none.
+        """The genome with every group at a method's point and no scaling; None if there is none.
 
         Args:
-            source: reads images, where several do.
+            source: the source of the vision parts, if several have them.
         """
         numbers = self._genes.numbers_at(point_of)
         if numbers is None:
@@ -388,12 +388,12 @@ class ParameterSpace:
         return np.array([*numbers * len(self._groups), *of_profile, *self._of_vision(source)], dtype=np.float64)
 
     def _genome_of(self, numbers: Sequence[float]) -> Genome:
-        """The genome with these numbers in every group, and a profile at its defaults."""
+        """The genome with these numbers in every group, and the profile at its defaults."""
         of_profile = () if self._profile is None else [p.default for p in self._profile.parameters]
         return np.array([*[*numbers] * len(self._groups), *of_profile, *self._of_vision()], dtype=np.float64)
 
     def _of_vision(self, source: str | None = None) -> list[float]:
-        """The number at which a source reads images, or that of the tokenizer does; none where it is not searched."""
+        """The number that selects a source's vision parts, by default the tokenizer's; empty if not searched."""
         vision = self._settings.vision
         if vision is None:
             return []

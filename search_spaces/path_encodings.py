@@ -1,7 +1,8 @@
-"""How numbers say a path: encodings of a sequence of layers as bounded numbers.
+"""Encodings of a path, that is, of a sequence of layers, as bounded numbers.
 
-An encoding knows layers as numbers alone: 0 to M - 1, all layers of model A, then those of the next model, and so on.
-It says what lies between the fixed ends of a path, or all of it where there are none; ``paths`` does the rest.
+Encodings identify layers by index: 0 to M - 1 for all layers of model A, then those of the next model, and so on. They
+describe what lies between the fixed ends of a path, or the whole path if its ends are not fixed; ``paths`` does the
+rest.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Protocol
 from evomerge.genome import Parameter
 
 ON = 2 / 3
-"""Two default steps above the threshold: CMA-ES starts with a step of 1/6 of a range, and that of a slot is 2 wide."""
+"""Two default step sizes above the threshold: CMA-ES starts with 1/6 of a range, and a slot's range is 2 wide."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place of an encoding that puts layers on the path; what else belongs to it (a scale) is named after it."""
+    """A position of an encoding that can put layers on the path; its other parameters (a scale) are named after it."""
 
     name: str
     group: str
@@ -28,14 +29,14 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class SlotLayer:
-    """One hop of a path: the slot that put it there and the layer, both by number."""
+    """One hop of a path: the slot that put it there and the layer, both by index."""
 
     slot: int
     layer: int
 
 
 class Encoding(Protocol):
-    """Bounded numbers, and the paths that they say."""
+    """Bounded numbers, and the paths that they encode."""
 
     @property
     def slots(self) -> Sequence[Slot]: ...
@@ -44,38 +45,38 @@ class Encoding(Protocol):
     def parameters(self) -> Sequence[Parameter]: ...
 
     def picks(self, numbers: Sequence[float]) -> list[SlotLayer]:
-        """The path that the numbers say; it may be empty, and is never longer than there is room for."""
+        """The path that the numbers encode; it may be empty, and is never longer than the limit."""
         ...
 
-    def only(self, numbers: Sequence[float]) -> SlotLayer:
-        """The one hop that stands for an empty path."""
+    def single_hop(self, numbers: Sequence[float]) -> SlotLayer:
+        """The only hop of the path if the numbers encode an empty path."""
         ...
 
     def numbers_of(self, path: Sequence[int]) -> list[float] | None:
-        """Numbers that say this path where there is room for it; None where no numbers do."""
+        """Numbers that encode this path if it is within the limit; None if there are none."""
         ...
 
 
 class Indicators:
     """A slot for each layer of a long row of layers, used iff its number is above 0.
 
-    Akiba et al. (arXiv 2403.13187, section 3.2): all layers of A, then those of B, ..., and the whole again, r times.
-    Where more slots are on than there is room for, those with the largest numbers stay, the first of equal ones.
+    Akiba et al. (arXiv 2403.13187, section 3.2): all layers of A, then those of B, ..., and the whole row r times. If
+    more slots are on than the path may have, those with the largest numbers stay, and the first on ties.
 
     Args:
-        row: a slot for each place of the row, and its layer.
-        room: the longest path.
-        start: the path that the defaults lead to, its slots at ``ON``.
+        row: a slot for each position of the row, and its layer.
+        max_hops: the maximum length of a path.
+        start: the path that the defaults encode, with its slots at ``ON``.
         off: the default of all other slots.
         bits: numbers are choices of "off" (0) and "on" (1).
     """
 
     def __init__(
-        self, row: Sequence[tuple[Slot, int]], room: int, start: Sequence[int], *, off: float, bits: bool
+        self, row: Sequence[tuple[Slot, int]], max_hops: int, start: Sequence[int], *, off: float, bits: bool
     ) -> None:
         self.slots = [slot for slot, _ in row]
         self._layers = [layer for _, layer in row]
-        self._room = room
+        self._max_hops = max_hops
         self._off, self._on = (0.0, 1.0) if bits else (off, ON)
         defaults = _known(self.numbers_of(start))
         self.parameters = [
@@ -87,11 +88,11 @@ class Indicators:
 
     def picks(self, numbers: Sequence[float]) -> list[SlotLayer]:
         used = [slot for slot, number in enumerate(numbers) if number > 0]
-        strongest = sorted(used, key=lambda slot: -numbers[slot])[: self._room]
+        strongest = sorted(used, key=lambda slot: -numbers[slot])[: self._max_hops]
         return [SlotLayer(slot, self._layers[slot]) for slot in sorted(strongest)]
 
-    def only(self, numbers: Sequence[float]) -> SlotLayer:
-        """The slot nearest to being on."""
+    def single_hop(self, numbers: Sequence[float]) -> SlotLayer:
+        """The slot closest to being on."""
         slot = max(range(len(numbers)), key=numbers.__getitem__)
         return SlotLayer(slot, self._layers[slot])
 
@@ -109,10 +110,10 @@ class Indicators:
 
 
 class Integers:
-    """A whole number for each place of the path: 0 skips it, i is layer i - 1."""
+    """A whole number for each position of the path: 0 skips it, i is layer i - 1."""
 
-    def __init__(self, layers: int, room: int, start: Sequence[int]) -> None:
-        self.slots = [_slot(f"slots.{i + 1}") for i in range(room)]
+    def __init__(self, layers: int, max_hops: int, start: Sequence[int]) -> None:
+        self.slots = [_slot(f"slots.{i + 1}") for i in range(max_hops)]
         self.parameters = [
             Parameter(f"{slot.name}.layer", 0.0, float(layers), default, "int", slot.group)
             for slot, default in zip(self.slots, _known(self.numbers_of(start)), strict=True)
@@ -121,7 +122,7 @@ class Integers:
     def picks(self, numbers: Sequence[float]) -> list[SlotLayer]:
         return [SlotLayer(slot, round(number) - 1) for slot, number in enumerate(numbers) if round(number) > 0]
 
-    def only(self, numbers: Sequence[float]) -> SlotLayer:
+    def single_hop(self, numbers: Sequence[float]) -> SlotLayer:
         """The first layer of A."""
         return SlotLayer(0, 0)
 
@@ -132,33 +133,33 @@ class Integers:
 
 
 class Blocks:
-    """Segments, each a run of layers that follow each other in one model: which model, from which layer, how many.
+    """Segments, each a run of consecutive layers of one model: which model, from which layer, how many.
 
-    A run ends with its model's last layer, and starts there where the model has no layer of that number. Where segments
-    are longer than there is room for, the end of the path is cut. Segments that a path has no need of split its longest
-    runs, so that each part of it can be moved.
+    A run ends at its model's last layer, and starts there if the model has no layer with the given index. If the
+    segments are longer than the limit, the path is cut at its end. Surplus segments split the longest runs of a path,
+    so that each part can be moved.
 
     Args:
-        depths: the number of layers of each model, by its name.
+        depths: the number of layers of each model, by name.
     """
 
-    def __init__(self, depths: Mapping[str, int], segments: int, room: int, start: Sequence[int]) -> None:
+    def __init__(self, depths: Mapping[str, int], segments: int, max_hops: int, start: Sequence[int]) -> None:
         self._depths = list(depths.values())
-        self._first = [0, *accumulate(self._depths)][:-1]  # layer of each model
-        self._room = room
+        self._first = [0, *accumulate(self._depths)][:-1]  # first layer of each model
+        self._max_hops = max_hops
         self.slots = [_slot(f"segments.{i + 1}") for i in range(segments)]
         deepest = max(self._depths)
         names = tuple(depths)
         defaults = iter(_known(self.numbers_of(start)))
         self.parameters = []
         for slot in self.slots:
-            if len(names) > 1:  # a choice of one is none
+            if len(names) > 1:  # with a single model there is no choice
                 self.parameters.append(
                     Parameter(f"{slot.name}.source", 0.0, len(names) - 1, next(defaults), "choice", slot.group, names)
                 )
             self.parameters += [
                 Parameter(f"{slot.name}.start", 0.0, deepest - 1, next(defaults), "int", slot.group),
-                Parameter(f"{slot.name}.length", 0.0, min(deepest, room), next(defaults), "int", slot.group),
+                Parameter(f"{slot.name}.length", 0.0, min(deepest, max_hops), next(defaults), "int", slot.group),
             ]
 
     def picks(self, numbers: Sequence[float]) -> list[SlotLayer]:
@@ -167,9 +168,9 @@ class Blocks:
             model, start, length = self._segment(numbers, slot)
             stop = min(start + length, self._depths[model])
             picks += [SlotLayer(slot, self._first[model] + layer) for layer in range(start, stop)]
-        return picks[: self._room]
+        return picks[: self._max_hops]
 
-    def only(self, numbers: Sequence[float]) -> SlotLayer:
+    def single_hop(self, numbers: Sequence[float]) -> SlotLayer:
         """The first layer of the first segment."""
         model, start, _ = self._segment(numbers, 0)
         return SlotLayer(0, self._first[model] + start)
@@ -213,6 +214,6 @@ def _slot(name: str) -> Slot:
 
 
 def _known(numbers: list[float] | None) -> list[float]:
-    """The numbers of a path that every encoding can say: A from one layer to another."""
+    """The numbers of a path that every encoding can express: A from one layer to another."""
     assert numbers is not None
     return numbers

@@ -1,7 +1,7 @@
-"""Paths through layers: what the spaces over data flow have in common.
+"""Paths through layers, shared by the spaces over data flow.
 
-A path is a list of hops, each a layer of a pool of models. Its genes say which layers come after each other (by one of
-the encodings of ``path_encodings``) and by how much each hop is scaled.
+A path is a list of hops, each a layer of a pool of models. Its genes determine the sequence of layers (with one of the
+encodings of ``path_encodings``) and how much each hop is scaled.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from search_spaces.base import SpaceSettings
 from search_spaces.path_encodings import ON, Blocks, Encoding, Indicators, Integers, Slot, SlotLayer
 
 MAX_PARAMETERS = 10_000
-"""Of a space. A search of some thousand candidates learns nothing of so many numbers, and a store holds them all."""
+"""The limit for a space. A search of a few thousand candidates cannot learn more, and the store holds all numbers."""
 
 EncodingName = Literal["indicators", "integers", "blocks", "pruning"]
 
-_ENCODINGS_OF = {  # settings that say nothing in other encodings
+_ENCODINGS_OF = {  # settings without meaning in other encodings
     "repeats": ("indicators",),
     "segments": ("blocks",),
     "bits": ("indicators", "pruning"),
@@ -31,32 +31,34 @@ _ENCODINGS_OF = {  # settings that say nothing in other encodings
 
 
 Count = Annotated[int, Field(gt=0, le=10_000)]
-"""Of layers and segments; no model has a tenth of it."""
+"""A number of layers or segments; no model has a tenth of this limit."""
 
 
 class PathSettings(SpaceSettings):
-    """What ``space:`` of a search file says of paths.
+    """The settings of paths in the ``space:`` section of a search file.
 
     Args:
-        encoding: how a genome says a path. "indicators": all layers of A, then of the others, and the whole again; a
-            number for each place of this row, which is on the path iff the number is above 0 (the paper's). "integers":
-            a number for each place of the path, which skips it or names a layer. "blocks": a few segments, each a run
-            of layers of one model: which model, from which layer, how many. "pruning": as "indicators", of A alone and
-            once, so that a path is A without some of its layers: a smaller and faster model.
-        repeats: how often the row of "indicators" is laid out; 3 unless given.
-        segments: of "blocks"; 4 unless given.
-        bits: the slots of "indicators" and "pruning" are choices of off and on, for optimizers that know choices.
+        encoding: how a genome encodes a path. "indicators", as in the paper: all layers of A, then of the others, and
+            the whole row again; each position of this row has a number, and is on the path iff it is above 0.
+            "integers": a number for each position of the path, which skips it or names a layer. "blocks": a few
+            segments, each a run of layers of one model: which model, from which layer, how many. "pruning": like
+            "indicators", for A only and once, so that a path is A without some of its layers: a smaller and faster
+            model.
+        repeats: how often the row of "indicators" is repeated; 3 by default.
+        segments: the number of segments for "blocks"; 4 by default.
+        bits: make the slots of "indicators" and "pruning" choices of off and on, for optimizers that support choices.
         start: the defaults of the slots of "indicators" and "pruning", where an optimizer with `x0: default` starts.
-            Those of A, once, are two default steps of CMA-ES above the threshold: on with a chance of 98%. All others
-            are "sparse", two steps below it (2%), or as in the "paper" on it (50%). From there two models of 32 layers
-            begin with paths of some 110 hops, which ``max_hops`` cuts, so that every early candidate is as long as can
-            be and far from A; from "sparse" they are A with a few changes.
-        max_hops: the longest path. Twice the layers of A unless given, those of A for "pruning".
-        keep_ends: the first layer of A always is the first hop, and its last layer the last, as in the paper.
+            Those of A, once, are two default step sizes of CMA-ES above the threshold: on with a probability of 98%.
+            All others are "sparse", two step sizes below it (2%), or as in the "paper" at the threshold (50%). With the
+            latter, two models of 32 layers begin with paths of about 110 hops, which ``max_hops`` cuts, so that every
+            early candidate has the maximum length and is far from A; with "sparse" they are A with a few changes.
+        max_hops: the maximum length of a path. By default twice the number of layers of A, or that number for
+            "pruning".
+        keep_ends: the first layer of A is always the first hop, and its last layer the last, as in the paper.
         scale: "hop": a number for each slot of the encoding. "transition": a number for each pair of layers that may
             follow each other, M x M of them for M layers (the paper's W). "none": hops are not scaled.
-        scaling: what is scaled: "stream", all of the hidden state before the hop, or "update", what the hop adds to it.
-            A number of a segment is for the stream that enters it, or for what each of its hops adds.
+        scaling: what is scaled: "stream", the whole hidden state before the hop, or "update", what the hop adds to it.
+            The number of a segment applies to the stream that enters it, or to what each of its hops adds.
         scale_bounds: the range of these numbers, which start at 1.
     """
 
@@ -74,7 +76,7 @@ class PathSettings(SpaceSettings):
     scale_bounds: tuple[FiniteFloat, FiniteFloat] = (0.5, 1.5)
 
     def check_path(self, depths: Mapping[str, int]) -> None:
-        """Refuse settings that contradict each other, or the numbers of layers; model A is the first of ``depths``.
+        """Reject settings that contradict each other or the numbers of layers; model A is the first of ``depths``.
 
         Raises:
             InputError: naming the setting.
@@ -90,7 +92,7 @@ class PathSettings(SpaceSettings):
         self._check_count(depths)
 
     def hops(self, layers: int) -> int:
-        """The longest path, where model A has so many layers."""
+        """The maximum length of a path if model A has this many layers."""
         return self.max_hops or layers * (1 if self.encoding == "pruning" else 2)
 
     def _check_hops(self, depths: Mapping[str, int]) -> None:
@@ -138,14 +140,14 @@ class PathSettings(SpaceSettings):
 
 
 class PathGenes:
-    """The numbers of a genome that say a path and its scales.
+    """The numbers of a genome that encode a path and its scales.
 
     Args:
-        settings: of the space.
-        depths: the number of layers of each model, by the name that it has in names of parameters; model A first.
+        settings: the settings of the space.
+        depths: the number of layers of each model, by its name in the names of parameters; model A first.
 
     Raises:
-        InputError: settings that contradict each other or the models.
+        InputError: the settings contradict each other or do not fit the models.
     """
 
     def __init__(self, settings: PathSettings, depths: Mapping[str, int]) -> None:
@@ -168,30 +170,30 @@ class PathGenes:
             slots = len(self.slots)
             picks = [SlotLayer(slots - 2, self._ends[0]), *picks, SlotLayer(slots - 1, self._ends[1])]
         elif not picks:
-            picks = [self._encoding.only(inner)]
+            picks = [self._encoding.single_hop(inner)]
         return picks, list(self._scales(picks, scales))
 
     def point(self, path: Sequence[int]) -> list[float] | None:
-        """Numbers that say this path, unscaled; None where there are none."""
+        """Numbers that encode this path, unscaled; None if there are none."""
         inner = self._encoding.numbers_of(path if self._ends is None else path[1:-1])
         if inner is None:
             return None
         numbers = inner + [1.0] * self._scales_count()
         return numbers if [pick.layer for pick in self.read(numbers)[0]] == list(path) else None
 
-    def ended(self, path: Sequence[int]) -> tuple[int, ...]:
-        """The path with its first and last hop put in order where those of A are fixed."""
+    def with_fixed_ends(self, path: Sequence[int]) -> tuple[int, ...]:
+        """The path with its first and last hop corrected if the ends of A are fixed."""
         return tuple(path) if self._ends is None else (self._ends[0], *path[1:-1], self._ends[1])
 
     def _encode(self, depths: Mapping[str, int]) -> Encoding:
         settings = self._settings
         layers = next(iter(depths.values()))
-        room, start = (self.most - 2, range(1, layers - 1)) if self._ends else (self.most, range(layers))
+        max_hops, start = (self.most - 2, range(1, layers - 1)) if self._ends else (self.most, range(layers))
         match settings.encoding:
             case "integers":
-                return Integers(len(self._labels), room, start)
+                return Integers(len(self._labels), max_hops, start)
             case "blocks":
-                return Blocks(depths, settings.segments or 4, room, start)
+                return Blocks(depths, settings.segments or 4, max_hops, start)
             case "pruning":
                 row = list(self._row(depths, 1))
                 row = row[1:-1] if self._ends else row
@@ -200,7 +202,7 @@ class PathGenes:
                 # The first slot is the first hop itself; the last hop comes after the row.
                 row = row[1:] if self._ends else row
         off = 0.0 if settings.start == "paper" else -ON
-        return Indicators(row, room, start, off=off, bits=bool(settings.bits))
+        return Indicators(row, max_hops, start, off=off, bits=bool(settings.bits))
 
     def _row(self, depths: Mapping[str, int], repeats: int) -> Iterator[tuple[Slot, int]]:
         for repeat in range(repeats):
@@ -224,7 +226,7 @@ class PathGenes:
                     yield Parameter(f"{before}>{here}.scale", low, high, 1.0, group=f"{before}.scale")
 
     def _scales(self, picks: Sequence[SlotLayer], numbers: Sequence[float]) -> Iterator[float]:
-        """The scale of each hop. Nothing comes before the first one, so it has no transition."""
+        """The scale of each hop. Nothing precedes the first one, so it has no transition."""
         size = len(self._labels)
         for before, pick in zip([None, *picks], picks, strict=False):
             match self._settings.scale:

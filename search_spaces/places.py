@@ -1,4 +1,4 @@
-"""The places of a model from coarse to fine: the whole, halves of its depth, halves of these, single layers."""
+"""The places of a model from coarse to fine: the whole, halves of its depth, halves of these, down to single layers."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ MODEL, OUTSIDE = "model", "outside the layers"
 
 
 def path_outside(group: str) -> tuple[str, ...]:
-    """The places of what lies outside the layers, from the whole model to its own."""
+    """The places of a part outside the layers, from the whole model to the part itself."""
     return (MODEL, OUTSIDE, group)
 
 
 def path_to(layer: int, layers: int, size: int = 1) -> tuple[str, ...]:
-    """The places of a layer, from the whole model to the group of ``size`` layers that it is in.
+    """The places of a layer, from the whole model to its group of ``size`` layers.
 
-    Groups are never divided; of an odd number of them the second half has one more.
+    Groups are never divided; the second half of an odd number of groups has one more.
     """
-    first, last = 0, -(-layers // size)  # of groups
+    first, last = 0, -(-layers // size)  # in groups
     unit, path = layer // size, [MODEL]
     while last - first > 1:
         middle = (first + last) // 2
@@ -25,5 +25,5 @@ def path_to(layer: int, layers: int, size: int = 1) -> tuple[str, ...]:
 
 
 def layers_name(begin: int, end: int) -> str:
-    """How layers from ``begin`` to before ``end`` are called: layers.4-7, layers.4."""
+    """The name of layers from ``begin`` to before ``end``: layers.4-7, layers.4."""
     return f"layers.{begin}" if end - begin == 1 else f"layers.{begin}-{end - 1}"

@@ -1,6 +1,6 @@
-"""Profiles over depth: what each layer is made of, by a few numbers in place of some for every layer.
+"""Profiles over depth: the content of each layer, with a few numbers instead of separate ones for every layer.
 
-Lines and tiers say how much of the whole change a layer keeps; cosines give each weight of a source its own curve.
+Lines and tiers determine how much of the whole change a layer keeps; cosines give each source weight its own curve.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _GROUP = "profile"
 
 
 class Lines:
-    """LiNeS (Wang et al., arXiv 2410.17146, equation 2): factors that rise, or fall, evenly from layer to layer.
+    """LiNeS (Wang et al., arXiv 2410.17146, equation 2): factors that rise or fall linearly over the layers.
 
-    Layer l of L gets first + (last - first) l / (L - 1), and what is outside of the stack ``first``: in the paper's
-    words alpha = first and beta = last - first. Both are 1 where nothing is scaled.
+    Layer l of L gets first + (last - first) l / (L - 1), and parts outside the stack get ``first``. In the paper's
+    notation alpha = first and beta = last - first. With both at 1 nothing is scaled.
     """
 
     parameters = (
@@ -37,20 +37,20 @@ class Lines:
         self._layers = layers
 
     def factor(self, numbers: Sequence[float], layer: int | None) -> float:
-        """By what the change of a layer is multiplied, or of what is outside of the stack (None)."""
+        """The factor on the change of a layer, or of the parts outside the stack (None)."""
         first, last = numbers
         if layer is None or self._layers == 1:
             return first
-        return first + (last - first) * (layer / (self._layers - 1))  # which is 1, and no step, where both are 1
+        return first + (last - first) * (layer / (self._layers - 1))  # exactly 1, and thus no step, if both are 1
 
 
 class Tiers:
     """LARV (Wang et al., arXiv 2602.09413): a factor for each third of the layers, by how far changes can be trusted.
 
-    ``merging.adapters.tiers`` measures that, from weights alone. What is outside of the stack is not scaled.
+    ``merging.adapters.tiers`` measures this, from weights alone. Parts outside the stack are not scaled.
 
     Args:
-        tiers: that of each layer, from 0, the least trusted.
+        tiers: the tier of each layer, from 0, the least trusted.
     """
 
     parameters = (
@@ -65,19 +65,19 @@ class Tiers:
 
     @classmethod
     def by_depth(cls, layers: int) -> Tiers:
-        """Thirds of the stack, for a space of which no weights have been read."""
+        """Thirds of the stack by depth, for a space whose weights have not been read."""
         return cls([layer * len(cls.parameters) // layers for layer in range(layers)])
 
     def factor(self, numbers: Sequence[float], layer: int | None) -> float:
-        """By what the change of a layer is multiplied, or of what is outside of the stack (None)."""
+        """The factor on the change of a layer, or of the parts outside the stack (None)."""
         return 1.0 if layer is None else numbers[self._tiers[layer]]
 
 
 class Cosines(BaseModel):
-    """Each weight of a source as a smooth curve over depth, of so many numbers; see ``Wave``.
+    """Each source weight as a smooth curve over depth, with this many numbers; see ``Wave``.
 
     Args:
-        cosines: how many, the constant one counted: 2 to as many as there are layers.
+        cosines: how many, including the constant one: from 2 to the number of layers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,7 +85,7 @@ class Cosines(BaseModel):
     cosines: int = Field(ge=2)
 
     def check(self, methods: Sequence[Method], fixed: Sequence[str], layers: int) -> None:
-        """Refuse curves that cannot be: more numbers than layers, or a method without weights that are searched.
+        """Reject impossible curves: more numbers than layers, or a method without searched weights.
 
         Raises:
             InputError: naming the key.
@@ -107,13 +107,13 @@ class Cosines(BaseModel):
 class Wave:
     """One cosine of the curve over depth that a weight follows, in the basis of the DCT-II.
 
-    In layer l of L layers w(l) = c_0 + sum_{j=1}^{k-1} c_j cos(pi j (l + 1/2) / L), and no less or more than what the
-    search walks. c_0 is the weight as it is without a curve, and the mean of the layers. As many cosines as layers give
-    any weights. What is outside of the stack gets c_0: an embedding that is the head, too, stands at neither end.
+    In layer l of L layers w(l) = c_0 + sum_{j=1}^{k-1} c_j cos(pi j (l + 1/2) / L), clipped to the searched range. c_0
+    is the weight without a curve, and the mean over the layers. With as many cosines as layers, any weights can be
+    represented. Parts outside the stack get c_0, because a tied embedding and head belong to neither end.
 
     Attributes:
-        gene: of c_0.
-        place: of c_0 among the method's numbers.
+        gene: the gene of c_0.
+        place: the position of c_0 among the method's numbers.
         order: j.
     """
 
@@ -122,31 +122,31 @@ class Wave:
     order: int
 
     def described(self, prefix: str, group: str) -> Parameter:
-        """c_j. Half the weight's range either way: with c_0 in the middle, c_1 leads from one end to the other."""
+        """c_j. Its range is half the weight's either way: with c_0 in the middle, c_1 spans the whole range."""
         most = (self.gene.high - self.gene.low) / 2
         name = f"{prefix}.{self.gene.name}.cosine{self.order}"
         return Parameter(name, -most, most, 0.0, group=group, differentiable=self.gene.differentiable)
 
     def at(self, depth: float) -> float:
-        """What c_j is multiplied by at a depth from 0 to 1."""
+        """The factor of c_j at a depth from 0 to 1."""
         return math.cos(math.pi * self.order * depth)
 
     def nearest(self, curve: Sequence[tuple[float, float]]) -> float:
-        """c_j of the curve nearest to (depth, weight) of all layers by least squares, for cosines are orthogonal."""
+        """c_j of the curve closest to (depth, weight) of all layers by least squares, as cosines are orthogonal."""
         most = (self.gene.high - self.gene.low) / 2
         mean = sum(number * self.at(depth) for depth, number in curve) / len(curve)
         return min(max(round(2 * mean, 12), -most), most)  # rounded, so that a flat curve stays flat
 
 
 def waves_of(genes: Sequence[Gene], cosines: int) -> Iterator[Wave]:
-    """Those of the weights of sources among a method's genes; none where there is one cosine, which is the weight."""
+    """The waves of a method's source weights; none with one cosine, which is the weight itself."""
     for place, gene in enumerate(genes):
         if gene.parameter.share and gene.source is not None:
             yield from (Wave(gene, place, order) for order in range(1, cosines))
 
 
 def with_factor(blend: Blend, factor: float) -> Blend:
-    """A blend whose change is scaled at last; itself where the factor is 1."""
+    """A blend with a final scaling of its change; unchanged if the factor is 1."""
     if factor == 1:
         return blend
     step = BlendStep(name="scale", parameters={"factor": factor})

@@ -1,11 +1,11 @@
-"""Prompts: what stands before every text, put together block by block from the prompts of sources.
+"""Prompts: soft tokens before every text, assembled block by block from the prompts of the sources.
 
-The budget of tokens is cut into blocks. Each is of one source's prompt, or empty; where a source is chosen again, its
-prompt goes on where it was left, so that a choice of A, A, B, A is the first two blocks of A, the first of B and the
-third of A. A prompt that has come to its end gives nothing more.
+The budget of tokens is divided into blocks. Each is taken from one source's prompt, or empty. If a source is chosen
+again, its prompt continues after the last row used: A, A, B, A means the first two blocks of A, the first of B and the
+third of A. A prompt that is used up adds nothing more.
 
-Of soft prompts that began as one text's embedding there is one more choice: p0 + sum_k w_k (p_k - p0), row by row, with
-a weight for each source (Belanec et al., "Task Prompt Vectors", arXiv 2408.01119).
+For soft prompts that were initialised with the same text's embedding there is one more choice: p0 + sum_k w_k (p_k -
+p0), row by row, with a weight for each source (Belanec et al., "Task Prompt Vectors", arXiv 2408.01119).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from evomerge.recipes.prompts import PromptFacts, PromptRun, PromptsRecipe
 from search_spaces.base import SpaceContext, SpaceSettings
 
 NONE, MIXED = "none", "mixed"
-"""What a block may be beside a source: empty, or rows of all prompts mixed."""
+"""What a block may be besides a source: empty, or a mixture of the rows of all prompts."""
 
 _MAX_WEIGHT = 1.5
 
 
 class PromptsSpaceSettings(SpaceSettings):
-    """``space:`` of a search file.
+    """The ``space:`` section of a search file.
 
     Args:
-        tokens: most tokens before a text; as many as all prompts have together where it is left out.
-        block: so many rows are chosen at once; the fewer, the more there is to search.
-        arithmetic: rows of several prompts are mixed as well, by a weight for each: only of soft prompts that began as
-            the embedding of the same text.
+        tokens: the maximum number of tokens before a text; by default the total of all prompts.
+        block: how many rows are chosen at once; the fewer, the larger the search space.
+        arithmetic: also mix rows of several prompts, with a weight for each; only for soft prompts that were
+            initialised with the embedding of the same text.
     """
 
     mixes_tensors: ClassVar[bool] = False
@@ -80,7 +80,7 @@ def _check_names(prompts: Mapping[str, PromptFacts]) -> None:
 
 
 def _check_starts(prompts: Mapping[str, PromptFacts]) -> None:
-    """Refuse to mix rows of prompts that began otherwise: they have nothing to do with each other."""
+    """Reject mixing rows of prompts that were initialised differently, since they are unrelated."""
     place, hint = "space.arithmetic", "Leave it out: prompts are then put one after another."
     for name, facts in prompts.items():
         if facts.form == "prefix":
@@ -96,7 +96,7 @@ def _check_starts(prompts: Mapping[str, PromptFacts]) -> None:
 
 
 class PromptsSpace:
-    """See the module's text, and ``evomerge.genome.SearchSpace``."""
+    """See the module docstring, and ``evomerge.genome.SearchSpace``."""
 
     def __init__(
         self, settings: PromptsSpaceSettings, context: SpaceContext, prompts: Mapping[str, PromptFacts]
@@ -123,7 +123,7 @@ class PromptsSpace:
 
     @property
     def tokens(self) -> int:
-        """Most tokens before a text, of candidates and baselines."""
+        """The maximum number of tokens before a text, over candidates and baselines."""
         return max(self._blocks * self._block, sum(facts.rows for facts in self._prompts.values()))
 
     def decode(self, genome: Genome) -> PromptsRecipe:
@@ -132,10 +132,10 @@ class PromptsSpace:
         return self._recipe([self._choices[int(number)] for number in numbers[: self._blocks]], weights)
 
     def genome_of(self, recipe: Recipe) -> Genome | None:
-        return None  # many genomes say one prompt
+        return None  # many genomes represent one prompt
 
     def baselines(self) -> Iterator[Baseline]:
-        """The base alone, each prompt, all of them one after another, and their mean where rows correspond."""
+        """The base alone, each prompt, all of them one after another, and their mean if rows correspond."""
         yield self._baseline(str(self._context.base), "source", [])
         for name, facts in self._prompts.items():
             yield self._baseline(name, "source", self._all_of(name, facts.rows))
@@ -153,7 +153,7 @@ class PromptsSpace:
         return Baseline(label, kind, self._recipe(choices, even), self._point(choices))
 
     def _point(self, choices: Sequence[str]) -> Genome | None:
-        """The genome of these blocks with even weights; None where they are more than the budget."""
+        """The genome of these blocks with equal weights; None if they exceed the budget."""
         if len(choices) > self._blocks:
             return None
         blocks = [*choices, *[NONE] * (self._blocks - len(choices))]

@@ -1,7 +1,6 @@
-"""The numbers of one layer group of a space of routed experts: which live there, how many a token keeps, how strongly.
+"""The numbers of one layer group of routed experts: which are present, how many a token uses, and how strongly.
 
-Temperature and gains are searched by their logarithms, so that half and double are equally far from what the papers
-take, which is 1.
+Temperature and gains are searched on a log scale, so that half and twice the papers' value of 1 are equally far away.
 """
 
 from __future__ import annotations
@@ -21,21 +20,22 @@ Presence = Literal["each", "allocation"]
 ALL = "all"
 
 BOUNDS: Mapping[str, tuple[float, float]] = {"temperature": (0.1, 10.0), "gain": (0.5, 2.0), "bias": (-2.0, 2.0)}
-"""The ranges that are searched unless others are given; biases only where one is given."""
+"""The ranges that are searched by default; biases only if a range is given."""
 
 
 @dataclass(frozen=True)
 class GroupGenes:
-    """What is searched of every layer group.
+    """What is searched in every layer group.
 
     Attributes:
-        experts: all, in their order.
-        presence: "each" expert has a bit, or there is one number of how many live there: those of the highest priority.
+        experts: all experts, in order.
+        presence: with "each", every expert has a bit; otherwise one number says how many experts are present, and those
+            with the highest priority are.
         where: the blocks that are routed.
-        bounds: of what is searched: temperature, gain, bias.
-        top_k: how many experts a token keeps, where that is not searched; None for all.
-        searches_top_k: whether it is.
-        temperature, gain: where they are not searched.
+        bounds: the ranges of what is searched: temperature, gain, bias.
+        top_k: how many experts a token uses, if that is not searched; None for all.
+        searches_top_k: whether it is searched.
+        temperature, gain: their values if they are not searched.
     """
 
     experts: tuple[str, ...]
@@ -48,7 +48,7 @@ class GroupGenes:
     gain: float
 
     def parameters(self, name: str, group: str) -> Iterator[Parameter]:
-        """Those of a group with a name, shown among others of ``group``."""
+        """The parameters of a group with this name, displayed among others of ``group``."""
         if self.presence == "each":
             for expert in self.experts:
                 yield Parameter(f"{name}.present.{expert}", 0, 1, 1, "choice", group, ("absent", "present"))
@@ -71,14 +71,14 @@ class GroupGenes:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Those that have a gain of their own."""
+        """The blocks that have their own gain."""
         return ("attention", "mlp") if self.where == "all" else (self.where,)
 
     def read(self, numbers: Iterator[float], layers: int, ranked: Sequence[str]) -> LayerGroup:
-        """The group of so many layers that the next numbers say.
+        """The group of this many layers that the next numbers stand for.
 
         Args:
-            ranked: the experts, that of the highest priority first.
+            ranked: the experts by priority, highest first.
         """
         if self.presence == "each":
             present = tuple(expert for expert in self.experts if next(numbers) == 1)
@@ -102,7 +102,7 @@ class GroupGenes:
         )
 
     def nearest(self, groups: Sequence[LayerGroup]) -> list[float]:
-        """The numbers of a group nearest to those that its layers have, one for each layer."""
+        """The numbers of a group closest to those of its layers, given one group per layer."""
         shares = [float(np.mean([expert in group.experts for group in groups])) for expert in self.experts]
         count = len(self.experts)
         if self.presence == "each":
@@ -135,12 +135,12 @@ def _inside(values: Sequence[float], bounds: tuple[float, float]) -> float:
 
 
 def group_of(layers: int, experts: Sequence[str], top_k: int | None, **numbers: object) -> LayerGroup:
-    """A group of layers; a ``top_k`` that no fewer experts have is written as all."""
+    """A group of layers; a ``top_k`` that is not below the number of experts is written as all."""
     kept = None if top_k is None or top_k >= len(experts) else top_k
     return LayerGroup.model_validate({"layers": layers, "experts": tuple(experts), "top_k": kept, **numbers})
 
 
 def spans(layers: int, groups: int) -> list[range]:
-    """Layers in so many groups that follow each other, as even as can be."""
+    """Layers divided into this many consecutive groups, as evenly as possible."""
     ends = [layers * number // groups for number in range(groups + 1)]
     return [range(first, last) for first, last in pairwise(ends)]

@@ -1,7 +1,7 @@
-"""Routed space: which adapters live in which layers, how many of them a token keeps, how sharply and how strongly.
+"""Routed space: which adapters are present in which layers, how many a token uses, and how sharply and strongly.
 
-Routers are made once, for all experts in all layers; a genome masks their rows, tempers their logits and scales what
-comes of them, so that no candidate costs a gradient (``recipes/routed.py`` has the form, and where it is from).
+Routers are made once, for all experts in all layers. A genome masks their rows, sets the temperature of their logits
+and scales their output, so no candidate needs a gradient (``recipes/routed.py`` has the form and its origin).
 """
 
 from __future__ import annotations
@@ -22,43 +22,43 @@ from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.parameter_space import FITTED
 from search_spaces.paths import MAX_PARAMETERS
 from search_spaces.places import layers_name
-from search_spaces.routed_forms import FORMS, MOLA_SHAPES, OPEN, Form
+from search_spaces.routed_forms import FORMS, MOLA_SHAPES, OVERRIDABLE, Form
 from search_spaces.routed_genes import ALL, BOUNDS, GroupGenes, Presence, group_of, spans
 
 ARROW_KEPT = 3
-"""How many experts a token keeps by Arrow in peft (``ArrowConfig.top_k``)."""
+"""How many experts a token uses with Arrow in peft (``ArrowConfig.top_k``)."""
 
-_OF_TEXTS = ("prototypes", "spectral")
-"""Routers that are made of texts of each expert's own."""
+_FROM_TEXTS = ("prototypes", "spectral")
+"""Routers that are computed from separate texts for each expert."""
 
 
 class RoutedSpaceSettings(SpaceSettings):
-    """``space:`` of a search file.
+    """The ``space:`` section of a search file.
 
     Args:
-        like: the exact form of a paper, trained routers and all: "mov", "molora", "loramoe" or "mola". What it settles
-            cannot be given beside it, but temperature, gain and bias by ``bounds``, which it otherwise leaves at 1.
-        experts: the adapters, in the order in which a fixed number of them is taken; all sources but the base unless
-            given.
-        groups: how many groups of layers have numbers of their own; or "layer".
-        granularity: "model": one set of numbers for all layers. "group": for each group.
-        presence: "each": which experts live in a group is a choice for each. "allocation": how many do is a number,
-            and a priority of each expert, the same in all groups, says which.
-        router: "fitted" to right answers (a file with `fit:`); "prototypes" or "spectral", of calibration texts of
-            each expert's own; "arrow", of the adapters alone; "stored", as it was trained with experts of one folder.
-            "fitted" unless given.
+        like: the exact form of a paper, including trained routers: "mov", "molora", "loramoe" or "mola". Its settings
+            cannot be overridden, except temperature, gain and bias through ``bounds``, which it otherwise leaves at 1.
+        experts: the adapters, in the order in which a fixed number of them is taken; by default all sources except the
+            base.
+        groups: how many groups of layers have their own numbers; or "layer".
+        granularity: "model": one set of numbers for all layers. "group": one for each group.
+        presence: "each": every expert's presence in a group is a separate choice. "allocation": one number says how
+            many experts are present, and priorities, the same in all groups, say which.
+        router: "fitted" to right answers (requires `fit:` in the file); "prototypes" or "spectral", from separate
+            calibration texts for each expert; "arrow", from the adapters alone; "stored", as trained with the experts
+            of one folder. "fitted" by default.
         gate: "softmax", which sums to 1 before the gain, or "sigmoid", which need not.
-        per: a router for each adapted "module", or one for each "block", attention or mlp, of a layer.
-        heads: of (IA)3 vectors: each head of keys and values is routed by itself.
+        per: one router for each adapted "module", or for each "block" (attention or mlp) of a layer.
+        heads: for (IA)3 vectors: each head of keys and values is routed separately.
         base_expert: "no adapter" is one more expert.
-        renormalised: the gates of kept experts are divided by their sum.
-        where: "all", or the blocks that are routed: "attention" or "mlp".
-        rest: what the other blocks are: the "base", or the "mean" of the experts.
-        balance: losses of the use of experts while routers are fitted.
-        refits: how many of the best candidates have their routers fitted to them at the end of a search, each a new
-            candidate then.
-        bounds: ranges of temperature and gain; a bias for each expert and group is searched where it has one.
-        fixed: temperature, gain or top_k (a number or "all") where it is not searched.
+        renormalised: the gates of the experts used are divided by their sum.
+        where: the blocks that are routed: "all", "attention" or "mlp".
+        rest: the content of the other blocks: the "base", or the "mean" of the experts.
+        balance: balancing losses on the use of experts while routers are fitted.
+        refits: for how many of the best candidates routers are fitted at the end of a search; each fit makes a new
+            candidate.
+        bounds: ranges of temperature and gain; a bias for each expert and group is searched if it has a range.
+        fixed: temperature, gain or top_k (a number or "all") that is not searched.
     """
 
     engines: ClassVar[tuple[str, ...]] = ("transformers",)
@@ -88,25 +88,25 @@ class RoutedSpaceSettings(SpaceSettings):
             return self
         form = FORMS[self.like]
         for key, value in form.items():
-            if key in self._given() - OPEN and getattr(self, key) != value:
+            if key in self._given() - OVERRIDABLE and getattr(self, key) != value:
                 raise ValueError(f"{key}: is {value} in `like: {self.like}`; leave out one of the two")
         if "top_k" in self.fixed and self.fixed["top_k"] != form["fixed"]["top_k"]:
             raise ValueError(f"fixed.top_k: is {form['fixed']['top_k']} in `like: {self.like}`; leave it out")
         return self
 
     def _given(self) -> set[str]:
-        """The keys that are not as they are by default: what is recorded of a search has them all."""
+        """The keys that differ from their defaults: the record of a search contains all keys."""
         fields = type(self).model_fields
         return {k for k, field in fields.items() if getattr(self, k) != field.get_default(call_default_factory=True)}
 
     def in_form(self) -> RoutedSpaceSettings:
-        """These settings with all that the paper of ``like`` settles."""
+        """These settings with everything that the paper named by ``like`` prescribes."""
         if self.like is None:
             return self
         form = dict(FORMS[self.like])
         numbers = {name: 1.0 for name in ("temperature", "gain") if name not in self.bounds}
         form["fixed"] = numbers | form["fixed"] | self.fixed
-        given = {key: getattr(self, key) for key in self._given() & (OPEN - {"fixed"})}
+        given = {key: getattr(self, key) for key in self._given() & (OVERRIDABLE - {"fixed"})}
         if self.router != "fitted":
             form.pop("balance", None)
         return self.model_copy(update=form | given)
@@ -125,7 +125,7 @@ class RoutedSpaceSettings(SpaceSettings):
 
 
 def _experts(names: Sequence[str] | None, context: SpaceContext) -> tuple[str, ...]:
-    """The experts of a space. Raises InputError: they are no adapters, or too few to be routed."""
+    """The experts of a space. Raises InputError: they are not adapters, or too few to be routed."""
     if context.base is None:
         raise InputError("base", "routed experts are adapters of a base, and there is none", "Name it: `base: NAME`.")
     experts = context.mixed if names is None else tuple(names)
@@ -178,7 +178,7 @@ def _check_router(settings: RoutedSpaceSettings, context: SpaceContext, kinds: S
     if kind == "fitted" and context.fit is None:
         problem = "fitted routers learn from right answers, and there are none to fit to"
         raise InputError("fit", problem, "Give a file of them, `fit:`, or take `router: arrow`.")
-    if kind in _OF_TEXTS and context.calibration is None:
+    if kind in _FROM_TEXTS and context.calibration is None:
         problem = f"is {kind}, which is made of texts of each expert's own, and there are none"
         raise InputError("space.router", problem, "Give them: `calibration:` with `sources:`.")
     if context.fit is None and context.calibration is None:
@@ -201,10 +201,10 @@ def _check_router(settings: RoutedSpaceSettings, context: SpaceContext, kinds: S
 
 
 class RoutedSpace:
-    """The numbers of every layer group of routed experts; see the module's text.
+    """The numbers of every layer group of routed experts; see the module docstring.
 
     Attributes:
-        left_out: the baselines that the search has not what it takes for, each with the reason.
+        left_out: the baselines that the search lacks the inputs for, each with the reason.
     """
 
     def __init__(self, settings: RoutedSpaceSettings, experts: tuple[str, ...], context: SpaceContext) -> None:
@@ -247,7 +247,7 @@ class RoutedSpace:
         return self._recipe([self._genes.read(numbers, len(span), ranked) for span in self._spans], self._router())
 
     def genome_of(self, recipe: Recipe) -> Genome | None:
-        """The point whose groups are like those of a recipe of routed experts that shares some with this space."""
+        """The point whose groups are closest to a routed recipe that shares some experts with this space."""
         if not isinstance(recipe, RoutedRecipe) or set(recipe.experts).isdisjoint(self._experts):
             return None
         if sum(group.layers for group in recipe.groups) != self._context.layers:
@@ -263,10 +263,10 @@ class RoutedSpace:
         return np.array(numbers, dtype=np.float64)
 
     def baselines(self) -> Iterator[Baseline]:
-        """The base and every adapter alone, their mean and sum, what is fitted of each in each tensor, Arrow, and
+        """The base and every single adapter, their mean and sum, the fit of each one's share in each tensor, Arrow, and
         routers that are soft, hard or as in MoLA.
 
-        Routers are fitted where there are items to fit to, else of this space's kind. Each recipe comes once.
+        Routers are fitted if there are items to fit to, and otherwise of this space's kind. Each recipe comes once.
         """
         names = (self._base, *self._experts)
         for name in names:
@@ -278,15 +278,15 @@ class RoutedSpace:
         if self._context.fit is not None:
             yield Baseline(FITTED, "fit", self._context.uniform(self._fitted()), None)
         seen = set()
-        for label, recipe in self._routed_marks():
+        for label, recipe in self._routed_baselines():
             if recipe.hash not in seen:
                 seen.add(recipe.hash)
                 yield Baseline(label, "default", recipe, self._point(recipe))
 
-    def _routed_marks(self) -> Iterator[tuple[str, RoutedRecipe]]:
+    def _routed_baselines(self) -> Iterator[tuple[str, RoutedRecipe]]:
         if self._has_factors:
             yield "Arrow", self._recipe(self._everywhere(ARROW_KEPT), Router(kind="arrow"))
-        soft, paper = self._mark_router(), self._mark_router(as_paper=True)
+        soft, paper = self._baseline_router(), self._baseline_router(as_paper=True)
         yield f"{soft.kind} soft", self._recipe(self._everywhere(None), soft)
         yield f"{soft.kind} top 1", self._recipe(self._everywhere(1), paper)
         if self._context.layers >= len(MOLA_SHAPES[0]):
@@ -310,13 +310,13 @@ class RoutedSpace:
         return [group_of(len(span), self._experts, top_k) for span in self._spans]
 
     def _shaped(self, shape: Sequence[int]) -> list[LayerGroup]:
-        """A shape of MoLA, of whose eight experts there are as many as here; those come first that are named first."""
+        """A shape of MoLA, scaled from its eight experts to those here; experts named first are used first."""
         quarters, count = spans(self._context.layers, len(shape)), len(self._experts)
         living = [max(1, round(count * number / 8)) for number in shape]
         return [group_of(len(span), self._experts[:number], 2) for span, number in zip(quarters, living, strict=True)]
 
     def _point(self, recipe: RoutedRecipe) -> Genome | None:
-        """The genome that decodes to a recipe; None where there is none."""
+        """The genome that decodes to a recipe; None if there is none."""
         genome = self.genome_of(recipe)
         return genome if genome is not None and self.decode(genome).hash == recipe.hash else None
 
@@ -326,10 +326,10 @@ class RoutedSpace:
         return self._settings.refits
 
     def refitted(self, recipe: Recipe) -> RoutedRecipe | None:
-        """A recipe with routers that are fitted to its own experts, temperatures and gains; None where they are."""
+        """A recipe with routers fitted to its own experts, temperatures and gains; None if they already are."""
         if not isinstance(recipe, RoutedRecipe) or recipe.router.kind != "fitted" or recipe.router.refitted:
             return None
-        if recipe.groups == (group_of(self._context.layers, recipe.experts, None),):  # as they are fitted for all
+        if recipe.groups == (group_of(self._context.layers, recipe.experts, None),):  # the shared routers' own fit
             return None
         return recipe.model_copy(update={"router": recipe.router.model_copy(update={"refitted": True})})
 
@@ -345,8 +345,8 @@ class RoutedSpace:
             balance=settings.balance,
         )
 
-    def _mark_router(self, *, as_paper: bool = False) -> Router:
-        """That of baselines: fitted where that can be; ``as_paper`` with gates that sum to 1."""
+    def _baseline_router(self, *, as_paper: bool = False) -> Router:
+        """The router of baselines: fitted if possible; ``as_paper`` with gates that sum to 1."""
         router, is_fitted = self._router(), self._settings.router == "fitted"
         if not is_fitted and self._context.fit is not None:
             router = router.model_copy(update={"kind": "fitted"})
@@ -354,8 +354,8 @@ class RoutedSpace:
 
     def _recipe(self, groups: Sequence[LayerGroup], router: Router) -> RoutedRecipe:
         context = self._context
-        # What routers are made of, or else what the use of experts is measured on: one of the two.
-        by_texts = router.kind in _OF_TEXTS or context.fit is None
+        # Either what routers are computed from, or what the use of experts is measured on, but not both.
+        by_texts = router.kind in _FROM_TEXTS or context.fit is None
         return RoutedRecipe(
             sources=dict(context.sources),
             tokenizer=context.tokenizer,
@@ -385,13 +385,13 @@ class RoutedSpace:
         )
 
     def _fitted(self) -> Blend:
-        """How much of each adapter right answers want in each tensor: a plain merge, to be beaten."""
+        """The fitted share of each adapter in each tensor: a plain merge that routing should beat."""
         experts, ones = self._experts, dict.fromkeys(self._experts, 1.0)
         return Blend(method=FITTED, sources=experts, base=self._base, parameters={"weight": {**ones}})
 
 
 def _joined(groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:
-    """Neighbours that are alike are one group, so that equal models have equal recipes."""
+    """Join neighbouring groups that are equal, so that equal models have equal recipes."""
     found: list[LayerGroup] = []
     for group in groups:
         if found and found[-1].model_copy(update={"layers": group.layers}) == group:

@@ -1,4 +1,4 @@
-"""Stages: merges one after another, each fixed or with numbers of its own that are searched."""
+"""Stages: merges one after another, each either fixed or with its own searched numbers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from search_spaces.base import Measures, SpaceContext, SpaceSettings
 from search_spaces.hybrid_space import no_mergekit
 
 _SPACES = ("parameter_space", "data_flow_space", "hybrid_space")
-"""Spaces whose recipes are stacks, which a stage is made of."""
+"""Spaces whose recipes are stacks, as stages require."""
 
 
 class StageSettings(BaseModel):
     """One stage.
 
     Args:
-        name: by which later stages name it.
-        sources: what it merges: sources of the file, the base left out, and earlier stages; all sources and no stage
-            when left out.
-        base: the source or stage that its task vectors are taken against; the file's own when left out.
-        recipe: a recipe file, for a stage that is not searched; relative to the search file. Its sources have the names
-            that they have here.
+        name: the name by which later stages refer to it.
+        sources: what it merges: sources of the file except the base, and earlier stages; by default all sources and no
+            stage.
+        base: the source or stage that its task vectors are relative to; by default the file's base.
+        recipe: a recipe file, for a stage that is not searched, relative to the search file. Its sources have the same
+            names as here.
         space: the space of a stage that is searched, as under `space:`.
     """
 
@@ -54,7 +54,7 @@ class StageSettings(BaseModel):
 
 
 class StagedSpaceSettings(SpaceSettings):
-    """``space:`` of a search file.
+    """The ``space:`` section of a search file.
 
     Args:
         stages: in the order in which they are made; the last one is the model.
@@ -78,7 +78,7 @@ class StagedSpaceSettings(SpaceSettings):
 
 @dataclass(frozen=True)
 class _Stage:
-    """A stage that can be made: of a fixed recipe, or of a space."""
+    """A stage that can be built: from a fixed recipe, or from a space."""
 
     name: str
     takes: Mapping[str, str]
@@ -87,7 +87,7 @@ class _Stage:
 
     @property
     def parameters(self) -> list[Parameter]:
-        """The space's, under the stage's name."""
+        """The parameters of its space, prefixed with the stage's name."""
         if self.space is None:
             return []
         return [
@@ -104,17 +104,17 @@ class _Stage:
         ]
 
     def made(self, genome: Genome) -> Stage:
-        """The stage with numbers of its space."""
+        """The stage for these numbers of its space."""
         recipe = self.recipe if self.space is None else self.space.decode(genome)
         assert isinstance(recipe, StackRecipe)
         return Stage.of(self.name, self.takes, recipe)
 
 
 class StagedSpace:
-    """The parameters of all stages that are searched, one stage after another.
+    """The parameters of all searched stages, one stage after another.
 
     Raises:
-        InputError: a stage names what is not there, or its space does not fit its sources.
+        InputError: a stage refers to something that does not exist, or its space does not fit its sources.
     """
 
     def __init__(self, settings: StagedSpaceSettings, context: SpaceContext) -> None:
@@ -186,10 +186,10 @@ class StagedSpace:
         return recipe.model_copy(update=update)
 
     def genome_of(self, recipe: Recipe) -> Genome | None:
-        return None  # stages that are searched over and over may say one model in many ways
+        return None  # several searched stages can represent one model in many ways
 
     def baselines(self) -> Iterator[Baseline]:
-        """Every source alone, the uniform average, and all stages at the defaults of their parameters."""
+        """Every single source, the uniform average, and all stages at the defaults of their parameters."""
         context = self._context
         alone = [name for name in context.sources if context.depth(name) == context.layers]
         for name in alone:
@@ -202,7 +202,7 @@ class StagedSpace:
         yield Baseline("stages at their defaults", "default", self.decode(defaults), defaults)
 
     def _one(self, blend: Blend, names: list[str]) -> StagedRecipe:
-        """A model of one stage."""
+        """A model with one stage."""
         sources = dict.fromkeys(dict.fromkeys([*names, self._context.tokenizer]), "")
         recipe = StackRecipe.uniform(
             blend, sources=sources, tokenizer=self._context.tokenizer, layers=self._context.layers

@@ -1,8 +1,8 @@
-"""State dicts: how much of each table of tensors goes into each group of tensors, whatever network they are of.
+"""State dicts: how much of each table of tensors goes into each group of tensors, for any network.
 
-Groups are the blocks of image models by the names that people use (IN00 ... OUT11), patterns of tensors' names, or all
-tensors at once. What is in no group, and the blocks that are always kept (``evomerge.raw.layouts.KEPT``) unless a group
-names them, is copied from the first source, or the one that ``tokenizer`` or ``base`` names.
+Groups are the blocks of image models by their usual names (IN00 ... OUT11), patterns of tensor names, or all tensors at
+once. Tensors in no group, and the blocks that are always kept (``evomerge.raw.layouts.KEPT``) unless a group names
+them, are copied from the first source, or from the one that ``tokenizer`` or ``base`` names.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _EVERY = {"model": ("*",)}
 
 
 class StateDictSpaceSettings(SpaceSettings):
-    """``space:`` of a search file.
+    """The ``space:`` section of a search file.
 
     Args:
-        method: the merge method: any that needs weights alone.
-        groups: what has numbers of its own. "model": all tensors. "blocks": each named block. Or patterns of names of
-            tensors or blocks, by a name for people: ``{attention: "*attn*", ends: [IN00, OUT11], rest: "*"}``; a tensor
-            is of the first group that has it.
-        keys: what becomes of tensors that not all sources have: "same" refuses them, "union" copies them from the first
-            that has them, "intersection" leaves them out.
+        method: the merge method, which must need only weights.
+        groups: what has its own numbers. "model": all tensors. "blocks": each named block. Or patterns of names of
+            tensors or blocks, with a display name: ``{attention: "*attn*", ends: [IN00, OUT11], rest: "*"}``; a tensor
+            belongs to the first group that matches it.
+        keys: how to treat tensors that not all sources have: "same" rejects them, "union" copies them from the first
+            source that has them, "intersection" leaves them out.
         bounds, fixed, switches, steps: as in a parameter space.
     """
 
@@ -83,10 +83,10 @@ class StateDictSpaceSettings(SpaceSettings):
         """The patterns of each group.
 
         Args:
-            names: of the first source's tensors.
+            names: the names of the first source's tensors.
 
         Raises:
-            InputError: there are no blocks, or a pattern is of no tensor.
+            InputError: there are no blocks, or a pattern matches no tensor.
         """
         if self.groups == "model":
             return dict(_EVERY)
@@ -114,7 +114,7 @@ class StateDictSpaceSettings(SpaceSettings):
 
 
 class StateDictSpace:
-    """See the module's text, and ``evomerge.genome.SearchSpace``."""
+    """See the module docstring, and ``evomerge.genome.SearchSpace``."""
 
     layer_buffers = hops = 0
 
@@ -140,7 +140,7 @@ class StateDictSpace:
         )
 
     def genome_of(self, recipe: Recipe) -> Genome | None:
-        """The point of a recipe of the same groups; None of any other."""
+        """The point of a recipe with the same groups; None for any other."""
         if not isinstance(recipe, StateDictRecipe) or [g.name for g in recipe.groups] != list(self._patterns):
             return None
         numbers: list[float] = []
@@ -151,7 +151,7 @@ class StateDictSpace:
         return np.array(numbers, dtype=np.float64)
 
     def baselines(self) -> Iterator[Baseline]:
-        """Every source whole, as it is; the average; the method's defaults."""
+        """Every single source, unchanged; the average; the method's defaults."""
         mixed = self._context.mixed
         covered = len(grouped(self._context.tensors(), self._patterns)) == len(self._context.tensors())
         sources = dict(self._context.sources)
@@ -167,7 +167,7 @@ class StateDictSpace:
             yield Baseline(f"{method.name} defaults", "default", self.decode(usual), usual)
 
     def _genome_at(self, point_of: Callable[[Method], Point | None]) -> Genome | None:
-        """The genome whose every group is at a point of the method; None where there is none."""
+        """The genome with every group at a point of the method; None if there is none."""
         numbers = self._genes.numbers_at(point_of)
         return None if numbers is None else self._genome(numbers)
 

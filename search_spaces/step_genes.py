@@ -15,10 +15,10 @@ from search_spaces.gene import Gene, check_ranges, searched
 
 
 class StepSettings(BaseModel):
-    """What a search file says of one step after the method.
+    """The settings of one step after the method in a search file.
 
     Args:
-        bounds: a parameter's range, where the step's own is not wanted: ``strength: [0, 0.5]``.
+        bounds: a parameter's range, in place of the step's own: ``strength: [0, 0.5]``.
         fixed: a parameter that is not searched: ``strength: 0.2``.
     """
 
@@ -29,10 +29,10 @@ class StepSettings(BaseModel):
 
 
 class StepGenes:
-    """What a search walks of one step.
+    """What a search varies in one step.
 
     Args:
-        has_derivatives: whether what is before it and after it lets a loss have derivatives.
+        has_derivatives: whether the method and the other steps let a loss have derivatives.
     """
 
     def __init__(self, step: Step, settings: StepSettings, *, has_derivatives: bool = False) -> None:
@@ -47,18 +47,18 @@ class StepGenes:
         return len(self._genes)
 
     def parameters(self, prefix: str, group: str) -> list[Parameter]:
-        """Those of one blend, named after ``prefix`` and the step."""
+        """The parameters of one blend, named after ``prefix`` and the step."""
         return [gene.described(f"{prefix}.{self._step.name}.{gene.name}", group) for gene in self._genes]
 
     def steps(self, numbers: Sequence[float] = ()) -> tuple[BlendStep, ...]:
-        """The step that so many numbers say, or none where it changes nothing; without any, at its defaults."""
+        """The step for these numbers, or none if it changes nothing; without numbers, the step at its defaults."""
         given = {gene.parameter.name: gene.value(number) for gene, number in zip(self._genes, numbers, strict=False)}
         values = self._step.values(self._fixed | given)
         return () if self._step.is_neutral(values) else (BlendStep(name=self._step.name, parameters=values),)
 
     def nearest(self, steps: Sequence[BlendStep]) -> list[float]:
-        """The numbers nearest to what some steps say of this one; where it is not among them, those that change
-        nothing, or the defaults.
+        """The numbers closest to the settings of this step among the given ones; if it is absent, those that change
+        nothing, or else the defaults.
         """
         given = next((step for step in steps if step.name == self._step.name), None)
         if given is None and (neutral := self.neutral()) is not None:
@@ -67,7 +67,7 @@ class StepGenes:
         return [gene.nearest(values[gene.parameter.name]) for gene in self._genes]
 
     def neutral(self) -> list[float] | None:
-        """Numbers at which the step changes nothing; None where there are none within the bounds."""
+        """Numbers at which the step changes nothing; None if there are none within the bounds."""
         values = self._step.values(self._fixed | {n: v for n, v in self._step.neutral.items() if n not in self._fixed})
         numbers = [gene.number(values[gene.parameter.name]) for gene in self._genes]
         inside = all(gene.low <= number <= gene.high for gene, number in zip(self._genes, numbers, strict=True))
@@ -75,7 +75,7 @@ class StepGenes:
 
 
 def check_steps(steps: Mapping[str, StepSettings], context: SpaceContext) -> None:
-    """Refuse steps of a search file that cannot be taken.
+    """Reject steps of a search file that cannot be computed.
 
     Raises:
         InputError: naming the key: an unknown step or parameter, a wrong range, no base, or no calibration texts.

@@ -1,7 +1,7 @@
-"""What reads images, of two or more sources that do: one number says how much of which, or whose.
+"""The vision parts of two or more vision-language sources: one number mixes them or chooses between them.
 
-Tower and projector were trained for each other, so they go together. Where nothing is said they are those of the source
-that gives the tokenizer, unchanged, as in the original work (Akiba et al., arXiv 2403.13187, section 3.3).
+Tower and projector were trained for each other, so they stay together. By default they come unchanged from the source
+that provides the tokenizer, as in the original work (Akiba et al., arXiv 2403.13187, section 3.3).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _NAME = "vision"
 
 
 class VisionSettings(BaseModel):
-    """``space.vision`` of a search file; one of the two.
+    """``space.vision`` of a search file; exactly one of the two is given.
 
     Args:
         mix: two sources: the number is the share of the second, from 0 to 1.
-        choose: two or more, one of which gives it.
+        choose: two or more sources, of which one is chosen.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,11 +41,11 @@ class VisionSettings(BaseModel):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Those that it is made of."""
+        """The sources that it is made from."""
         return self.mix or self.choose or ()
 
     def check(self, sources: Collection[str], tokenizer: str) -> None:
-        """Refuse sources that are not there, or without the one whose settings the merged model has. InputError."""
+        """Reject unknown sources, or a list without the one whose settings the merged model has. InputError."""
         if unknown := [name for name in self.sources if name not in sources]:
             raise InputError("space.vision", f"names {unknown[0]}, which is no source")
         if tokenizer not in self.sources:
@@ -53,25 +53,25 @@ class VisionSettings(BaseModel):
             raise InputError("space.vision", problem, "Name it too, or another one by `tokenizer: NAME`.")
 
     def parameter(self, tokenizer: str) -> Parameter:
-        """The number; at its default it is the tokenizer's source's."""
+        """The parameter; its default stands for the tokenizer's source."""
         default = self.number_of(tokenizer)
         if self.mix is not None:
             return Parameter(_NAME, 0.0, 1.0, default, group=_NAME)
         return Parameter(_NAME, 0.0, len(self.sources) - 1.0, default, "choice", _NAME, choices=self.sources)
 
     def number_of(self, source: str) -> float:
-        """The number at which it is a source's alone."""
+        """The number that stands for a single source."""
         return float(self.sources.index(source))
 
     def nearest(self, blend: Blend | None, tokenizer: str) -> float:
-        """The number that comes nearest to a blend; that of the tokenizer's source where it says nothing of these."""
+        """The number closest to a blend; that of the tokenizer's source if the blend uses none of these sources."""
         if self.mix is not None and blend is not None and len({*self.mix} & {*blend.sources}) == 2:
             return min(1.0, max(0.0, blend.value("weight", self.mix[1])))
         named = [source for source in (blend.sources if blend is not None else ()) if source in self.sources]
         return self.number_of(named[0] if named else tokenizer)
 
     def blend(self, number: float) -> Blend:
-        """What a number says."""
+        """The blend for a number."""
         if self.mix is None or number in (0.0, 1.0):
             return Blend.copy_of(self.sources[int(number)])
         return Blend.weighted_sum({self.mix[0]: 1.0 - number, self.mix[1]: number})
