@@ -311,8 +311,8 @@ def test_the_service_starts_drivers_as_jobs(tmp_path: Path, cluster: str) -> Non
         drivers.start("small", store)
         with pytest.raises(ProblemError, match="starting already"):
             drivers.start("small", store)
-        until(lambda: drivers.look("small", store).why != "")
-        assert drivers.look("small", store).why.startswith("error: search.yaml: oops")
+        until(lambda: drivers.state_of("small", store).why != "")
+        assert drivers.state_of("small", store).why.startswith("error: search.yaml: oops")
         assert "error: search.yaml: oops" in (folder / "driver.log").read_text()
 
         (folder / "search.yaml").write_text(whole)
@@ -328,7 +328,7 @@ def test_the_service_starts_drivers_as_jobs(tmp_path: Path, cluster: str) -> Non
         assert store.search().settings["pool"] == "ray"
         assert {row.worker.partition("-")[0] for row in store.candidates()} == {"ray"}
     assert not jobs.is_alive({"job": "never was"})
-    assert jobs.complaint({"job": "never was"}) == ""
+    assert jobs.last_error({"job": "never was"}) == ""
 
 
 @pytest.mark.nightly

@@ -41,7 +41,7 @@ from evomerge.search.preparing.setup import Setup
 from evomerge.search.settings.sections import Budget, Confirm
 from evomerge.search.work.jobs import Failed, Job, Measured
 from evomerge.service.drivers import Drivers
-from evomerge.service.figures import Wish, draw
+from evomerge.service.figures import FigureOptions, draw
 from evomerge.service.report import report_html
 from evomerge.service.root import Root
 from evomerge.service.summary import candidate_summaries, summaries_of
@@ -373,7 +373,7 @@ def test_a_front_shows_each_objective_where_one_number_would_decide(tmp_path: Pa
         drawn = draw(store, "history")
         assert {each.yaxis for each in drawn.data} == {"y", "y2"}
         assert sum(each.showlegend is not False and each.name == "best so far" for each in drawn.data) == 1
-        assert {each.yaxis for each in draw(store, "history", Wish(objective="o1")).data} <= {None, "y"}
+        assert {each.yaxis for each in draw(store, "history", FigureOptions(objective="o1")).data} <= {None, "y"}
     assert status.scalar is None
 
 

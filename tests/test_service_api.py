@@ -382,7 +382,7 @@ def test_the_client_reads_what_the_api_says(app: FastAPI, store: Store) -> None:
         with pytest.raises(InputError, match="there is no search called 'nowhere'"):
             client.status("nowhere")
         with pytest.raises(InputError, match="no driver is at work"):
-            client.tell(NAME, "pause")
+            client.send_command(NAME, "pause")
         with pytest.raises(InputError, match="EVOMERGE_TOKEN"):
             stranger.searches()
 

@@ -106,7 +106,7 @@ def test_a_search_and_an_export_outlive_the_server_and_are_found_again(
     assert server.link.endswith(f"/?token={TOKEN}")
     assert server.client.create(yaml.safe_dump(FILE)).state == "starting"
     with pytest.raises(InputError, match="starting already"):
-        server.client.tell("small", "resume")
+        server.client.send_command("small", "resume")
     until(lambda: server.client.status("small").candidates.done >= 5)
     server.client.export("small", "maths", name="model", verify=False)
     assert TOKEN not in server.kill()
@@ -121,19 +121,19 @@ def test_a_search_and_an_export_outlive_the_server_and_are_found_again(
     (found,) = server.client.searches()
     assert (found.name, found.driver, found.state) == ("small", True, "running")
     assert found.eta_s is not None
-    server.client.tell("small", "pause")  # so that the search takes no time from what is waited for
+    server.client.send_command("small", "pause")  # so that the search takes no time from what is waited for
     until(lambda: server.client.status("small").state == "paused")
     until(lambda: server.client.export_state("small", "model").state != "running")
     export = server.client.export_state("small", "model")
     assert (export.state, export.progress) == ("done", 1.0), export.log
     assert {"config.json", "model.safetensors", "README.md"} <= {file.name for file in export.files}
 
-    server.client.tell("small", "resume")
+    server.client.send_command("small", "resume")
     until(lambda: server.client.status("small").state == "running")
     assert server.client.change_budget("small", candidates=5000) == "the budget is 5000 candidates"
     until(lambda: server.client.status("small").budget.candidates == 5000)
     assert psutil.Process(holder.pid).is_running()  # the same one all the time
-    server.client.tell("small", "stop")
+    server.client.send_command("small", "stop")
     until(lambda: not server.client.searches()[0].driver)
     asked = server.client.status("small").candidates.asked
 
@@ -155,13 +155,13 @@ def test_a_driver_that_did_not_come_up_says_why(root: Path, monkeypatch: pytest.
     monkeypatch.setattr("evomerge.service.drivers.sys.executable", str(program))
     with Store.open(root / "made-up" / "search.db") as store:
         with acquire(store):
-            assert drivers.look("made-up", store) == DriverState("starting", "", holds=True)  # it opens models
+            assert drivers.state_of("made-up", store) == DriverState("starting", "", holds=True)  # it opens models
             store.set_state("running")
-            assert drivers.look("made-up", store) == DriverState("running", "", holds=True)
-        assert drivers.look("made-up", store) == DriverState("interrupted", "", holds=False)
+            assert drivers.state_of("made-up", store) == DriverState("running", "", holds=True)
+        assert drivers.state_of("made-up", store) == DriverState("interrupted", "", holds=False)
         drivers.start("made-up", store)
-        until(lambda: drivers.look("made-up", store).state != "starting")
-        state = drivers.look("made-up", store)
+        until(lambda: drivers.state_of("made-up", store).state != "starting")
+        state = drivers.state_of("made-up", store)
     assert state == DriverState("interrupted", "error: sources.one: is not there", holds=False)
     assert (root / "made-up" / "driver.log").read_text().startswith("going to\n")
 
@@ -171,18 +171,18 @@ def test_a_search_that_began_again_is_not_starting_for_ever(root: Path) -> None:
     drivers = made_up(root)
     with Store.open(root / "made-up" / "search.db") as store:
         start(["sleep", "600"], root, root / "log", root / "made-up" / "driver.json", {"after": 0})
-        assert drivers.look("made-up", store) == DriverState("finished", "8 candidates asked", holds=False)
+        assert drivers.state_of("made-up", store) == DriverState("finished", "8 candidates asked", holds=False)
         told = read(root / "made-up" / "driver.json")
         assert told is not None
         (root / "made-up" / "driver.json").write_text(json.dumps(told | {"after": current_epoch(store)}))
-        assert drivers.look("made-up", store).state == "starting"
+        assert drivers.state_of("made-up", store).state == "starting"
         with acquire(store):
             with store.transaction(writes=True) as connection:
                 connection.exec_driver_sql("DELETE FROM event")
             store.record_event(BeganAgain())
-            assert drivers.look("made-up", store) == DriverState("starting", "", holds=True)
+            assert drivers.state_of("made-up", store) == DriverState("starting", "", holds=True)
             store.set_state("stopped")
-        assert drivers.look("made-up", store).state == "stopped"  # though its process has not ended yet
+        assert drivers.state_of("made-up", store).state == "stopped"  # though its process has not ended yet
         os.kill(told["pid"], signal.SIGKILL)
 
 

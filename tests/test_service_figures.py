@@ -32,7 +32,7 @@ from evomerge.search.settings.sections import Racing
 from evomerge.service import problems
 from evomerge.service.api import figures as api
 from evomerge.service.dependencies import ServiceSettings
-from evomerge.service.figures import NAMES, Name, Wish, draw, draw_path, draw_recipe, style
+from evomerge.service.figures import NAMES, FigureOptions, Name, draw, draw_path, draw_recipe, style
 from evomerge.service.figures import recipe as figure_recipe
 from evomerge.service.figures.progress import growth
 from evomerge.service.figures.recipe import share_in
@@ -189,7 +189,7 @@ def test_what_is_marked_has_its_standard_errors_as_bars(two: Store) -> None:
 
 @pytest.mark.parametrize(("x", "y"), [("o0", "o1"), ("o1", "o0")])
 def test_the_line_of_the_front_bounds_all_that_may_win(two: Store, x: str, y: str) -> None:
-    drawn = draw(two, "front", Wish(x=x, y=y))
+    drawn = draw(two, "front", FigureOptions(x=x, y=y))
     (line,) = (each for each in drawn.data if each.mode == "lines" and each.line.color == MARKS["front"].colour)
     better = {"o0": 1.0, "o1": -1.0}  # o0 is maximised, o1 minimised
     corners: list[tuple[float, float]] = []
@@ -246,7 +246,7 @@ def test_what_left_its_race_is_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", ["o0", "o1"])
 @pytest.mark.parametrize("over", ["candidates", "hours"])
 def test_the_history_is_the_best_of_those_before(two: Store, over: Any, objective: str) -> None:
-    line = trace(draw(two, "history", Wish(over=over, objective=objective)), "best so far")
+    line = trace(draw(two, "history", FigureOptions(over=over, objective=objective)), "best so far")
     began, pick = two.search().created_at, max if objective == "o0" else min
 
     def place(row: CandidateRow) -> float:
@@ -265,7 +265,7 @@ def test_the_history_is_the_best_of_those_before(two: Store, over: Any, objectiv
 
 
 def test_the_best_source_has_its_error_as_a_band(two: Store) -> None:
-    drawn = draw(two, "history", Wish(objective="o0"))
+    drawn = draw(two, "history", FigureOptions(objective="o0"))
     source = max((row for row in two.candidates() if row.origin == "source"), key=lambda r: r.objectives["o0"].mean)
     level = trace(drawn, f"best source: {source.label}")
     mean, error = source.objectives["o0"].mean, source.objectives["o0"].stderr
@@ -336,14 +336,14 @@ def plain_study(store: Store, objective: str, direction: str) -> optuna.Study:
 
 @pytest.mark.parametrize(("objective", "direction"), [("o0", "maximize"), ("o1", "minimize")])
 def test_importances_are_optunas_own(two: Store, objective: str, direction: str) -> None:
-    (bars,) = draw(two, "importance", Wish(objective=objective)).data
+    (bars,) = draw(two, "importance", FigureOptions(objective=objective)).data
     study, evaluator = plain_study(two, objective, direction), optuna.importance.PedAnovaImportanceEvaluator()
     expected = optuna.importance.get_param_importances(study, evaluator=evaluator)
     assert dict(zip(bars.y, bars.x, strict=True)) == pytest.approx(expected)
 
 
 def test_a_slice_is_score_over_gene(two: Store) -> None:
-    (points,) = draw(two, "slice", Wish(parameter="w2", objective="o1")).data
+    (points,) = draw(two, "slice", FigureOptions(parameter="w2", objective="o1")).data
     rows = {row.number: row for row in own(two)}
     assert len(points.x) == sum(row.genome is not None and row.status == "done" for row in rows.values())
     for number, x, y in zip(points.customdata, points.x, points.y, strict=True):

@@ -407,7 +407,7 @@ def test_whoever_has_no_token_is_sent_to_the_login_and_back(root: Path) -> None:
         form = client.get(sent.headers["location"])
         assert form.status_code == 200
         assert f'value="{SEARCH}/compare?a=best"' in form.text
-        assert "not the one of this server" in client.get("/login?failed=1").text
+        assert "not the token of this server" in client.get("/login?failed=1").text
 
 
 # ---- the form against the classes that it writes for -----------------------------------------------------------------

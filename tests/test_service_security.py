@@ -121,7 +121,7 @@ def test_a_wrong_token_or_one_in_another_place_is_none(stranger: TestClient, hea
 
 
 def test_the_token_itself_is_no_cookie(stranger: TestClient, app: FastAPI) -> None:
-    name = app.state.door.cookie_name
+    name = app.state.authenticator.cookie_name
     assert stranger.get(f"{API}/searches", headers={"cookie": f"{name}={TOKEN}"}).status_code == 401
 
 
@@ -194,7 +194,7 @@ def test_many_wrong_tokens_have_to_wait_and_the_right_one_never(
     assert stranger.get(f"/?token={TOKEN}").headers["location"] == "/"
     stranger.cookies.clear()
     assert stranger.post("/login", data={"token": TOKEN}).headers["location"] == "/"
-    assert app.state.door.wait_s("another") == 0
+    assert app.state.authenticator.lockout_s("another") == 0
     later = time.monotonic() + guard.FAILURES_S
     monkeypatch.setattr(guard.time, "monotonic", lambda: later)
     assert stranger.get(f"{API}/searches", headers=wrong).status_code == 401
@@ -202,12 +202,12 @@ def test_many_wrong_tokens_have_to_wait_and_the_right_one_never(
 
 def test_a_logout_ends_the_cookie_of_one_browser(stranger: TestClient, app: FastAPI) -> None:
     stranger.get(f"/?token={TOKEN}")
-    copied = stranger.cookies.get(app.state.door.cookie_name)
+    copied = stranger.cookies.get(app.state.authenticator.cookie_name)
     with TestClient(app, follow_redirects=False) as other:
         other.get(f"/?token={TOKEN}")
-        assert other.cookies.get(app.state.door.cookie_name) != copied
+        assert other.cookies.get(app.state.authenticator.cookie_name) != copied
         stranger.post("/logout", headers={"sec-fetch-site": "same-origin"})
-        named = {"cookie": f"{app.state.door.cookie_name}={copied}"}
+        named = {"cookie": f"{app.state.authenticator.cookie_name}={copied}"}
         assert stranger.get(f"{API}/searches", headers=named).status_code == 401
         assert other.get(f"{API}/searches").status_code == 200
         with mock.patch.object(guard, "_MAX_COOKIES", 1):
@@ -218,7 +218,7 @@ def test_a_logout_ends_the_cookie_of_one_browser(stranger: TestClient, app: Fast
 
 def test_the_token_is_compared_in_constant_time(app: FastAPI) -> None:
     with mock.patch.object(guard.secrets, "compare_digest", return_value=True) as compared:
-        assert app.state.door.opens("anything", "somebody")
+        assert app.state.authenticator.accepts("anything", "somebody")
     compared.assert_called_once_with(b"anything", TOKEN.encode())
 
 

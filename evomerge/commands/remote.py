@@ -43,7 +43,7 @@ def status(url: str, search: str, *, as_json: bool, watch: bool) -> None:
 def tell(url: str, search: str, word: Literal["pause", "resume", "stop", "cancel"]) -> None:
     """Give a search a word."""
     with Client(url) as client:
-        print(client.tell(search, word), file=sys.stderr)
+        print(client.send_command(search, word), file=sys.stderr)
 
 
 def resume(url: str, search: str, overrides: Sequence[str]) -> None:
@@ -51,7 +51,9 @@ def resume(url: str, search: str, overrides: Sequence[str]) -> None:
     hint = "Through a server only the bounds under budget can be set."
     bounds = bounds_of(overrides, hint)
     with Client(url) as client:
-        answer = client.change_budget(search, resume=True, **bounds) if bounds else client.tell(search, "resume")
+        answer = (
+            client.change_budget(search, resume=True, **bounds) if bounds else client.send_command(search, "resume")
+        )
     print(answer, file=sys.stderr)
 
 

@@ -1,1 +1,1 @@
-"""The service: an HTTP API and a page over searches. It starts drivers and reads stores; it scores nothing itself."""
+"""The service: an HTTP API and web pages for searches. It starts drivers and reads stores; it scores nothing itself."""

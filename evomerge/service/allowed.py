@@ -1,7 +1,7 @@
-"""What a search file may say when it comes over HTTP, from somebody who need not have an account on this machine.
+"""What a search file may contain when it arrives over HTTP, possibly from somebody without an account on this machine.
 
 It may name models and data in the folders that the server allows, and models on the hub. It may not run code, reach
-other places, or be a text that takes more than a moment to read.
+other places, or take more than a moment to parse.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PLACE = "search file"
 
 MAX_CHARACTERS = 2**16
 MAX_VALUES = 20_000
-"""Of the text, and of what it says once its aliases are written out."""
+"""The limits of the text, and of its values once YAML aliases are expanded."""
 
 _REFUSED = (
     "store",
@@ -34,7 +34,7 @@ _REFUSED = (
     "cluster.runtime_env",
     "allow_task_code",
 )
-"""Keys by which a search would reach other machines or run code of its own."""
+"""Keys with which a search could reach other machines or run its own code."""
 
 _CODE_KEYS = ("trust_remote_code", "allow_task_code")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -44,10 +44,10 @@ _CODE_FILE = re.compile(r"\.pyc?\s*$", re.IGNORECASE)
 
 
 def checked_file(text: str, folders: Sequence[Path]) -> SearchFile:
-    """The search file that a text says, its paths absolute; relative ones are so to the first folder.
+    """Parse and check a search file. Its paths become absolute; relative paths are resolved against the first folder.
 
     Args:
-        folders: where the models and data may lie that it names, and last the folder of all searches.
+        folders: the folders that may hold the models and data it names; the last one is the folder of all searches.
 
     Raises:
         InputError: names the key that is not allowed here, or what is wrong with the file.
@@ -70,10 +70,10 @@ def checked_file(text: str, folders: Sequence[Path]) -> SearchFile:
 
 
 def located(reference: str, place: str, folders: Sequence[Path]) -> str:
-    """A reference to a model with its folders absolute; relative ones are so to the first folder.
+    """A reference to a model with absolute folders; relative ones are resolved against the first folder.
 
     Raises:
-        InputError: it lies neither in these folders nor on the hub. Names ``place``, never what lies there.
+        InputError: the model is neither in these folders nor on the hub. Names ``place``, never what was found there.
     """
     parts = []
     for part in split_reference(reference, folders[0]):
@@ -89,12 +89,12 @@ def located(reference: str, place: str, folders: Sequence[Path]) -> str:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text names a model of the hub: org/name, or org/name@revision."""
+    """Whether a text names a model on the hub: org/name, or org/name@revision."""
     return _HUB_ID.fullmatch(text) is not None and ".." not in text
 
 
 def is_inside(path: str, folders: Sequence[Path]) -> bool:
-    """Whether an absolute path lies in one of these folders, links followed."""
+    """Whether an absolute path is inside one of these folders after symlinks are resolved."""
     try:
         real = Path(os.path.realpath(path))
     except (OSError, ValueError):
@@ -103,7 +103,7 @@ def is_inside(path: str, folders: Sequence[Path]) -> bool:
 
 
 def _content(text: str) -> Mapping[str, Any]:
-    """The content of a search file's text, once it is known to be small enough to be read."""
+    """Parse the text of a search file after checking that it is small enough."""
     if len(text) > MAX_CHARACTERS:
         raise InputError(PLACE, f"is longer than {MAX_CHARACTERS} characters")
     content = load_yaml(text, PLACE, most_values=MAX_VALUES)
@@ -113,7 +113,7 @@ def _content(text: str) -> Mapping[str, Any]:
 
 
 def _with_searches(content: Mapping[str, Any], searches: Path) -> Mapping[str, Any]:
-    """The content with searches to start from, where they are named and no paths, in the folder of all searches."""
+    """The content with the names in ``start_from`` replaced by paths in the folder of all searches."""
     named = content.get("start_from")
     listed = [named] if isinstance(named, str) else named
     if not isinstance(listed, list):
@@ -130,7 +130,7 @@ def _at(content: Mapping[str, Any], key: str) -> Any:
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, str, Any]]:
-    """(key path, last key, value) of every value that is no container; keys themselves are values too."""
+    """Yield (key path, last key, value) for every value that is not a container."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _leaves(inner, f"{key}.{name}" if key else str(name))
@@ -142,9 +142,9 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, str, Any]]:
 
 
 def _check(key: str, name: str, value: Any, folders: Sequence[Path]) -> None:
-    """Refuse a value by which a search would run code, or read what lies outside the folders.
+    """Refuse a value that would make a search run code or read files outside the allowed folders.
 
-    Whatever a setting means, also one of a plug-in: all paths are absolute by now, or look like one.
+    This covers every setting, including those of plug-ins: by now every path is absolute or at least looks like a path.
     """
     place = f"{PLACE}: {key}"
     if name in _CODE_KEYS and value:

@@ -1,4 +1,4 @@
-"""The app: all routers together. ``create_app`` is what a server runs and what tests talk to."""
+"""The FastAPI app with all routers. Servers and tests create it with ``create_app``."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from starlette.types import ASGIApp
 from evomerge import __version__
 from evomerge.service import dashboard, pages, problems
 from evomerge.service.api import candidates, events, exports, figures, searches, sources, system
-from evomerge.service.bodies import Happening
+from evomerge.service.bodies import SearchEvent
 from evomerge.service.checking import Checker
 from evomerge.service.dependencies import ServiceSettings
 from evomerge.service.drivers import Drivers
 from evomerge.service.exports import Exporter
-from evomerge.service.guard import Door, Guard
+from evomerge.service.guard import Authenticator, Guard
 from evomerge.service.streams import Streams
 
 
 class _Service(FastAPI):
-    """The app with the guard around all of it, the answer to an error of ours included."""
+    """The app with the guard as its outermost layer, so that responses to internal errors pass through it too."""
 
     def openapi(self) -> dict[str, Any]:
-        """The OpenAPI document, with what routes only refer to."""
+        """The OpenAPI document, with the schemas that routes only refer to."""
         if self.openapi_schema is None:
-            from evomerge.report.inspection import Inspection  # which brings torch, and nothing else here needs it
+            from evomerge.report.inspection import Inspection  # imports torch, which nothing else here needs
 
             schemas = super().openapi()["components"]["schemas"]
-            for model in (problems.Problem, Happening, Inspection):
+            for model in (problems.Problem, SearchEvent, Inspection):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
                 schemas |= {**schema.pop("$defs", {}), model.__name__: schema}
         return super().openapi()
 
     def build_middleware_stack(self) -> ASGIApp:
-        return Guard(super().build_middleware_stack(), self.state.settings, self.state.door)
+        return Guard(super().build_middleware_stack(), self.state.settings, self.state.authenticator)
 
 
 @asynccontextmanager
@@ -55,7 +55,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         lifespan=_running,
     )
     app.state.settings = settings
-    app.state.door = Door(settings.token)
+    app.state.authenticator = Authenticator(settings.token)
     app.state.drivers = Drivers(settings.root, settings.jobs)
     app.state.exports = Exporter(settings.root)
     app.state.streams = Streams(settings.root)

@@ -1,4 +1,4 @@
-"""What the answers and requests of the API are made of; the client reads the same."""
+"""The request and response bodies of the API, which the server and the client share."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def _none_if_nan(value: Any) -> Any:
 
 
 Number = Annotated[float | None, BeforeValidator(_none_if_nan)]
-"""A number that may not be known: NaN and infinities, which JSON has no words for, are null."""
+"""A number that may be unknown: NaN and infinities, which JSON cannot represent, become null."""
 
 
 def _reason(failure: Any) -> Any:
     return str(failure.get("reason")) if isinstance(failure, dict) else failure
 
 
-class Wanted(BaseModel):
-    """The body of a request: a key that is not known is an error."""
+class RequestBody(BaseModel):
+    """The base of request bodies: unknown keys are an error."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Objective(BaseModel):
-    """An objective of a search, and which way is better."""
+    """An objective of a search and its direction."""
 
     name: str
     maximise: bool
 
 
 class CandidateName(BaseModel):
-    """A candidate with what it is worth: ``id`` is how people call it, c0042.
+    """A candidate with its scores. ``id`` is the name shown to people, such as c0042.
 
-    ``scalar`` is the number of a scalarisation on the search split, null without one and where it is not reckoned.
+    ``scalar`` is the value of the scalarisation on the search split; null if there is none or it was not computed.
     """
 
     model_config = ConfigDict(from_attributes=True)
@@ -58,11 +58,11 @@ class CandidateName(BaseModel):
 
 
 class CandidateSummary(CandidateName):
-    """A candidate as a list shows it. Times are seconds since 1970; ``seconds`` were spent on it.
+    """A candidate as shown in lists. Times are seconds since 1970; ``seconds`` is the time spent on it.
 
     ``niche`` is its bin along each feature of the search, from 0, and ``elite`` says that it is among the best there.
-    ``same_as`` is the candidate with the same recipe that answered it; ``failure`` the reason of its last failure.
-    ``change`` is how far its weights are from those of the search's base, as a share of their norm.
+    ``same_as`` is the candidate with the same recipe whose scores were reused; ``failure`` is the reason of its last
+    failure. ``change`` is the distance of its weights from those of the search's base, relative to the base's norm.
     """
 
     step: int
@@ -83,18 +83,18 @@ class CandidateSummary(CandidateName):
 
 
 class CandidatePage(BaseModel):
-    """A page of candidates; ``next`` is the cursor of the one after it, null on the last."""
+    """A page of candidates; ``next`` is the cursor of the next page, null on the last one."""
 
     candidates: list[CandidateSummary]
     next: str | None
 
 
 class CandidateDetail(CandidateSummary):
-    """All that is known of a candidate, scores of items apart.
+    """Everything known about a candidate except the scores of single items.
 
-    ``recipe`` is the recipe as YAML; ``mergekit`` the same as `evomerge show --recipe` prints it, null where mergekit
-    cannot say it. ``genome`` is by parameter, choices by their names. ``failed`` holds reason, message and log of its
-    last failure, and ``held_out`` its objectives there.
+    ``recipe`` is the recipe as YAML; ``mergekit`` is what `evomerge show --recipe` prints, null if mergekit cannot
+    express it. ``genome`` maps parameters to values, with choices by name. ``failed`` holds the reason, message and log
+    of its last failure, and ``held_out`` its objectives on the held-out split.
     """
 
     recipe_hash: str
@@ -108,14 +108,14 @@ class CandidateDetail(CandidateSummary):
 
 
 class SearchSummary(BaseModel):
-    """A search as a list shows it.
+    """A search as shown in lists.
 
-    ``driver``: whether a process drives it. ``eta_s`` are seconds until its budget is spent at the pace so far,
-    ``sparkline`` the best so far at a few equal steps of candidates, ``gpu_hours`` what its workers spent on GPUs,
-    null where they have none or it cannot be told. ``best_source`` is the best of the models that it began with.
-    With several objectives both are so by their scalarisation, the number that ``scalar`` names, or ``best_role`` is
-    "knee": the best compromise on the front, that of the sources. ``confirmed`` is what held-out items chose: the
-    winner, or the knee of a front; null before that.
+    ``driver`` says whether a process is driving it. ``eta_s`` is the time in seconds until its budget is spent at the
+    pace so far, ``sparkline`` the best score so far after equal numbers of candidates, and ``gpu_hours`` the GPU time
+    of its workers, null if they have no GPU or it is unknown. ``best_source`` is the best of the source models. With
+    several objectives, ``best`` and ``best_source`` are chosen by the scalarisation that ``scalar`` names; without one,
+    ``best_role`` is "knee" and they are the best compromises on the front and among the sources. ``confirmed`` is what
+    was chosen on held-out items: the winner, or the knee of a front; null before confirmation.
     """
 
     name: str
@@ -139,7 +139,7 @@ class SearchSummary(BaseModel):
 
     @classmethod
     def unreadable(cls, name: str, why: str) -> Self:
-        """What can be said of a search whose store cannot be opened."""
+        """The summary of a search whose store cannot be opened."""
         counts = Counts(asked=0, done=0, eliminated=0, failed=0, cached=0, running=0)
         return cls(
             name=name, state="unreadable", why=why, driver=False, created_at=0.0, spent_s=0.0, counts=counts,
@@ -152,27 +152,27 @@ class Searches(BaseModel):
     searches: list[SearchSummary]
 
 
-class GivenFile(Wanted):
-    """A search file as YAML text. Paths in it that are relative are so to the first of the server's source folders."""
+class GivenFile(RequestBody):
+    """A search file as YAML text. Relative paths are resolved against the first of the server's source folders."""
 
     file: str = Field(max_length=2**16)
 
 
 class NewSearch(GivenFile):
-    """A search to make, and whether to start its driver at once."""
+    """A search to create, and whether to start its driver at once."""
 
     start: bool = True
 
 
 class PlanRow(BaseModel):
-    """A line of a plan: what, and how much."""
+    """A line of a plan: a title and its text."""
 
     key: str
     text: str
 
 
 class PlanPrompt(BaseModel):
-    """What the model is asked for an item of a measure: the text that it reads, what is scored after it, its tokens."""
+    """What the model is asked for one item: the prompt, the answer that is scored after it, and the tokens."""
 
     place: str
     item: str
@@ -182,7 +182,7 @@ class PlanPrompt(BaseModel):
 
 
 class Plan(BaseModel):
-    """What a search is going to do and cost, what to expect of it, and a prompt of each objective."""
+    """What a search will do and cost, what to expect from it, and an example prompt for each objective."""
 
     name: str
     rows: list[PlanRow]
@@ -190,14 +190,14 @@ class Plan(BaseModel):
     prompts: list[PlanPrompt]
 
 
-class Told(BaseModel):
-    """What was done with a request that takes its time."""
+class CommandResult(BaseModel):
+    """What was done in response to a command, in words."""
 
     told: str
 
 
-class NewBudget(Wanted):
-    """A budget that replaces what is given of it; a null lifts that bound. ``resume`` also goes on with the search."""
+class NewBudget(RequestBody):
+    """Changes to a budget: a bound that is given replaces the old one, and null removes it. ``resume`` also resumes."""
 
     candidates: PositiveInt | None = None
     hours: PositiveFloat | None = None
@@ -207,7 +207,7 @@ class NewBudget(Wanted):
 
 
 class Side(BaseModel):
-    """A candidate at one item: its score, its answer where answers were kept, and whether a drawing of it is."""
+    """One candidate on one item: its score, its answer if answers were kept, and whether a drawing was kept."""
 
     score: Number
     answer: str | None
@@ -215,8 +215,8 @@ class Side(BaseModel):
 
 
 class ComparedItem(BaseModel):
-    """An item that both candidates were scored on: its place in the split, question and right answer where kept, and
-    the hashes of the pictures that it shows."""
+    """An item that both candidates were scored on: its position in the split, its question and right answer if kept,
+    and the hashes of the pictures that it shows."""
 
     item: int
     text: str | None
@@ -227,7 +227,7 @@ class ComparedItem(BaseModel):
 
 
 class Compared(BaseModel):
-    """Two candidates: a comparison for each objective and constraint, and the items of ``objective``."""
+    """Two candidates: a comparison in each objective and constraint, and item by item in ``objective``."""
 
     comparisons: list[Comparison]
     objective: str | None
@@ -240,8 +240,8 @@ class Front(BaseModel):
     candidates: list[CandidateSummary]
 
 
-class Happening(BaseModel):
-    """An event of a search, as the stream gives it; ``time`` in seconds since 1970."""
+class SearchEvent(BaseModel):
+    """An event of a search as it is streamed; ``time`` is in seconds since 1970."""
 
     seq: int
     time: float
@@ -251,8 +251,8 @@ class Happening(BaseModel):
     payload: dict[str, JsonValue]
 
 
-class NewExport(Wanted):
-    """A candidate to export: best, knee, a source's name or an id; ``name`` of the folder, its id when left out."""
+class NewExport(RequestBody):
+    """A candidate to export: best, knee, a source's name or an id. ``name`` is the folder's name, by default the id."""
 
     candidate: str = Field(default="best", min_length=1, max_length=200)
     name: Name | None = None
@@ -265,9 +265,9 @@ class ExportFile(BaseModel):
 
 
 class Export(BaseModel):
-    """An export. ``progress`` goes from 0 to 1; ``files`` are there when it is done, ``log`` when it is not.
+    """An export. ``progress`` goes from 0 to 1; ``files`` is filled once it is done, ``log`` until then.
 
-    ``command`` is the command line that does the same.
+    ``command`` is the equivalent command line.
     """
 
     id: str
@@ -284,18 +284,18 @@ class Exports(BaseModel):
     exports: list[Export]
 
 
-class GivenSources(Wanted):
-    """Models to inspect, by name, and which of them is the base."""
+class GivenSources(RequestBody):
+    """The models to inspect, by name, and the base."""
 
     sources: dict[Name, str] = Field(min_length=1, max_length=16)
     base: str | None = None
 
 
-class Found(BaseModel):
-    """A model folder that search files may name, by ``reference``. ``bytes`` are of its weights.
+class FoundModel(BaseModel):
+    """A model folder that search files may name by its ``reference``. ``bytes`` is the size of its weights.
 
-    Of an adapter ``adapter_of`` is the model that it says it was trained on, and ``reference`` is MODEL+ADAPTER; null
-    where that model is neither here nor on the hub.
+    For an adapter, ``adapter_of`` is the model that it declares as its base, and ``reference`` is MODEL+ADAPTER, or
+    null if that model is neither here nor on the hub.
     """
 
     name: str
@@ -306,7 +306,7 @@ class Found(BaseModel):
 
 
 class Sources(BaseModel):
-    sources: list[Found]
+    sources: list[FoundModel]
 
 
 class Health(BaseModel):

@@ -1,8 +1,8 @@
-"""Checking search files and inspecting models beside the server, in ``python -m evomerge.service.checking``.
+"""Checking search files and inspecting models in a separate process, ``python -m evomerge.service.checking``.
 
-What opens models takes seconds to import and gigabytes while it works, and a file that it chokes on must not end the
-server. So one such process stays, takes a question in each line of its input, and answers in a line; it ends with the
-server, and is ended when an answer takes too long.
+The code that opens models takes seconds to import and gigabytes of memory, and a file that crashes it must not bring
+down the server. So there is one long-lived process that reads one question per line and writes one answer per line. It
+ends with the server, and is killed if an answer takes too long.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from evomerge.starting import collect_rarely
 from evomerge.store.columns import parse_json
 
 MAX_S = 300.0
-"""How long an answer may take. A model from the hub that is not on this machine yet may take longer: it goes on
-downloading the next time from where it was."""
+"""The timeout of an answer. A model that must first be downloaded from the hub may take longer: the next attempt
+continues the download."""
 
 WAIT_S = 60.0
-"""How long a question waits for those before it."""
+"""How long a question may wait in the queue."""
 
 MAX_WAITING = 4
-"""Questions that wait at once; one more is refused."""
+"""The length of the queue; further questions are refused."""
 
 ABANDONED_S = 5.0
-"""How long an answer may take on that nobody waits for any more: ending the process costs the next one its imports."""
+"""How long an abandoned question may continue, because killing the process makes the next one repeat the imports."""
 
-_LONGEST_ANSWER = 2**26  # bytes; that on 16 models of 100 layers has a few millions
+_LONGEST_ANSWER = 2**26  # bytes; the answer about 16 models of 100 layers has a few million
 
 
 class Checker:
-    """Asks the process, one question at a time; starts it when it is first needed.
+    """Sends questions to the checking process one at a time, and starts it when first needed.
 
-    All of it waits in the event loop, so that no check, however slow, takes a thread from the rest of the service.
+    All waiting happens in the event loop, so a slow check never occupies a thread of the service.
     """
 
     def __init__(self, root: Root) -> None:
@@ -54,21 +54,21 @@ class Checker:
         self._process: asyncio.subprocess.Process | None = None
 
     async def plan(self, text: str, folders: Sequence[Path]) -> Plan:
-        """Check a search file wholly, as `evomerge validate` does.
+        """Check a search file completely, as `evomerge validate` does.
 
         Raises:
-            InputError: what is wrong with it.
-            ProblemError: too many wait, it took too long, or the process died of it.
+            InputError: the file is invalid.
+            ProblemError: too many checks are waiting, the check timed out, or the process died.
         """
         return Plan.model_validate(await self._ask("plan", text=text, folders=[str(folder) for folder in folders]))
 
     async def create(self, text: str, folders: Sequence[Path]) -> str:
-        """Check a search file and make the folder and store of its search; its name. Raises like ``plan``."""
+        """Check a search file, create the folder and store of its search, and return its name. Raises like ``plan``."""
         created = await self._ask("create", text=text, folders=[str(f) for f in folders], root=str(self._root.folder))
         return str(created["name"])
 
     async def inspect(self, sources: Mapping[str, str], base: str | None) -> dict[str, Any]:
-        """What models are and how close they are: an ``Inspection``. Raises like ``plan``."""
+        """Describe models and how close they are to each other, as an ``Inspection``. Raises like ``plan``."""
         return await self._ask("inspect", sources=dict(sources), base=base)
 
     async def close(self) -> None:
@@ -98,7 +98,7 @@ class Checker:
         return result
 
     async def _take_turn(self) -> None:
-        """Wait until the process has no other question."""
+        """Wait until the process is free."""
         if self._waiting >= MAX_WAITING:
             raise ProblemError(503, "Too many checks are waiting", detail="Try again in a minute.")
         self._waiting += 1
@@ -112,12 +112,12 @@ class Checker:
             self._waiting -= 1
 
     async def _answer_in_turn(self, question: Mapping[str, Any]) -> bytes:
-        """The answer to a question, as a line of JSON, or nothing; then it is the next one's turn."""
+        """The answer to a question as a line of JSON, or nothing if it failed; then release the turn."""
         line = b""
         try:
             async with asyncio.timeout(MAX_S):
                 line = await self._exchange(json.dumps(question))
-        except (TimeoutError, OSError, ValueError):  # too slow, it has died, or its answer has no end
+        except (TimeoutError, OSError, ValueError):  # timed out, the process died, or the line is too long
             pass
         finally:
             if not line:
@@ -126,7 +126,7 @@ class Checker:
         return line
 
     async def _exchange(self, question: str) -> bytes:
-        """Send a question to the process; a line, or nothing where it ends instead."""
+        """Send a question to the process and return its answer, or nothing if the process ends."""
         if self._process is None or self._process.returncode is not None:
             self._process = await self._start()
         process = self._process
@@ -205,12 +205,12 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         return {"found": _QUESTIONS[question.pop("what")](**question)}
     except InputError as error:
         return {"fault": [error.place, error.problem, error.hint]}
-    except Exception as error:  # whatever a model or a data set brings about is said to whoever named it
+    except Exception as error:  # whatever a model or data set causes is reported to the client that named it
         return {"broken": printable(f"{type(error).__name__}: {error}")}
 
 
 def main() -> None:
-    """Answer questions until there are no more. What libraries print goes to standard error."""
+    """Answer questions until standard input ends. Whatever libraries print goes to standard error."""
     collect_rarely()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

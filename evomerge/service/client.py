@@ -1,4 +1,4 @@
-"""A client of the service's API, with the same types: what the command line uses for ``--server URL``."""
+"""A client for the service's API, with the same types. The command line uses it for ``--server URL``."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from evomerge.service.bodies import (
     CandidateDetail,
     CandidatePage,
     CandidateSummary,
+    CommandResult,
     Compared,
     Export,
-    Happening,
     Plan,
     Searches,
+    SearchEvent,
     SearchSummary,
-    Told,
 )
 from evomerge.service.processes import TOKEN_VARIABLE
 
 Body = TypeVar("Body", bound=BaseModel)
-Word = Literal["pause", "resume", "stop", "cancel"]
+Command = Literal["pause", "resume", "stop", "cancel"]
 
-_TIMEOUT_S = 330.0  # longer than the server lets a check take
+_TIMEOUT_S = 330.0  # longer than the server's timeout for a check
 _PAGE = 500
 
 
 class Client:
-    """Talks to a server. Every method raises InputError when the server cannot be reached, or says no.
+    """A client of one server. Every method raises InputError if the server cannot be reached or refuses.
 
     Args:
-        url: of the server, such as http://127.0.0.1:8080.
-        token: what the server asks for; that of EVOMERGE_TOKEN when left out.
-        transport: in place of the network, for tests.
+        url: the server's URL, such as http://127.0.0.1:8080.
+        token: the server's token; by default that of EVOMERGE_TOKEN.
+        transport: replaces the network, for tests.
     """
 
     def __init__(self, url: str, token: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
@@ -73,16 +73,16 @@ class Client:
     def create(self, file: str, *, start: bool = True) -> SearchStatus:
         return self._post(SearchStatus, "searches", {"file": file, "start": start})
 
-    def tell(self, search: str, word: Word) -> str:
-        """Pause, resume, stop or cancel a search; what was done, in words."""
-        return self._post(Told, f"searches/{_quoted(search)}/{word}", {}).told
+    def send_command(self, search: str, word: Command) -> str:
+        """Pause, resume, stop or cancel a search. Returns what was done, in words."""
+        return self._post(CommandResult, f"searches/{_quoted(search)}/{word}", {}).told
 
     def change_budget(self, search: str, *, resume: bool = False, **bounds: float | None) -> str:
-        """Change bounds of the budget of a search that nobody drives; what was done, in words."""
-        return self._post(Told, f"searches/{_quoted(search)}/budget", {**bounds, "resume": resume}).told
+        """Change bounds of a search's budget. Returns what was done, in words."""
+        return self._post(CommandResult, f"searches/{_quoted(search)}/budget", {**bounds, "resume": resume}).told
 
     def candidates(self, search: str, **wanted: Any) -> Iterator[CandidateSummary]:
-        """Candidates page by page; ``wanted`` as in the API: status, origin, sort, order, front."""
+        """All candidates, page by page. ``wanted`` are the API's parameters: status, origin, sort, order, front."""
         cursor: str | None = None
         while True:
             asked = {"limit": _PAGE, **wanted} | ({} if cursor is None else {"cursor": cursor})
@@ -98,17 +98,17 @@ class Client:
     def compare(self, search: str, a: int, b: int, split: str = "search") -> Compared:
         return self._get(Compared, f"searches/{_quoted(search)}/compare", {"a": a, "b": b, "split": split})
 
-    def events(self, search: str, since: int = 0) -> Iterator[Happening]:
-        """The events after one, and then those that come, until the server ends."""
+    def events(self, search: str, since: int = 0) -> Iterator[SearchEvent]:
+        """The events after ``since``, followed by new ones until the server closes the stream."""
         try:
             headers = {"last-event-id": str(since)}
             with self._http.stream("GET", f"searches/{_quoted(search)}/events", headers=headers) as stream:
                 if stream.is_error:
                     stream.read()
-                    raise _said_no(stream)
+                    raise _error_of(stream)
                 for line in stream.iter_lines():
                     if line.startswith("data: "):
-                        yield Happening.model_validate(json.loads(line.removeprefix("data: ")))
+                        yield SearchEvent.model_validate(json.loads(line.removeprefix("data: ")))
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
 
@@ -132,7 +132,7 @@ class Client:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
         if not response.is_success:
-            raise _said_no(response)
+            raise _error_of(response)
         return kind.model_validate_json(response.content)
 
     def _unreachable(self, error: Exception) -> InputError:
@@ -143,8 +143,8 @@ def _quoted(name: str) -> str:
     return quote(name, safe="")
 
 
-def _said_no(response: httpx.Response) -> InputError:
-    """The server's problem in the words of an error of ours."""
+def _error_of(response: httpx.Response) -> InputError:
+    """The problem that the server reported, as an InputError."""
     try:
         said = response.json()
         faults, title, detail = said.get("faults", []), str(said["title"]), str(said.get("detail", ""))

@@ -1,4 +1,4 @@
-"""Connections of the server: bounded in number and in time, so that clients that say nothing keep nobody out."""
+"""Connections to the server, limited in number and time, so that idle clients cannot lock others out."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 REQUEST_S = 20.0
-"""How long a client may take to send a whole request. The largest has a megabyte, most are a few hundred bytes."""
+"""How long a client may take to send a whole request. The largest is a megabyte, most are a few hundred bytes."""
 
 UNREAD_S = 60.0
-"""How long a client may leave an answer unread before its connection is cut."""
+"""How long a client may leave a response unread before its connection is aborted."""
 
 MAX_CONNECTIONS = 1000
 
-_GRACE_S = 2  # that answers get when the server ends
-_RETRY_S = 1.0  # after which a connection is accepted again when there was no descriptor left for it
+_GRACE_S = 2  # for open responses when the server shuts down
+_RETRY_S = 1.0  # before accepting again after running out of file descriptors
 _LOGGED_EVERY_S = 60.0
 
 _log = logging.getLogger(__name__)
 
 
 def most_connections() -> int:
-    """How many connections are kept at once: half of the descriptors at most, the rest is for stores and logs."""
+    """The maximum number of open connections: at most half of the file descriptors; stores and logs need the rest."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, soft // 2))
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when its request does not come, or when nobody reads the answer.
+    """A connection that is closed if no request arrives in time, or if the client does not read the response.
 
     Args:
-        closed: called once, when it is closed.
+        closed: called once, when the connection is closed.
 
     Attributes:
-        waits_since: when it began to wait for a request (monotonic seconds); None while one is answered.
+        waits_since: when it began to wait for a request (monotonic seconds); None while a request is being answered.
     """
 
     def __init__(self, *arguments: Any, closed: Callable[[], None], **more: Any) -> None:
@@ -96,14 +96,14 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which keeps no more connections than ``most`` at once.
+    """uvicorn's server with at most ``most`` open connections.
 
-    One too many takes the place of that which has waited longest for its request. Where all are being answered it
-    waits for one of them.
+    A further connection replaces the one that has waited longest for its request. If all of them are being answered, it
+    waits until one is closed.
 
     Args:
-        listening: the socket that clients connect to; it is closed at the end.
-        ending: called when the server is told to end, so that answers without an end can come to one.
+        listening: the socket that clients connect to; it is closed on shutdown.
+        ending: called on shutdown, so that endless responses can be ended.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class Server(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app, http=Connection, ws="none", access_log=False, server_header=False, proxy_headers=False,
-            timeout_graceful_shutdown=_GRACE_S, log_level="error",  # a warning is a line that any stranger can write
-            log_config=None,  # else it closes the handlers of whoever logs in this process, one of which closes stderr
+            timeout_graceful_shutdown=_GRACE_S, log_level="error",  # any stranger can cause a warning
+            log_config=None,  # otherwise it closes all logging handlers of this process, one of which closes stderr
         )  # fmt: skip
         super().__init__(config)
         self._listening = listening
@@ -135,14 +135,14 @@ class Server(uvicorn.Server):
         await super().shutdown([self._listening])
 
     async def _accept(self) -> None:
-        """Accept connections one by one. asyncio's own server takes as many as there are descriptors, and writes a
-        traceback for each that there is none left for.
+        """Accept connections one by one. asyncio's own server accepts until no file descriptor is left, and logs a
+        traceback for every connection after that.
         """
         loop = asyncio.get_running_loop()
         while True:
             try:
                 accepted, _ = await loop.sock_accept(self._listening)
-            except ConnectionError:  # the client has gone again
+            except ConnectionError:  # the client has already disconnected
                 continue
             except OSError as error:
                 self._log_refusal(error)
@@ -170,7 +170,7 @@ class Server(uvicorn.Server):
             min(waiting, key=lambda pair: pair[0])[1].transport.abort()
 
     def _log_refusal(self, error: OSError) -> None:
-        """Log that no connection can be accepted, not more often than a person needs."""
+        """Log that no connection can be accepted, at most once a minute."""
         if time.monotonic() - self._logged_at >= _LOGGED_EVERY_S:
             self._logged_at = time.monotonic()
             _log.warning("no connection can be accepted now: %s", error.strerror)

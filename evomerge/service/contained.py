@@ -1,4 +1,4 @@
-"""Files that the service gives out: each lies in the folder that it is asked for in, and is no link."""
+"""Files that the service serves: each must be inside the requested folder, and not a symlink."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from evomerge.service.problems import ProblemError
 
 
 def contained(folder: Path, path: str) -> Path:
-    """The plain file at a path below a folder.
+    """The regular file at a path below a folder.
 
     Raises:
-        ProblemError: there is none (404): none at all, one outside, or a link on the way, which could lead there.
+        ProblemError: there is no such file, it is outside the folder, or the path contains a symlink (404).
     """
     missing = ProblemError(404, "There is no such file")
     parts = path.split("/")

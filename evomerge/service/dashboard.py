@@ -1,9 +1,9 @@
-"""optuna-dashboard over the searches as Optuna studies, at /dashboard/. It can only be read.
+"""A read-only optuna-dashboard at /dashboard/, which shows searches as Optuna studies.
 
-Its page asks for absolute paths. Its script is asked for in a page that is ours to write, and so lies below /dashboard;
-the rest of what it reads (_READ) has names that no route of ours has, and is answered where it asks. Whatever else it
-could do, all of it writing, has no route at all; and the storage behind it refuses writes. Its own policy for contents
-allows ``unsafe-eval``, of which its pages that only read make no use: ours is enough for them.
+Its frontend requests absolute paths. We write the HTML page, so its script can be served below /dashboard. The other
+paths that it reads (_READ) do not collide with our routes and are served as they are. Everything else it could request
+would write, and has no route; the storage behind it refuses writes as well. Its own content security policy allows
+``unsafe-eval``, but its read-only pages do not need that, so ours suffices.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ button:has([data-testid="AddBoxIcon"], [data-testid="EditIcon"]),
 </style>
 </head>"""
 _BODY = """<body><div id="evomerge" role="note"><a href="/">Evomerge</a> · read-only</div>"""
-"""What its page is given: a way back, no buttons for what is refused, and lines that wrap on a phone. A version that
-names them otherwise shows them again, and refuses still."""
+"""Changes to its page: a link back, hidden buttons for everything that is refused, and lines that wrap on a phone. If a
+later version renames the buttons they will be visible again, but still have no effect."""
 
-_MAX_KEPT = 8  # studies at once whose trials are kept: 1,000 trials of 20 parameters take some 5 MB
+_MAX_KEPT = 8  # studies whose trials are cached: 1,000 trials of 20 parameters take about 5 MB
 
 
 class Studies:
-    """The searches of a root as Optuna studies, by the names of the searches.
+    """The searches of a root as Optuna studies, under the names of the searches.
 
-    Trials are kept with the projection that they were made from, and made again when there is a newer one.
+    Trials are cached until there is a newer projection of the search.
     """
 
     def __init__(self, root: Root) -> None:
@@ -74,11 +74,11 @@ class Studies:
         self._kept: OrderedDict[str, tuple[object, list[FrozenTrial]]] = OrderedDict()
 
     def descriptions(self) -> Mapping[str, StudyDescription]:
-        """Every search that can be opened, the oldest first, so that they keep their numbers."""
+        """Every search that can be opened, oldest first, so that studies keep their numbers."""
         names = self._root.names()
         with self._lock:
             known = {name: self._known[name] for name in names if name in self._known}
-        for name, result in self._root.each(_look, [name for name in names if name not in known]):
+        for name, result in self._root.each(_description_of, [name for name in names if name not in known]):
             if not isinstance(result, str):
                 known[name] = result
         with self._lock:
@@ -86,7 +86,7 @@ class Studies:
         return {name: known[name][1] for name in sorted(known, key=lambda name: (known[name][0], name))}
 
     def trials(self, name: str) -> list[FrozenTrial]:
-        """The trials of a study: candidates that were scored whole; none where they cannot be read any more."""
+        """The trials of a study: its completely scored candidates. Empty if the search can no longer be read."""
         try:
             with self._root.store(name) as store:
                 projection = projection_of(store)
@@ -105,8 +105,8 @@ class Studies:
         return trials
 
 
-def _look(name: str, store: Store) -> tuple[float, StudyDescription]:
-    """When a search began, and what is told of it."""
+def _description_of(name: str, store: Store) -> tuple[float, StudyDescription]:
+    """When a search began, and its description as a study."""
     search = store.search()
     objectives = search.record.objectives
     up = [bool(objective.maximise) for objective in objectives]
@@ -114,14 +114,14 @@ def _look(name: str, store: Store) -> tuple[float, StudyDescription]:
     return search.created_at, StudyDescription(name, directions, [objective.name for objective in objectives], [])
 
 
-class _Whole:
-    """An ASGI app that sees the path that was asked for, whatever route led to it, and only requests that it can take.
+class _ReadOnlyRoute:
+    """Passes requests on to optuna-dashboard with their full path, after checking that it can handle them.
 
-    optuna-dashboard answers what it does not expect with an error of its own and a traceback in the log: a request
-    without Accept-Encoding, an ``after`` that is no number, a study that is gone.
+    optuna-dashboard responds to unexpected requests with an internal error and a traceback in the log: a request
+    without Accept-Encoding, an ``after`` that is not a number, a study that no longer exists.
 
     Args:
-        knows: whether there is a study of this number.
+        knows: whether there is a study with this number.
     """
 
     def __init__(self, app: ASGIApp, knows: Callable[[int], bool], prefix: str = "") -> None:
@@ -152,14 +152,14 @@ def _is_number(text: str) -> bool:
 
 
 def install(app: FastAPI, root: Root) -> None:
-    """Serve the dashboard. Call it before anything is mounted at a path of its own."""
+    """Serve the dashboard. Call this before anything else is mounted."""
     studies = Studies(root)
     storage = ReadOnlyStorage(studies.descriptions, studies.trials)
     wsgi = cast(ASGIApp, WSGIMiddleware(optuna_dashboard.wsgi(storage)))
     app.router.routes.append(
-        Route("/dashboard/static/{name}", _Whole(wsgi, storage.knows, "/dashboard"), methods=["GET"])
+        Route("/dashboard/static/{name}", _ReadOnlyRoute(wsgi, storage.knows, "/dashboard"), methods=["GET"])
     )
-    app.router.routes.extend(Route(path, _Whole(wsgi, storage.knows), methods=["GET"]) for path in _READ)
+    app.router.routes.extend(Route(path, _ReadOnlyRoute(wsgi, storage.knows), methods=["GET"]) for path in _READ)
     page = (files("optuna_dashboard") / "index.html").read_text(encoding="utf-8")
     page = page.replace('src="/static/', 'src="/dashboard/static/').replace("</head>", _HEAD).replace("<body>", _BODY)
 

@@ -1,4 +1,4 @@
-"""What routes are given: how the server is set up, what lives as long as it does, and the store of a request."""
+"""What routes depend on: the server's settings, its long-lived objects, and the store of the requested search."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from evomerge.store import Store
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """How a server is set up.
+    """The settings of a server.
 
     Attributes:
         root: the searches.
-        token: what clients must show; None lets everybody in, which only a loopback address or a flag allows.
-        hosts: names by which a browser may call this server (against DNS rebinding).
-        sources: folders that search files which come over HTTP may name paths in.
-        jobs: where drivers are started; on this machine when left out.
+        token: what clients must present. None disables authentication, which needs a loopback address or a flag.
+        hosts: the accepted Host headers (against DNS rebinding).
+        sources: the folders in which search files sent over HTTP may name paths.
+        jobs: starts drivers on a Ray cluster; by default they are started on this machine.
     """
 
     root: Root
@@ -38,11 +38,11 @@ class ServiceSettings:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Where models and data may lie: the sources, and the root with its exports."""
+        """The folders that may hold models and data: the sources, and the root with its exports."""
         return (*self.sources, self.root.folder)
 
 
-# These are asynchronous, for a dependency that is not takes a thread for a moment, and there are few.
+# These are asynchronous because a synchronous dependency would occupy one of the few worker threads for a moment.
 
 
 async def settings_of(request: Request) -> ServiceSettings:
@@ -78,15 +78,13 @@ RootDependency = Annotated[Root, Depends(root_of)]
 
 
 def store_of(name: str, root: RootDependency, request: Request) -> Iterator[Store]:
-    """The store of the search that a path names: opened once for a request, and handed on. What only reads sees one
-    moment of it.
-    """
+    """The store of the search named in the path, opened once per request. GET requests see a snapshot of it."""
     with root.snapshot(name) if request.method == "GET" else root.store(name) as store:
         yield store
 
 
 SettingsDependency = Annotated[ServiceSettings, Depends(settings_of)]
-StoreDependency = Annotated[Store, Depends(store_of, scope="function")]  # closed before the answer is sent
+StoreDependency = Annotated[Store, Depends(store_of, scope="function")]  # closed before the response is sent
 DriversDependency = Annotated[Drivers, Depends(drivers_of)]
 ExportsDependency = Annotated[Exporter, Depends(exports_of)]
 StreamsDependency = Annotated[Streams, Depends(streams_of)]

@@ -1,6 +1,6 @@
-"""Drivers of searches: started as processes or Ray jobs, told what to do through the store, found again by its lease.
+"""Drivers of searches: started as processes or Ray jobs, controlled through the store, and found again by its lease.
 
-Nothing of them is kept in this process, so that the server may end at any time and a new one knows as much.
+This process keeps no state about them, so the server can be restarted at any time without losing track of them.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ LOG_NAME = "driver.log"
 RECORD_NAME = "driver.json"
 
 UNFINISHED = ("created", "running", "paused", "confirming")
-"""States that a driver leaves behind only where it did not end as it should."""
+"""States that remain in the store without a driver only if the driver did not end properly."""
 
 
 @dataclass(frozen=True)
 class DriverState:
-    """What is known of a search's driver.
+    """What is known about a search's driver.
 
     Attributes:
-        state: of the search, "starting" and "interrupted" among them.
-        why: what ended the search, or what a driver that did not come up said last.
+        state: the state of the search, including "starting" and "interrupted".
+        why: what ended the search, or the last error message of a driver that failed to start.
         holds: whether a process holds the lease.
     """
 
@@ -44,10 +44,10 @@ class DriverState:
 
 
 class Drivers:
-    """Starts, tells and finds the drivers of the searches in a root.
+    """Starts, controls and finds the drivers of the searches in a root.
 
     Args:
-        jobs: where drivers are started; on this machine when left out.
+        jobs: starts drivers on a Ray cluster; by default they are started on this machine.
     """
 
     def __init__(self, root: Root, jobs: RayJobs | None = None) -> None:
@@ -55,11 +55,11 @@ class Drivers:
         self._jobs = jobs
         self._starting = threading.Lock()
 
-    def look(self, name: str, store: Store) -> DriverState:
-        """What the driver of a search is doing. Costs a few short queries and two small files."""
+    def state_of(self, name: str, store: Store) -> DriverState:
+        """What the driver of a search is doing. This takes a few short queries and reads two small files."""
         search = store.search()
         if current_holder(store) is not None:
-            if _last(store, "lease", "began again") > _last(store, "state"):  # it opens models and tasks
+            if _last(store, "lease", "began again") > _last(store, "state"):  # it is opening models and tasks
                 return DriverState("starting", "", holds=True)
             return DriverState(search.state, search.why, holds=True)
         if self._is_starting(name, store):
@@ -67,10 +67,10 @@ class Drivers:
         if search.state not in UNFINISHED:
             return DriverState(search.state, search.why, holds=False)
         state = search.state if search.state == "created" else "interrupted"
-        return DriverState(state, search.why or self._complaint(name), holds=False)
+        return DriverState(state, search.why or self._last_error(name), holds=False)
 
-    def tell(self, name: str, store: Store, verb: Verb) -> str:
-        """Give the driver a word; what was done, for people.
+    def send_command(self, name: str, store: Store, verb: Verb) -> str:
+        """Send the driver a command. Returns what was done, in words.
 
         Raises:
             ProblemError: there is no driver (409).
@@ -84,9 +84,9 @@ class Drivers:
         return f"told {holder} to {verb}"
 
     def resume(self, name: str, store: Store) -> str:
-        """Wake a driver that is paused, or start one; what was done, for people."""
+        """Resume a paused driver, or start one. Returns what was done, in words."""
         if current_holder(store) is not None:
-            return self.tell(name, store, "resume")
+            return self.send_command(name, store, "resume")
         self.start(name, store)
         return f"started a driver of {name}"
 
@@ -94,7 +94,7 @@ class Drivers:
         """Start a driver that goes on with a search, or one that only confirms it.
 
         Raises:
-            ProblemError: one is at work or starting already (409), or cannot be started (500).
+            ProblemError: a driver is already running or starting (409), or cannot be started (500).
         """
         folder = self._root.folder_of(name)
         if command == "confirm" and (holder := current_holder(store)) is not None:
@@ -115,13 +115,13 @@ class Drivers:
             processes.start(arguments, self._root.folder, log, record, details, **more)
 
     def change_budget(self, name: str, store: Store, wanted: NewBudget) -> str:
-        """Give a search another budget, also one that a driver is at work on; and go on with it if that is wanted.
+        """Change the budget of a search, even while a driver is running, and resume the search if requested.
 
         Raises:
-            ProblemError: the driver hears nothing now (409).
-            InputError: no bound is left.
+            ProblemError: the driver takes no commands at the moment (409).
+            InputError: no bound would be left.
         """
-        state = self.look(name, store)
+        state = self.state_of(name, store)
         if state.state == "confirming" or (state.state == "starting" and not state.holds):
             detail = f"The search is {state.state}, and takes no other budget: wait until that is over."
             raise ProblemError(409, "Not now", detail=detail)
@@ -133,7 +133,7 @@ class Drivers:
         return f"{message}; {self.resume(name, store)}" if goes_on else message
 
     def _is_starting(self, name: str, store: Store) -> bool:
-        """Whether a driver was started here that has not held the lease yet: it imports and checks for a while."""
+        """Whether a driver was started here that has not acquired the lease yet: it imports and checks first."""
         record = processes.read(self._root.folder / name / RECORD_NAME)
         if record is None or current_epoch(store) > record.get("after", 0):
             return False
@@ -141,17 +141,17 @@ class Drivers:
             return self._jobs is not None and self._jobs.is_alive(record)
         return processes.is_alive(record)
 
-    def _complaint(self, name: str) -> str:
-        """What a driver that ended said last of a fault."""
+    def _last_error(self, name: str) -> str:
+        """The last error message of a driver that has ended."""
         record = processes.read(self._root.folder / name / RECORD_NAME)
         if self._jobs is not None and record is not None and "job" in record:
-            return self._jobs.complaint(record)[:500]
+            return self._jobs.last_error(record)[:500]
         lines = processes.tail(self._root.folder / name / LOG_NAME).splitlines()
         return next((line for line in reversed(lines) if line.startswith("error: ")), "")[:500]
 
 
 def _last(store: Store, *kinds: str) -> int:
-    """The number of the newest event of these kinds; 0 where there is none."""
+    """The number of the newest event of these kinds; 0 if there is none."""
     return max((event.seq for event in store.events(kinds=kinds, newest=1)), default=0)
 
 

@@ -1,7 +1,7 @@
-"""Exports that the service runs: each a process of its own, which makes a model folder whole or not at all.
+"""Exports that the service runs: each is a separate process that writes a complete model folder or nothing.
 
-They lie in the search's folder, ``exports/NAME``; beside each a hidden record of its process and its log, by which a
-new server finds it again.
+They are written to ``exports/NAME`` in the search's folder. A hidden file beside each one records its process, and
+another holds its log, so that a restarted server finds it again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from evomerge.store import SearchRow, Store
 from evomerge.store.rows import candidate_id
 
 FOLDER_NAME = "exports"
-_KEPT = {"candidate", "bytes", "command"}  # in the record of an export, beside its process
-_WRITTEN = 0.9  # of the progress is writing; the rest is loading the model and scoring it again
+_KEPT = {"candidate", "bytes", "command"}  # in the record of an export, besides its process
+_WRITTEN = 0.9  # the share of the progress for writing; the rest is for loading the model and scoring it again
 
 
 class Exporter:
@@ -38,8 +38,8 @@ class Exporter:
         """Start an export of a candidate of a search, whose store is given.
 
         Raises:
-            InputError: there is no such candidate, or the search's folder is not here.
-            ProblemError: one of this name is there or under way (409).
+            InputError: there is no such candidate, or the search's folder is not on this machine.
+            ProblemError: an export with this name exists or is running (409).
         """
         folder = self._root.folder_of(search)
         number = exported(store, wanted.candidate)
@@ -62,7 +62,7 @@ class Exporter:
         return _export(out, processes.read(record) or details)
 
     def all(self, search: str) -> list[Export]:
-        """The exports of a search, by name; those that were started here."""
+        """The exports of a search that were started by the service, by name."""
         folder = self._root.folder_of(search) / FOLDER_NAME
         if not folder.is_dir() or folder.is_symlink():
             return []
@@ -74,14 +74,14 @@ class Exporter:
         return exports
 
     def one(self, search: str, name: str) -> Export:
-        """Raises ProblemError when there is no such export (404)."""
+        """One export by name. Raises ProblemError if there is none (404)."""
         for export in self.all(search):
             if export.id == name:
                 return export
         raise ProblemError(404, "There is no such export")
 
     def file(self, search: str, name: str, path: str) -> Path:
-        """A file of an export that is done. Raises ProblemError when there is none (404)."""
+        """A file of a finished export. Raises ProblemError if there is none (404)."""
         self.one(search, name)
         return contained(self._root.folder_of(search), f"{FOLDER_NAME}/{name}/{path}")
 
@@ -111,17 +111,17 @@ def _export(out: Path, details: dict[str, Any]) -> Export:
 
 
 def _progress(out: Path, expected: int) -> float:
-    """How far an export is: by the bytes that lie under its temporary name."""
+    """The progress of an export, from the bytes written under its temporary name."""
     written = 0
     for partial in out.parent.glob(f".{out.name}.partial-*"):
         try:
             written += sum(file.stat().st_size for file in partial.iterdir())
-        except OSError:  # it has just been moved to where it belongs
+        except OSError:  # it has just been renamed
             continue
     return _WRITTEN * min(1.0, written / expected) if expected else 0.0
 
 
 def _expected_bytes(search: SearchRow) -> int:
-    """About as many bytes as the source has that gives the tokenizer."""
+    """The approximate size of an export: that of the source that provides the tokenizer."""
     files = search.record.files.get(search.record.tokenizer_source, {})
     return sum(file["size"] for file in files.values())

@@ -1,4 +1,4 @@
-"""Errors as problem+json (RFC 9457): what is wrong, where, and how to fix it."""
+"""Errors as problem+json (RFC 9457): what is wrong, where it is, and how to fix it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class Fault(BaseModel):
-    """One thing that is wrong: ``field`` is the key of a search file or of the request."""
+    """A single fault; ``field`` is the key of the search file or of the request."""
 
     field: str
     problem: str
@@ -26,7 +26,7 @@ class Fault(BaseModel):
 
 
 class Problem(BaseModel):
-    """The body of every error."""
+    """The body of every error response."""
 
     title: str
     status: int
@@ -35,7 +35,7 @@ class Problem(BaseModel):
 
 
 class ProblemError(Exception):
-    """Raised by a route to answer with this problem."""
+    """Raised by routes to respond with this problem."""
 
     def __init__(self, status: int, title: str, *faults: Fault, detail: str = "") -> None:
         super().__init__(title)
@@ -47,7 +47,7 @@ def answer(problem: Problem, headers: dict[str, str] | None = None) -> JSONRespo
 
 
 def install(app: FastAPI) -> None:
-    """Have the app answer every error with a problem."""
+    """Make the app respond to every error with a problem."""
 
     @app.exception_handler(ProblemError)
     def problem(request: Request, error: ProblemError) -> JSONResponse:
@@ -87,4 +87,4 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         ("default", "Refused"),
     )
 }
-"""For the OpenAPI document, of routes that may answer so."""
+"""The error responses of routes in the OpenAPI document."""

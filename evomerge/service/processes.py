@@ -1,4 +1,4 @@
-"""Processes that outlive the server: started in a session of their own, and found again by a file that names them."""
+"""Processes that outlive the server: started in their own sessions, and found again through files that record them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from evomerge.errors import InputError
 from evomerge.files import read_json
 
 TOKEN_VARIABLE = "EVOMERGE_TOKEN"
-"""The environment variable with the service's token, which processes that it starts do not get."""
+"""The environment variable with the service's token. It is not passed on to child processes."""
 
-_MAX_BYTES = 100_000  # of a record
+_MAX_BYTES = 100_000  # the size of a record
 
-_SAME_S = 1.0  # by how much psutil may tell the start of one process differently
+_SAME_S = 1.0  # tolerance when start times reported by psutil are compared
 
 
 def start(
     arguments: Sequence[str], folder: Path, log: Path, record: Path, details: Mapping[str, Any], **environment: str
 ) -> None:
-    """Start a command in ``folder``, with its output added to ``log``; ``record`` keeps which it is, and ``details``.
+    """Start a command in ``folder``, appending its output to ``log``; ``record`` identifies it and holds ``details``.
 
     Raises:
-        OSError: it cannot be started, or the files cannot be written.
+        OSError: the process cannot be started, or the files cannot be written.
     """
     inherited = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
     with log.open("ab") as output:
@@ -38,20 +38,20 @@ def start(
             arguments, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             env=inherited | environment, start_new_session=True,
         )  # fmt: skip
-    threading.Thread(target=process.wait, daemon=True).start()  # so that none stays behind as a zombie
+    threading.Thread(target=process.wait, daemon=True).start()  # reap it, or it becomes a zombie
     started = {"pid": process.pid, "created": _created(process.pid), "host": socket.gethostname()}
     write(record, {**details, **started})
 
 
 def write(record: Path, content: Mapping[str, Any]) -> None:
-    """Keep what names a process, whole or not at all."""
+    """Write a record atomically."""
     partial = record.with_name(f".{record.name}.partial")
     partial.write_text(json.dumps(dict(content)), encoding="utf-8")
     partial.replace(record)
 
 
 def read(record: Path) -> dict[str, Any] | None:
-    """What a record keeps; None where there is none, or it cannot be read."""
+    """The content of a record; None if there is none or it cannot be read."""
     try:
         content = read_json(record, record.name, _MAX_BYTES)
     except InputError:
@@ -60,7 +60,7 @@ def read(record: Path) -> dict[str, Any] | None:
 
 
 def is_alive(record: Mapping[str, Any] | None) -> bool:
-    """Whether the process of a record runs, as far as can be seen from this machine."""
+    """Whether the recorded process is running on this machine."""
     if record is None or record.get("host") != socket.gethostname() or record.get("created") is None:
         return False
     try:
@@ -69,11 +69,11 @@ def is_alive(record: Mapping[str, Any] | None) -> bool:
             return False
     except psutil.NoSuchProcess:
         return False
-    return abs(process.create_time() - float(record["created"])) < _SAME_S  # a pid may be another's by now
+    return abs(process.create_time() - float(record["created"])) < _SAME_S  # the pid may have been reused
 
 
 def tail(log: Path, characters: int = 4000) -> str:
-    """The end of a log; nothing where there is none."""
+    """The end of a log; empty if there is none."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - characters))
@@ -85,5 +85,5 @@ def tail(log: Path, characters: int = 4000) -> str:
 def _created(pid: int) -> float | None:
     try:
         return float(psutil.Process(pid).create_time())
-    except psutil.NoSuchProcess:  # it has ended already
+    except psutil.NoSuchProcess:  # it has already ended
         return None

@@ -1,7 +1,7 @@
-"""A search as an Optuna study, for Optuna's own pictures and dashboard. The store is the truth; this is made from it.
+"""A search as an Optuna study, for Optuna's plots and dashboard. It is derived from the store, which is authoritative.
 
-A study holds the candidates that were scored whole and have a genome. Genomes of many parameters are told by their
-means over layer groups, because neither a picture nor the dashboard can show 200 of them.
+A study holds the candidates that were completely scored and have a genome. If there are many parameters, it shows means
+over layer groups, because neither a plot nor the dashboard can show 200 parameters.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from evomerge.store.record import Measure
 from evomerge.store.rows import candidate_id
 
 MAX_PARAMETERS = 20
-"""Of a study; the dashboard sends each of them with every trial."""
+"""The maximum number of parameters in a study; the dashboard sends all of them with every trial."""
 
 MAX_TRIALS = 1000
-"""Of a study: evenly over the search, with all baselines and the front."""
+"""The maximum number of trials in a study: all baselines and the front, and others spread evenly over the search."""
 
-_METRIC_NAMES = "study:metric_names"  # where ``Study.set_metric_names`` keeps them
+_METRIC_NAMES = "study:metric_names"  # the key under which ``Study.set_metric_names`` stores them
 
 
 @dataclass(frozen=True, eq=False)
 class Gene:
-    """A parameter of the study: a parameter of the space, or the mean of those that mean the same in other groups.
+    """A parameter of the study: a parameter of the space, or the mean of corresponding parameters of all layer groups.
 
     ``places`` are positions in the genome.
     """
@@ -47,7 +47,7 @@ class Gene:
     distribution: BaseDistribution
 
     def values(self, genomes: Values) -> list[Any]:
-        """Its value in each genome [n, parameters]: a number, or a choice by its name."""
+        """Its value in each genome [n, parameters]: a number, or the name of a choice."""
         if isinstance(self.distribution, CategoricalDistribution):
             return [self.distribution.choices[int(at)] for at in genomes[:, self.places[0]]]
         means = genomes[:, list(self.places)].mean(axis=1)
@@ -60,14 +60,14 @@ class Gene:
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """What studies of a search are made from.
+    """The data from which studies of a search are made.
 
     Attributes:
-        genes: of its studies.
-        numbers: int64 [n], candidates that were scored whole and have a genome.
+        genes: the parameters of its studies.
+        numbers: int64 [n], candidates that were completely scored and have a genome.
         genomes: float64 [n, parameters].
         values: float64 [n, objectives].
-        all: how many such candidates there are; n of them are taken.
+        all: the number of such candidates, of which n are included.
     """
 
     columns: Columns
@@ -79,7 +79,7 @@ class Projection:
 
     @property
     def notes(self) -> list[str]:
-        """What a study leaves out, in sentences."""
+        """Sentences that say what a study leaves out."""
         notes = []
         if len(self.numbers) < self.all:
             notes.append(f"From {len(self.numbers):,} of {self.all:,} candidates, evenly over the search.")
@@ -91,7 +91,7 @@ class Projection:
         return notes
 
     def study(self, objective: Measure | None, genes: Sequence[Gene] | None = None) -> optuna.Study:
-        """A study of one objective, or of all of them; with these genes, or the projection's."""
+        """A study of one objective, or of all if None; with these genes, or those of the projection."""
         objectives = self.columns.objectives
         chosen = objectives if objective is None else [objective]
         places = [i for i, o in enumerate(objectives) if any(o.name == one.name for one in chosen)]
@@ -117,7 +117,7 @@ class Projection:
         ]
 
     def gene(self, name: str) -> Gene:
-        """A gene of the studies, or a parameter of the space, by name. KeyError where there is none."""
+        """A gene of the studies, or a parameter of the space, by name. Raises KeyError if there is none."""
         for gene in self.genes:
             if gene.name == name:
                 return gene
@@ -135,8 +135,8 @@ def _trial(
     params: dict[str, Any],
     distributions: dict[str, BaseDistribution],
 ) -> FrozenTrial:
-    """A candidate as Optuna has it. Not by ``create_trial``, which checks every value against its bounds: of 1,000
-    trials that is a third of a second.
+    """A candidate as an Optuna trial. ``create_trial`` is not used because it checks every value against its bounds,
+    which takes a third of a second for 1,000 trials.
     """
     moment = None if math.isnan(ended_at) else datetime.datetime.fromtimestamp(ended_at)
     return FrozenTrial(
@@ -168,19 +168,19 @@ def _project(store: Store) -> Projection:
 
 
 projection_of: PerState[Projection] = PerState(_project)
-"""The projection of a search, made again when the store has more to say."""
+"""The projection of a search, recomputed when the store has new events."""
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------
 
 
 def genes_of(parameters: Sequence[Parameter], genomes: Values) -> tuple[Gene, ...]:
-    """At most MAX_PARAMETERS genes: the parameters themselves, or else means of those alike in all layer groups.
+    """At most MAX_PARAMETERS genes: the parameters themselves, or means of corresponding ones over all layer groups.
 
-    Where that leaves too many, the ones are taken whose values spread most over their range.
+    If there are still too many, those are kept whose values spread most over their range.
 
     Args:
-        parameters: of the search space.
+        parameters: the parameters of the search space.
         genomes: float64 [n, parameters].
     """
     if len(parameters) <= MAX_PARAMETERS:
@@ -197,7 +197,7 @@ def genes_of(parameters: Sequence[Parameter], genomes: Values) -> tuple[Gene, ..
 
 
 def distribution_of(parameters: Sequence[Parameter]) -> BaseDistribution:
-    """The range of a parameter, or of the mean of several that have the same one."""
+    """The range of a parameter, or of the mean of several parameters with the same range."""
     first = parameters[0]
     if len(parameters) > 1 or first.kind == "real":
         return FloatDistribution(first.low, first.high)
@@ -207,7 +207,7 @@ def distribution_of(parameters: Sequence[Parameter]) -> BaseDistribution:
 
 
 def _spread(gene: Gene, parameters: Sequence[Parameter], genomes: Values) -> float:
-    """The standard deviation of a gene as a share of its range."""
+    """The standard deviation of a gene relative to its range."""
     first = parameters[gene.places[0]]
     width = first.high - first.low
     return float(genomes[:, list(gene.places)].mean(axis=1).std() / width) if width and len(genomes) else 0.0
@@ -218,7 +218,7 @@ def _spread(gene: Gene, parameters: Sequence[Parameter], genomes: Values) -> flo
 
 @dataclass(frozen=True)
 class StudyDescription:
-    """What Optuna is told of a study beside its trials."""
+    """Everything that Optuna needs to know about a study except its trials."""
 
     name: str
     directions: list[StudyDirection]
@@ -227,13 +227,13 @@ class StudyDescription:
 
 
 class ReadOnlyStorage(BaseStorage):  # type: ignore[misc]
-    """An Optuna storage over studies that are made when they are asked for. It refuses every write.
+    """An Optuna storage whose studies are computed on demand. It refuses every write.
 
-    Trials are given as they are, never copied: Optuna's pictures ask for copies many times, which takes seconds.
+    Trials are never copied, although Optuna's plots ask for copies many times: copying would take seconds.
 
     Args:
-        studies: every study by its name.
-        trials: the trials of a study.
+        studies: returns every study by name.
+        trials: returns the trials of a study.
     """
 
     def __init__(
@@ -241,13 +241,13 @@ class ReadOnlyStorage(BaseStorage):  # type: ignore[misc]
     ) -> None:
         self._studies = studies
         self._trials = trials
-        self._ids: dict[str, int] = {}  # a study keeps its number for as long as this lives
+        self._ids: dict[str, int] = {}  # a study keeps its number for the lifetime of this object
 
     def _id(self, name: str) -> int:
         return self._ids.setdefault(name, len(self._ids))
 
     def knows(self, study_id: int) -> bool:
-        """Whether there is a study of this number."""
+        """Whether there is a study with this number."""
         return any(self._id(name) == study_id for name in self._studies())
 
     def get_study_id_from_name(self, study_name: str) -> int:
@@ -275,7 +275,7 @@ class ReadOnlyStorage(BaseStorage):  # type: ignore[misc]
         return {_METRIC_NAMES: self._description(study_id).metrics}
 
     def get_all_studies(self) -> list[Any]:
-        from optuna.study._frozen import FrozenStudy  # what this method must return has no public name
+        from optuna.study._frozen import FrozenStudy  # the required return type has no public name
 
         def frozen(name: str, description: StudyDescription) -> FrozenStudy:
             number = self._id(name)
@@ -293,7 +293,7 @@ class ReadOnlyStorage(BaseStorage):  # type: ignore[misc]
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a study projected from a search can only be read")
 
-    # Trials of several studies may share an id; nothing that reads asks for one alone.
+    # Trials of different studies may share an id; no read-only function asks for a single trial.
     get_trial = _refuse
     create_new_study = delete_study = set_study_user_attr = set_study_system_attr = _refuse
     create_new_trial = set_trial_param = set_trial_state_values = set_trial_intermediate_value = _refuse

@@ -1,4 +1,4 @@
-"""Drivers as jobs of a Ray cluster, which sees the searches' folders at the same paths as the server does."""
+"""Drivers as jobs on a Ray cluster, which must see the searches' folders at the same paths as the server."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.sections import Cluster
 
 Command = Literal["resume", "confirm"]
-"""What a driver is started for: each is a command of `evomerge`."""
+"""What a driver is started for; each is a command of `evomerge`."""
 
 
 class RayJobs:
-    """Starts drivers as jobs, and finds them again by the records that name them.
+    """Starts drivers as jobs, and finds them again through their records.
 
     Args:
-        address: of the cluster, as ``evomerge search --address`` takes it.
-        insecure: join a cluster that asks for no token.
+        address: the cluster's address, as for ``evomerge search --address``.
+        insecure: join a cluster that does not require a token.
 
     Raises:
-        InputError: no job server answers there, or the cluster asks for no token.
+        InputError: no job server answers there, or the cluster does not require a token.
     """
 
     def __init__(self, address: str, *, insecure: bool) -> None:
@@ -34,33 +34,32 @@ class RayJobs:
     def start(
         self, name: str, folder: Path, log: Path, cluster: Cluster, command: Command = "resume"
     ) -> dict[str, Any]:
-        """Start a driver of a search on the cluster; what names the job in a record.
+        """Start a driver of a search on the cluster. Returns the entries that identify the job in its record.
 
-        One that goes on with the search has its workers there; one that confirms it has those of its search file.
-
-        What it says is added to ``log``, where people look, and stands in Ray's own log of the job.
+        A driver that resumes the search has its workers on the cluster; one that confirms it has those of its search
+        file. The output is appended to ``log``, where people look for it, and to Ray's own log of the job.
         """
         line = ["evomerge", command, str(folder)]
         if command == "resume":
             line += ["--set", "pool=ray", "--set", "cluster.address=auto"]
             line += ["--set", "cluster.insecure=true"] if self._insecure else []
-        said = f"{shlex.join(line)} 2>&1 | tee -a {shlex.quote(str(log))}"
-        entrypoint = f"bash -o pipefail -c {shlex.quote(said)}"
+        piped = f"{shlex.join(line)} 2>&1 | tee -a {shlex.quote(str(log))}"
+        entrypoint = f"bash -o pipefail -c {shlex.quote(piped)}"
         return {"job": submit(self._client, name, folder, entrypoint, runtime_env_of(cluster))}
 
     def is_alive(self, record: Mapping[str, Any]) -> bool:
-        """Whether the job of a record has not ended. One that the cluster does not know any more has."""
-        job = self._look(record)
+        """Whether the recorded job has not ended. A job that the cluster no longer knows has ended."""
+        job = self._job_info(record)
         return job is not None and not has_ended(job.status)
 
-    def complaint(self, record: Mapping[str, Any]) -> str:
-        """What a job that failed said last; nothing where it ended well, or is not known any more."""
-        job = self._look(record)
+    def last_error(self, record: Mapping[str, Any]) -> str:
+        """The last error message of a failed job; empty if it succeeded or is no longer known."""
+        job = self._job_info(record)
         lines = str(job.message or "").splitlines() if job is not None and job.status == "FAILED" else []
         return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
 
-    def _look(self, record: Mapping[str, Any]) -> Any:
-        """What the cluster knows of a job; None where it knows nothing, or does not answer."""
+    def _job_info(self, record: Mapping[str, Any]) -> Any:
+        """What the cluster knows about a job; None if it does not know the job or does not answer."""
         try:
             return self._client.get_job_info(record["job"])
         except (RuntimeError, OSError):

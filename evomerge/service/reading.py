@@ -1,4 +1,4 @@
-"""What figures and studies are made from: columns over all candidates, kept until something happens in the store."""
+"""Columns over all candidates, from which figures and studies are made; cached until the store has a new event."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ _COLUMNS = (
     "niche",
     "elite",
 )
-_MAX_KEPT = 4  # searches at once whose columns are kept: 10,000 candidates of 200 parameters take some 20 MB
+_MAX_KEPT = 4  # searches whose columns are cached: 10,000 candidates of 200 parameters take about 20 MB
 
 
 class PerState(Generic[Result]):
-    """A function of a store, computed again only when the store has a new event."""
+    """A cached function of a store, recomputed only when the store has a new event."""
 
     def __init__(self, compute: Callable[[Store], Result]) -> None:
         self._compute = compute
@@ -72,10 +72,10 @@ class Columns:
 
     Attributes:
         numbers: int64 [n]; ``step``, ``eligible``, ``on_front``, ``elite`` and ``finished_at`` (seconds since 1970, NaN
-            before) have the same order.
-        niches: the bin of each along each feature; empty where it has no niche.
+            if unfinished) have the same order.
+        niches: the bin of each candidate along each feature; empty if it has no niche.
         origins, labels, statuses: texts [n].
-        own: bool [n]: scores are of the candidate itself, and not of another with the same recipe.
+        own: bool [n]: whether the candidate was scored itself, instead of reusing the scores of an equal recipe.
     """
 
     def __init__(self, store: Store) -> None:
@@ -107,25 +107,26 @@ class Columns:
         return self.search.record.measures
 
     def objective(self, name: str | None) -> Measure:
-        """An objective by name; the first one by none. KeyError where there is no such."""
+        """An objective by name, by default the first one. Raises KeyError if there is none with this name."""
         return self.objectives[0] if name is None else {o.name: o for o in self.objectives}[name]
 
     @cached_property
     def preference(self) -> Preference:
-        """How the search chooses."""
+        """The preference by which the search chooses."""
         return Preference.of_search(self.search)
 
     @property
     def numbers_that_decide(self) -> Sequence[Number]:
-        """The one objective, the number of a scalarisation, or all objectives of a front, as numbers."""
+        """What the choice is based on: the only objective, the scalarisation, or all objectives of a front."""
         if not self.preference.scalar:
             return self.objectives
         items = sum(o.items for o in self.objectives)
         return [Number(name=self.preference.scalar, maximise=self.preference.sign < 0, items=items)]
 
     def measured(self, store: Store, name: str) -> Measured:
-        """Means, standard errors (NaN where not known) and items (0) of a measure or of the scalarisation's number, [n]
-        each; read once.
+        """Means, standard errors and numbers of items of a measure or of the scalarisation, [n] each; read once.
+
+        Unknown means and errors are NaN, unknown numbers of items 0.
         """
         if name == self.preference.scalar and name not in self._measured:
             self._measured[name] = self._scalars(store)
@@ -134,7 +135,7 @@ class Columns:
         return self._measured[name]
 
     def _scalars(self, store: Store) -> Measured:
-        """The number of the scalarisation of each, scaled as in every place; its error is not known."""
+        """The value of the scalarisation of each candidate, scaled as everywhere else; its error is unknown."""
         known = [self.measured(store, o.name) for o in self.objectives]
         signs = [-o.sign for o in self.objectives]
         losses = np.stack([sign * means for sign, (means, _, _) in zip(signs, known, strict=True)], axis=1)
@@ -144,30 +145,30 @@ class Columns:
 
     @cached_property
     def baseline(self) -> Mask:
-        """Which candidates are baselines: those asked first."""
+        """Which candidates are baselines, which are asked for first."""
         return np.asarray(self.step == 0)
 
     @cached_property
     def names(self) -> list[str]:
-        """How each is called to people: its id, and its label if it has one."""
+        """The display name of each candidate: its id, and its label if it has one."""
         ids = map(candidate_id, self.numbers.tolist())
         return [f"{name} {label}".strip() for name, label in zip(ids, self.labels, strict=True)]
 
     def of_origin(self, origin: str) -> Mask:
-        """Which candidates came so: baselines of this kind, or what an optimizer asked for."""
+        """Which candidates have this origin: a kind of baseline, or the optimizer."""
         return np.array([name == origin for name in self.origins], dtype=np.bool_)
 
     def hours(self) -> Values:
-        """Hours from the start of the search, pauses included, to the end of each; NaN before that."""
+        """Hours from the start of the search to the end of each candidate, including pauses; NaN if unfinished."""
         return (self.finished_at - self.search.created_at) / 3600
 
 
 columns_of: PerState[Columns] = PerState(Columns)
-"""The candidates of a search, read again when it has more to say."""
+"""The candidates of a search, read again when it has new events."""
 
 
 def confirmed_values(store: Store, columns: Columns) -> dict[int, Mapping[str, Estimate]]:
-    """What is known from the held-out split of the latest shortlist: measures by number."""
+    """The held-out measures of the candidates on the latest shortlist, by candidate number."""
     frozen = store.events(kinds=("shortlist",), newest=1)
     if not frozen:
         return {}
@@ -181,7 +182,7 @@ def _held_out(store: Store, number: int, measures: Sequence[Measure]) -> dict[st
 
 
 def thinned(mask: Mask, keep: Mask, most: int) -> Mask:
-    """At most ``most`` of ``mask`` [n], evenly from first to last, and all of them that are in ``keep`` [n]."""
+    """All of ``mask`` [n] that are also in ``keep`` [n], and at most ``most`` others, spread evenly."""
     rest = np.flatnonzero(mask & ~keep)
     if len(rest) > most:
         rest = rest[np.linspace(0, len(rest) - 1, most).round().astype(np.int64)]
@@ -197,10 +198,10 @@ def value_text(name: str, mean: float, error: float, items: int, wanted: int) ->
 
 
 def number_text(name: str, mean: float, error: float) -> str:
-    """A mean with its error; the number of a scalarisation, whose name has a space, has none on the search split."""
+    """A mean with its error. A scalarisation, whose name has a space, has no error on the search split."""
     return f"{mean:.3f}" if " " in name and math.isnan(error) else measure_text(mean, error)
 
 
 def axis_title(measure: Number) -> str:
-    """A measure and which way is better, in few letters: a phone has no room for more."""
+    """A measure and its direction, kept short for narrow screens."""
     return f"{measure.name} {'↑' if measure.maximise else '↓'}"

@@ -1,4 +1,4 @@
-"""One search as one file: pictures, tables, settings, versions and commands. It opens from disk, without a network."""
+"""The report of a search as a single HTML file: figures, tables, settings, versions and commands. It works offline."""
 
 from __future__ import annotations
 
@@ -34,39 +34,39 @@ from evomerge.report.team import Team, team_of
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.estimation.preference import ranked as ranked_rows
 from evomerge.search.settings.folder import FILE_NAME
-from evomerge.service.figures import Name, Wish, draw, draw_path, draw_recipe
+from evomerge.service.figures import FigureOptions, Name, draw, draw_path, draw_recipe
 from evomerge.service.figures.recipe import recipe_of, subject_of
 from evomerge.service.figures.style import is_empty, without_notes, words_of
 from evomerge.store import SearchRow, Store
 from evomerge.store.events import ConfirmFailed, Failure
 from evomerge.store.rows import candidate_id, number_of
 
-_TOP = 15  # candidates in the table of the best
-_FAILURES = 50  # in the table of failures, the newest
+_TOP = 15  # rows in the table of the best candidates
+_FAILURES = 50  # rows in the table of the newest failures
 
-_FIGURES: tuple[tuple[Name, Wish, str, str], ...] = (
-    ("front", Wish(), "Candidates and the front", "All candidates; bars are standard errors."),
-    ("grid", Wish(), "Niches", "The best of each, chosen by this very score."),
-    ("history", Wish(), "Best so far", "Chosen by this very score, so partly luck."),
-    ("history", Wish(over="hours"), "Best so far, by time", ""),
-    ("hypervolume", Wish(), "Hypervolume", "What the front covers."),
-    ("curse", Wish(), "Search against held-out score", "How much of a good score was luck."),
-    ("importance", Wish(), "What matters", "How much each parameter decides whether a candidate is good."),
-    ("proxy", Wish(), "What the right answers would like", "By the gradient of the proxy."),
-    ("parallel", Wish(), "Parameters and score", "A line a candidate."),
-    ("team", Wish(), "Team", "Which held-out items each member solves."),
-    ("coverage", Wish(), "Team, as the search went on", ""),
-    ("constraints", Wish(), "Constraints", ""),
-    ("timeline", Wish(), "Workers", "A bar an attempt."),
-    ("failures", Wish(), "Failures", "By cause, over time."),
+_FIGURES: tuple[tuple[Name, FigureOptions, str, str], ...] = (
+    ("front", FigureOptions(), "Candidates and the front", "All candidates; bars are standard errors."),
+    ("grid", FigureOptions(), "Niches", "The best of each, chosen by this very score."),
+    ("history", FigureOptions(), "Best so far", "Chosen by this very score, so partly luck."),
+    ("history", FigureOptions(over="hours"), "Best so far, by time", ""),
+    ("hypervolume", FigureOptions(), "Hypervolume", "What the front covers."),
+    ("curse", FigureOptions(), "Search against held-out score", "How much of a good score was luck."),
+    ("importance", FigureOptions(), "What matters", "How much each parameter decides whether a candidate is good."),
+    ("proxy", FigureOptions(), "Gradient of the proxy", "What would make right answers more likely."),
+    ("parallel", FigureOptions(), "Parameters and score", "A line a candidate."),
+    ("team", FigureOptions(), "Team", "Which held-out items each member solves."),
+    ("coverage", FigureOptions(), "Team, as the search went on", ""),
+    ("constraints", FigureOptions(), "Constraints", ""),
+    ("timeline", FigureOptions(), "Workers", "A bar an attempt."),
+    ("failures", FigureOptions(), "Failures", "By cause, over time."),
 )  # fmt: skip
 
 
-_WIDE = ("parallel", "timeline", "team")  # figures that take the room of two
+_WIDE = ("parallel", "timeline", "team")  # figures of double width
 
 
 class Picture(NamedTuple):
-    """A figure of the report: plotly's JSON, or empty with ``words`` that say why there is none."""
+    """A figure of the report: plotly's JSON, or empty JSON with ``words`` that say why there is nothing to draw."""
 
     title: str
     about: str
@@ -86,7 +86,7 @@ class ReportRow(NamedTuple):
 
 
 class GapRow(NamedTuple):
-    """A confirmed candidate against another model in an objective, as text."""
+    """A confirmed candidate compared with another model in one objective, as text."""
 
     id: str
     objective: str
@@ -97,7 +97,7 @@ class GapRow(NamedTuple):
 
 
 class FailureRow(NamedTuple):
-    """An attempt that failed."""
+    """A failed attempt."""
 
     id: str
     attempt: int
@@ -108,10 +108,10 @@ class FailureRow(NamedTuple):
 
 
 def report_html(store: Store, folder: Path) -> str:
-    """The report of a search as one HTML page that needs nothing else.
+    """The report of a search as one self-contained HTML page.
 
     Args:
-        folder: of the search, as commands name it.
+        folder: the search's folder as it is written in the commands.
     """
     search, status = store.search(), status_of(store)
     environment = Environment(
@@ -151,13 +151,13 @@ def report_html(store: Store, folder: Path) -> str:
 
 @cache
 def _plotly() -> str:
-    """Plotly's script, compressed: text it is nine tenths of a report, and every browser can unpack it."""
+    """Plotly's script, compressed because it is nine tenths of a report, and every browser can decompress it."""
     script = (files("plotly") / "package_data" / "plotly.min.js").read_bytes()
     return base64.b64encode(gzip.compress(script, 9, mtime=0)).decode()
 
 
 def commands(folder: Path, status: SearchStatus) -> Iterator[tuple[str, str]]:
-    """What each command does, and the command."""
+    """Pairs of what a command does, and the command."""
     here, file = shlex.quote(str(folder)), shlex.quote(str(folder / FILE_NAME))
     model = shlex.quote(f"{status.name}-model")
     again = shlex.quote(f"{status.name}-again")
@@ -173,7 +173,7 @@ def commands(folder: Path, status: SearchStatus) -> Iterator[tuple[str, str]]:
 
 
 def _shown(status: SearchStatus) -> Entry | None:
-    """The candidate whose recipe is drawn: the winner or the knee, or else that of the search split."""
+    """The candidate whose recipe is drawn: the winner or the knee, or without one the best on the search split."""
     for pick in status.picks:
         if pick.role in (BEST, KNEE) and (entry := status.confirmed_entry(pick.id)) is not None:
             return entry
@@ -181,7 +181,7 @@ def _shown(status: SearchStatus) -> Entry | None:
 
 
 def _applies(name: Name, status: SearchStatus, team: Team | None) -> bool:
-    """Whether a search may ever have such a figure, or its team does."""
+    """Whether a figure can apply to this search."""
     if name in ("team", "coverage"):
         return team is not None
     if name == "constraints":
@@ -193,18 +193,18 @@ def _applies(name: Name, status: SearchStatus, team: Team | None) -> bool:
     return name != "hypervolume" or len(status.directions) > 1
 
 
-def _picture(store: Store, name: Name, wish: Wish, title: str, about: str) -> Picture:
-    return _picture_of(draw(store, name, wish), title, about, is_wide=name in _WIDE)
+def _picture(store: Store, name: Name, options: FigureOptions, title: str, about: str) -> Picture:
+    return _picture_of(draw(store, name, options), title, about, is_wide=name in _WIDE)
 
 
 def _picture_of(drawn: Any, title: str, about: str, *, is_wide: bool = False) -> Picture:
-    """A figure whose notes stand in the page's own text, where they wrap."""
+    """A figure whose notes are moved to the text of the page, where they can wrap."""
     json_ = Markup("") if is_empty(drawn) else _script(without_notes(drawn).to_json())
     return Picture(title, about, words_of(drawn), json_, is_wide)
 
 
 def _script(text: str) -> Markup:
-    """JSON that may stand within a script element, whatever names are in it."""
+    """JSON that is safe inside a script element, whatever names it contains."""
     return Markup(json.dumps(json.loads(text)).replace("<", "\\u003c"))
 
 
@@ -214,7 +214,7 @@ def _recipe_picture(store: Store, shown: Entry) -> Picture:
 
 
 def _path(store: Store, shown: Entry) -> Markup | None:
-    """The path as a picture, where it is not simply all layers in order."""
+    """The path as a picture, unless it is simply all layers in order."""
     number = number_of(shown.id)
     if is_plain(recipe_of(store, number), depths_of(store)):
         return None
@@ -242,7 +242,7 @@ def _confirmed(status: SearchStatus) -> Iterator[ReportRow]:
 
 
 def _change(entry: Entry) -> list[str]:
-    """How far a model is from the base, in words, where that is known."""
+    """How far a model is from the base, in words, if known."""
     return [] if entry.change is None else [f"changes {percent(entry.change)} of the base"]
 
 

@@ -1,4 +1,4 @@
-"""Where the service finds searches: the folders of a folder, or a database that holds many."""
+"""Where the service finds searches: in the subfolders of a folder, or in a database."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _log = logging.getLogger(__name__)
 
 
 class UnknownSearchError(LookupError):
-    """No search of this name; the message is for people."""
+    """There is no search with this name. The message is meant for people."""
 
 
 @dataclass(frozen=True)
 class Root:
-    """Searches that the service shows, by name.
+    """The searches that the service shows, by name.
 
     Args:
-        folder: in it every search has a folder of its own, named as the search is called here. New ones are made there.
-        database: URL of the database that holds the searches, where they are not found by their folders.
+        folder: has a subfolder for each search, which gives the search its name here. New searches are created there.
+        database: the URL of the database that holds the searches; None if they are found through their folders.
     """
 
     folder: Path
@@ -42,24 +42,24 @@ class Root:
 
     @classmethod
     def of(cls, place: str, folder: Path) -> Root:
-        """``place`` is a folder or the URL of a database; with a database, ``folder`` is where new searches live."""
+        """``place`` is a folder or the URL of a database; with a database, new searches are created in ``folder``."""
         return cls(folder.resolve(), place) if "://" in place else cls(Path(place).resolve())
 
     def names(self) -> list[str]:
-        """Every search, those that began last first."""
+        """The names of all searches, newest first."""
         if self.database is not None:
             return [search.name for search in searches(self.database)]
         if not self.folder.is_dir():
             return []
         dated = []
         for path in self.folder.iterdir():
-            with suppress(OSError):  # one that was removed just now, or is not ours to read
+            with suppress(OSError):  # just removed, or not readable
                 if not path.name.startswith(".") and is_search(path):
                     dated.append((path.stat().st_ctime, path.name))
         return [name for _, name in sorted(dated, key=lambda pair: pair[0], reverse=True)]
 
     def has(self, name: str) -> bool:
-        """Whether a search is called so."""
+        """Whether there is a search with this name."""
         if self.database is None:
             return self._has_folder(name)
         try:
@@ -70,49 +70,49 @@ class Root:
 
     @contextmanager
     def store(self, name: str) -> Iterator[Store]:
-        """The store of a search, for commands and for whoever follows it. Whoever needs it several times hands it on.
+        """The store of a search, for commands and event streams. Open it once per request and pass it on.
 
         Raises:
-            UnknownSearchError: there is none of this name.
-            InputError: its store cannot be opened, or does not hold what a search has.
+            UnknownSearchError: there is no search with this name.
+            InputError: its store cannot be opened, or does not contain a complete search.
         """
         with checked(self._open(name)) as store:
             yield store
 
     @contextmanager
     def snapshot(self, name: str) -> Iterator[Store]:
-        """The store of a search at one moment, to answer from. Raises as ``store``."""
+        """A consistent snapshot of the store of a search, for reading. Raises like ``store``."""
         with self._open(name) as store, store.snapshot():
-            _ = store.search().record  # which raises where it cannot be read
+            _ = store.search().record  # raises if it cannot be read
             yield store
 
     def each(
         self, read: Callable[[str, Store], Result], names: Iterable[str] | None = None
     ) -> Iterator[tuple[str, Result | str]]:
-        """What ``read`` says of every search, or of these, by name; or, as text, why a search cannot be read.
+        """Yield (name, result of ``read``) for all searches or for ``names``; a text result says why one is unreadable.
 
-        Whatever is wrong with one store, the others are there.
+        A broken store does not affect the others.
         """
         for name in self.names() if names is None else names:
-            shown = printable(name)  # the name of a folder need not be text
+            shown = printable(name)  # the name of a folder need not be valid text
             result: Result | str
             try:
                 with self.snapshot(name) as store:
                     result = read(name, store)
-            except UnknownSearchError:  # removed just now
+            except UnknownSearchError:  # just removed
                 continue
             except InputError as error:
                 result = str(error)
             except Exception as error:
-                self._log_odd(shown, error)
+                self._log_unreadable(shown, error)
                 result = f"{shown}: holds what cannot be read ({type(error).__name__})"
             yield shown, result
 
     def folder_of(self, name: str) -> Path:
-        """The folder of a search, which need not be here when its store is in a database.
+        """The folder of a search. If the store is in a database, the folder may be on another machine.
 
         Raises:
-            UnknownSearchError: there is no search of this name.
+            UnknownSearchError: there is no search with this name.
             InputError: its folder is on another machine.
         """
         if self._has_folder(name):
@@ -130,16 +130,16 @@ class Root:
             raise UnknownSearchError(f"there is no search called {name!r} here") from None
 
     def _has_folder(self, name: str) -> bool:
-        """Whether this is the name of a folder right in the root that holds a search; none reaches out of it."""
+        """Whether a folder with this name, directly in the root, holds a search. Rejects names that leave the root."""
         if name.startswith(".") or not name or "/" in name or "\0" in name:
             return False
         try:
             return is_search(self.folder / name)
-        except OSError:  # a name longer than any file's
+        except OSError:  # the name is too long for a file
             return False
 
-    def _log_odd(self, name: str, error: Exception) -> None:
-        """Log why a search cannot be read, once for each cause: pages ask for the list every few seconds."""
+    def _log_unreadable(self, name: str, error: Exception) -> None:
+        """Log why a search cannot be read, once per cause, because pages request the list every few seconds."""
         cause = (name, repr(error)[:200])
         if cause not in self._logged and len(self._logged) < _MAX_LOGGED:
             self._logged.add(cause)

@@ -1,4 +1,4 @@
-"""Running the service: its port and its link."""
+"""Running the service: its settings, its socket and the link to open."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from evomerge.service.processes import TOKEN_VARIABLE
 from evomerge.service.ray_jobs import RayJobs
 from evomerge.service.root import Root
 
-_MIN_TOKEN = 8  # characters of one that a person chooses
-_BACKLOG = 512  # clients that the system holds until the server takes them
+_MIN_TOKEN = 8  # characters of a token that a person chooses
+_BACKLOG = 512  # connections that the system queues until the server accepts them
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -40,20 +40,20 @@ def serve(
     address: str | None = None,
     say: Callable[[str], None] = _print,
 ) -> None:
-    """Serve the searches of a folder or a database until the process is told to end.
+    """Serve the searches of a folder or a database until the process is told to stop.
 
     Args:
         place: a folder, or the URL of a database.
-        folder: with a database, where new searches live.
-        sources: folders that search files which come over HTTP may name paths in.
-        names: more names by which the server may be called.
-        insecure: consent to letting everybody in who reaches an address that is not this machine's own, and to a
-            cluster that asks for no token.
-        address: of a Ray cluster, where drivers are started as jobs; on this machine when left out.
-        say: takes the link to open.
+        folder: with a database, the folder for new searches.
+        sources: the folders in which search files sent over HTTP may name paths.
+        names: further host names to accept.
+        insecure: allow running without a token on an address that other machines can reach, and allow a cluster that
+            does not require a token.
+        address: the address of a Ray cluster on which drivers are started as jobs; by default they run on this machine.
+        say: is given the link to open.
 
     Raises:
-        InputError: the port is taken, a folder is missing, no cluster answers, or everybody could come in.
+        InputError: the port is taken, a folder is missing, no cluster answers, or anybody could get in.
     """
     if not needs_token and not is_loopback(host) and not insecure:
         hint = "Leave out --no-token; or, where something else guards it, add --insecure."
@@ -64,7 +64,7 @@ def serve(
     for source in sources:
         if not source.is_dir():
             raise InputError("--sources", f"{source} is not a folder")
-    root.names()  # a database that cannot be reached is said at once
+    root.names()  # fails at once if the database cannot be reached
     jobs = None if address is None else RayJobs(address, insecure=insecure)
     token = _token() if needs_token else None
     with _listen(host, port) as listening:
@@ -73,14 +73,14 @@ def serve(
         hosts = tuple(dict.fromkeys([*_LOOPBACK, shown.lower(), *_own_names(host), *names]))
         settings = ServiceSettings(root, token, hosts, tuple(source.resolve() for source in sources), jobs)
         app = create_app(settings)
-        gc.freeze()  # what is imported stays; to look through it again took 0.2 s of some requests
+        gc.freeze()  # imported objects stay; collecting them again took 0.2 s of some requests
         visible = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
         say(f"http://{visible}:{port}/" + (f"?token={token}" if token else ""))
         Server(app, listening, ending=app.state.streams.end).run()
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Whether an address can be reached only from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -98,7 +98,7 @@ def _token() -> str:
 
 
 def _own_names(host: str) -> list[str]:
-    """By what a server is called that other machines reach: the name of this one."""
+    """The names of this machine, by which others reach the server; none for a loopback address."""
     return [] if is_loopback(host) else [socket.gethostname().lower(), socket.getfqdn().lower()]
 
 

@@ -1,4 +1,4 @@
-"""What lists and answers say of a search and of its candidates, from light queries alone."""
+"""Summaries of searches and candidates for lists and API responses, from cheap queries only."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from evomerge.store import SearchRow, Store, summaries
 from evomerge.store.record import Measure
 from evomerge.store.rows import ListedCandidate, candidate_id
 
-_POINTS = 24  # of a sparkline
-_LARGEST_FRONT = 2**31 - 1  # all of it
-_RECENT = 200  # candidates that the mean cost is taken from
+_POINTS = 24  # in a sparkline
+_LARGEST_FRONT = 2**31 - 1  # no limit
+_RECENT = 200  # candidates over which the mean cost is taken
 
 _KNOWN: dict[tuple[str, int, str], tuple[int, list[tuple[int, float]]]] = {}  # (newest event, best so far)
 _MAX_KNOWN = 1000  # searches
 
 
 def summaries_of(root: Root, drivers: Drivers) -> Iterator[SearchSummary]:
-    """Every search in short; one that cannot be opened is in the state "unreadable", and says why."""
-    for name, result in root.each(lambda name, store: summary_of(name, store, drivers.look(name, store))):
+    """Summaries of all searches; one that cannot be opened has the state "unreadable" and the reason."""
+    for name, result in root.each(lambda name, store: summary_of(name, store, drivers.state_of(name, store))):
         yield SearchSummary.unreadable(name, result) if isinstance(result, str) else result
 
 
 def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
-    """A search as a list shows it, by the name that it has here."""
+    """The summary of a search, under the name that it has here."""
     search, counts = store.search(), Counts.of(store.counts())
     spent_s = search.spent_s + (unrecorded_s(store) if driver.holds else 0.0)
     preference, baselines = Preference.of_search(search), summaries.baselines(store)
@@ -88,13 +88,13 @@ def summary_of(name: str, store: Store, driver: DriverState) -> SearchSummary:
 
 
 def _named(row: ListedCandidate, preference: Preference, scalar: Scalarised | None) -> CandidateName:
-    """A candidate in a few words, with the number of the scalarisation."""
+    """A candidate's name and scores, with the value of the scalarisation."""
     name = CandidateName.model_validate(row)
     return name.model_copy(update={"scalar": _scalar_of(row, preference, scalar)})
 
 
 def _scalar_of(row: ListedCandidate, preference: Preference, scalar: Scalarised | None) -> float | None:
-    """The number of the scalarisation on the search split; None where it is not reckoned."""
+    """The value of the scalarisation on the search split; None if it was not computed."""
     if not row.objectives or scalar is None or scalar.best is None or scalar.worst is None:
         return None
     losses = preference.losses([row.objectives])
@@ -102,7 +102,7 @@ def _scalar_of(row: ListedCandidate, preference: Preference, scalar: Scalarised 
 
 
 def _confirmed_pick(store: Store) -> Pick | None:
-    """The winner, or the knee of a front, on held-out items; None before that."""
+    """The winner, or the knee of a front, on held-out items; None before confirmation."""
     search = store.search()
     rows = store.candidates(step=0)
     held = confirmation(store, search, rows)
@@ -122,7 +122,7 @@ _confirmed: PerState[Pick | None] = PerState(_confirmed_pick)
 def _best(
     store: Store, preference: Preference, front: Sequence[ListedCandidate], baselines: Sequence[ListedCandidate]
 ) -> ListedCandidate | None:
-    """The best on the search split, the knee of a front."""
+    """The best candidate on the search split, or the knee of a front."""
     (first, up), *others = preference.objectives.items()
     if not others:
         return next(iter(store.best(first, maximise=up)), None)
@@ -131,7 +131,7 @@ def _best(
 
 
 def _steps(store: Store, preference: Preference) -> list[tuple[int, float]]:
-    """The best so far. It looks at all candidates, so what is known of a search is kept until the search has more."""
+    """The best so far. This reads all candidates, so the result is cached until the search has new events."""
     key = (store.place, store.search_id, repr(preference))
     newest = summaries.last_event(store)
     if (known := _KNOWN.get(key)) is not None and known[0] == newest:
@@ -144,7 +144,7 @@ def _steps(store: Store, preference: Preference) -> list[tuple[int, float]]:
 
 
 def sparkline(steps: list[tuple[int, float]], asked: int) -> list[float]:
-    """The best so far after equal shares of the candidates, from when there is one: at most _POINTS numbers."""
+    """The best so far after equal shares of the candidates, starting with the first score: at most _POINTS numbers."""
     at = [math.ceil(asked * (i + 1) / _POINTS) for i in range(_POINTS)] if asked > _POINTS else range(1, asked + 1)
     numbers = np.array([number for number, _ in steps])
     places = [int(np.searchsorted(numbers, end)) for end in at] if steps else []
@@ -152,7 +152,7 @@ def sparkline(steps: list[tuple[int, float]], asked: int) -> list[float]:
 
 
 def candidate_summaries(store: Store, rows: Sequence[ListedCandidate]) -> list[CandidateSummary]:
-    """Candidates as a list shows them, with the number of a scalarisation where there is one."""
+    """Summaries of candidates, with the value of the scalarisation if there is one."""
     shown = [CandidateSummary.model_validate(row) for row in rows]
     preference = Preference.of_search(store.search())
     if not preference.scalar:
@@ -166,7 +166,7 @@ def candidate_summaries(store: Store, rows: Sequence[ListedCandidate]) -> list[C
 
 
 def candidate_detail(store: Store, number: int) -> CandidateDetail:
-    """All that is known of a candidate. Raises InputError when there is none of this number."""
+    """Everything known about a candidate. Raises InputError if there is none with this number."""
     row, search = store.candidate(number), store.search()
     held = confirmation(store, search, store.candidates(step=0))
     entry = next((entry for entry in [*held.entries, *held.baselines] if entry.id == candidate_id(number)), None)
@@ -186,14 +186,14 @@ def candidate_detail(store: Store, number: int) -> CandidateDetail:
 def _mergekit(recipe: str, sources: Mapping[str, str]) -> str | None:
     try:
         return dump_recipe(read_recipe(recipe, sources))
-    except InputError:  # mergekit has no words for it
+    except InputError:  # mergekit cannot express it
         return None
 
 
 def _best_source(
     preference: Preference, baselines: Sequence[ListedCandidate], scalar: Scalarised | None
 ) -> ListedCandidate | None:
-    """The source that the search would prefer to the others."""
+    """The source that the search's preference ranks first."""
     known = [row for row in baselines if row.objectives]
     losses = preference.losses([row.objectives for row in known])
     among = losses
@@ -205,7 +205,7 @@ def _best_source(
 
 
 def _gpu_hours(store: Store, search: SearchRow, scored: int) -> float | None:
-    """Hours of GPUs that candidates took, by the mean of the latest; None without a GPU."""
+    """GPU hours spent on candidates, estimated from the mean of the latest ones; None without a GPU."""
     gpus = search.record.cluster.gpus_per_worker
     if gpus is None and (search.record.device or "").startswith("cuda"):
         gpus = 1.0
@@ -217,10 +217,10 @@ def _gpu_hours(store: Store, search: SearchRow, scored: int) -> float | None:
 
 
 def measure_named(search: SearchRow, name: str | None) -> Measure:
-    """An objective or a constraint of a search; the first objective when no name is given.
+    """An objective or a constraint of a search; the first objective if no name is given.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: there is none with this name.
     """
     measures = search.record.measures
     for measure in measures:

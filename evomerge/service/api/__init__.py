@@ -1,1 +1,1 @@
-"""The HTTP API, version 1: one module a resource, each with a ``router``."""
+"""The HTTP API, version 1: one module per resource, each with a ``router``."""

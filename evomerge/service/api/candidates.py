@@ -1,4 +1,4 @@
-"""Candidates of a search: listed, shown, on the front, compared item by item."""
+"""Candidates of a search: lists, details, the front, and comparisons item by item."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def candidates(
     limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 50,
     cursor: Annotated[str | None, Query(max_length=200)] = None,
 ) -> CandidatePage:
-    """A page of candidates that fit. Sorted by an objective, only those are in the list that have a value of it."""
+    """A page of the matching candidates. If sorted by an objective, candidates without a value of it are left out."""
     objective = None if sort == "number" else measure_named(store.search(), sort).name
     after = () if cursor is None else _read_cursor(cursor, 1 if objective is None else 3)
     rows = summaries.page(
@@ -58,7 +58,7 @@ def candidates(
 
 @router.get("/candidates/{number}")
 def candidate(number: CandidateNumber, store: StoreDependency) -> CandidateDetail:
-    """All that is known of one candidate."""
+    """Everything known about one candidate."""
     _check(store, number)
     return candidate_detail(store, number)
 
@@ -78,7 +78,7 @@ def compare(
     split: Literal["search", "held_out"] = "search",
     objective: Annotated[str | None, Query(max_length=100)] = None,
 ) -> Compared:
-    """Two candidates in every objective and constraint, and item by item in one: the first unless another is named."""
+    """Compare two candidates in every objective and constraint, and item by item in one, by default the first."""
     _check(store, a, b)
     comparisons = [comparison for comparison in compared(store, a, b) if comparison.split == split]
     measure = measure_named(store.search(), objective)
@@ -88,7 +88,7 @@ def compare(
 
 @router.get("/pictures/{picture}", response_class=Response, responses={200: {"content": {"image/*": {}}}})
 def picture(store: StoreDependency, picture: Annotated[str, Path(pattern="^[0-9a-f]{64}$")]) -> Response:
-    """A small copy of a picture that items of the search show, by its hash."""
+    """A thumbnail of a picture that items of the search show, by its hash."""
     image = store.thumbnail(picture)
     if image is None:
         raise ProblemError(404, "There is no such picture", detail="No item of the search shows it.")
@@ -105,7 +105,7 @@ def drawing(
     split: Literal["search", "held_out"] = "search",
     objective: Annotated[str | None, Query(max_length=100)] = None,
 ) -> Response:
-    """A small copy of what a candidate drew of an item, in an objective: the first unless another is named."""
+    """A thumbnail of what a candidate drew for an item in an objective, by default the first."""
     _check(store, number)
     measure = measure_named(store.search(), objective)
     image = store.drawings(number, split).get(measure.version, {}).get(item)
@@ -124,14 +124,14 @@ def _compared(item: ItemAnswers) -> ComparedItem:
 
 
 def _check(store: Store, *numbers: int) -> None:
-    """Refuse candidates that there are not (404)."""
+    """Respond with 404 if any of these candidates does not exist."""
     there = {row.number for row in summaries.candidates(store, numbers)}
     if missing := [number for number in numbers if number not in there]:
         raise ProblemError(404, "There is no such candidate", detail=f"The search has none of number {missing[0]}.")
 
 
 def _cursor(last: ListedCandidate, objective: str | None) -> str:
-    """Where the next page begins: what the list is sorted by, of the last one on this page."""
+    """The cursor of the next page: the sort keys of the last candidate on this page."""
     mean = [] if objective is None else [last.objectives[objective].mean, int(last.on_front)]
     keys = [*mean, last.number]
     return base64.urlsafe_b64encode(json.dumps(keys).encode()).decode()

@@ -1,4 +1,4 @@
-"""What happens in a search, as server-sent events: a stream that goes on where a client left it."""
+"""The events of a search as server-sent events. A client that reconnects continues where it left off."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LARGEST = 2**63 - 1
 _DATA: dict[str, Any] = {
     "type": "string",
     "contentMediaType": "application/json",
-    "contentSchema": {"$ref": "#/components/schemas/Happening"},
+    "contentSchema": {"$ref": "#/components/schemas/SearchEvent"},
 }
 _STREAM = {"content": {"text/event-stream": {"itemSchema": {"type": "object", "properties": {"data": _DATA}}}}}
-_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the latter for nginx, which would hold it back
+_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the latter because nginx would buffer the stream
 
 
 class EventStream(StreamingResponse):
@@ -30,9 +30,11 @@ def _begin(
     name: str,
     root: RootDependency,
     since: Annotated[int, Query(ge=0, le=_LARGEST, description="the seq of the last event known")] = 0,
-    last_event_id: Annotated[str | None, Header(description="as a browser sends it; goes before since")] = None,
+    last_event_id: Annotated[
+        str | None, Header(description="as a browser sends it; takes precedence over since")
+    ] = None,
 ) -> int:
-    """The event after which the stream begins, once it is known that there is such a search."""
+    """The event after which the stream begins. Checks first that the search exists."""
     with root.store(name):
         pass
     known = last_event_id is not None and last_event_id.isascii() and last_event_id.isdecimal()
@@ -41,5 +43,5 @@ def _begin(
 
 @router.get("/events", response_class=EventStream, responses={200: _STREAM})
 async def events(name: str, begin: Annotated[int, Depends(_begin)], streams: StreamsDependency) -> EventStream:
-    """Every event of the search from a given one on, and then those that come. It never ends."""
+    """All events of the search after a given one, followed by new ones as they come. The stream does not end."""
     return EventStream(streams.follow(name, begin), headers=_HEADERS)

@@ -1,4 +1,4 @@
-"""Exports of a search: started, watched, and their files."""
+"""Exports of a search: starting them, their progress, and their files."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def start(name: str, wanted: bodies.NewExport, store: StoreDependency, exports: 
 
 @router.get("/{export}")
 def one(name: str, export: ExportName, exports: ExportsDependency) -> bodies.Export:
-    """How far an export is."""
+    """The state and progress of an export."""
     return exports.one(name, export)
 
 
 @router.get("/{export}/files/{path:path}", response_class=FileResponse)
 def file(name: str, export: ExportName, path: str, exports: ExportsDependency) -> FileResponse:
-    """A file of an export that is done, to be saved."""
+    """Download a file of a finished export."""
     exported = exports.file(name, export, path)
     return FileResponse(exported, media_type="application/octet-stream", filename=exported.name)

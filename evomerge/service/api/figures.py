@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from evomerge.service.dependencies import StoreDependency
-from evomerge.service.figures import Name, Over, Wish, draw, draw_path, draw_recipe
+from evomerge.service.figures import FigureOptions, Name, Over, draw, draw_path, draw_recipe
 from evomerge.service.problems import RESPONSES, Fault, ProblemError
 from evomerge.store import Store, summaries
 
@@ -22,7 +22,7 @@ ObjectiveName = Annotated[str | None, Query(max_length=100, description="an obje
 
 
 class Figure(BaseModel):
-    """A figure as plotly takes it. Without traces the title of the layout says why there is nothing to draw."""
+    """A figure in plotly's JSON. If it has no traces, the layout's title says why there is nothing to draw."""
 
     data: list[dict[str, Any]]
     layout: dict[str, Any]
@@ -42,14 +42,14 @@ def figure(
     objective: ObjectiveName = None,
     parameter: Annotated[str | None, Query(max_length=300, description="of the slice")] = None,
 ) -> Response:
-    """A figure of a search. ``x`` and ``y`` are for the front, ``over`` for the history, ``objective`` for those about
-    one objective.
+    """A figure of a search. ``x`` and ``y`` apply to the front, ``over`` to the history, and ``objective`` to figures
+    about a single objective.
     """
-    wish = Wish(x=x, y=y, over=over, objective=objective, parameter=parameter)
+    options = FigureOptions(x=x, y=y, over=over, objective=objective, parameter=parameter)
     _check_objectives(store, {"x": x, "y": y, "objective": objective})
     try:
-        drawn = draw(store, figure, wish)
-    except KeyError as error:  # objectives are known by now
+        drawn = draw(store, figure, options)
+    except KeyError as error:  # the objectives were checked above
         fault = Fault(field="parameter", problem=f"the search has no parameter {parameter!r}")
         raise ProblemError(422, "There is no such parameter", fault) from error
     return _as_json(drawn)
@@ -57,14 +57,14 @@ def figure(
 
 @router.get("/candidates/{number}/figures/recipe", response_model=Figure)
 def recipe_figure(number: CandidateNumber, store: StoreDependency) -> Response:
-    """What every part of a candidate takes of every source, as a heat map."""
+    """A heat map of how much each part of a candidate takes from each source."""
     _check_candidate(store, number)
     return _as_json(draw_recipe(store, number))
 
 
 @router.get("/candidates/{number}/figures/path", response_class=SvgResponse)
 def path_figure(number: CandidateNumber, store: StoreDependency) -> SvgResponse:
-    """The path that the hidden state takes through a candidate, as a picture."""
+    """A picture of the path that the hidden state takes through a candidate."""
     _check_candidate(store, number)
     return SvgResponse(draw_path(store, number))
 

@@ -1,4 +1,4 @@
-"""Searches: listed, made, shown, and told what to do."""
+"""Searches: listing, creating, showing and controlling them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evomerge.report.search_status import SearchStatus
 from evomerge.report.status import status_of
 from evomerge.search.settings.folder import FILE_NAME, LOGS_NAME
 from evomerge.service.allowed import PLACE, checked_file
-from evomerge.service.bodies import GivenFile, NewBudget, NewSearch, Plan, Searches, SearchSummary, Told
+from evomerge.service.bodies import CommandResult, GivenFile, NewBudget, NewSearch, Plan, Searches, SearchSummary
 from evomerge.service.contained import contained
 from evomerge.service.dependencies import (
     CheckerDependency,
@@ -26,8 +26,8 @@ from evomerge.service.dependencies import (
     SettingsDependency,
     StoreDependency,
 )
+from evomerge.service.disconnects import while_connected
 from evomerge.service.drivers import LOG_NAME, Drivers, DriverState
-from evomerge.service.leaving import while_connected
 from evomerge.service.problems import RESPONSES, Fault, ProblemError
 from evomerge.service.root import Root
 from evomerge.service.summary import summaries_of, summary_of
@@ -38,7 +38,7 @@ router = APIRouter(prefix="/api/v1/searches", tags=["searches"], responses=RESPO
 
 @router.get("")
 def searches(root: RootDependency, drivers: DriversDependency) -> Searches:
-    """All searches, those that began last first."""
+    """All searches, newest first."""
     return Searches(searches=list(summaries_of(root, drivers)))
 
 
@@ -50,7 +50,7 @@ async def create(
     checker: CheckerDependency,
     settings: SettingsDependency,
 ) -> SearchStatus:
-    """Make a search from a search file, which is checked as `evomerge validate` does, and start its driver."""
+    """Create a search from a search file, which is checked as by `evomerge validate`, and start its driver."""
     await run_in_threadpool(_check_text, given.file, root, settings.folders)
     name = await checker.create(given.file, settings.folders)
     return await run_in_threadpool(_created, name, given.start, root, drivers)
@@ -60,77 +60,77 @@ async def create(
 async def validate(
     given: GivenFile, request: Request, root: RootDependency, checker: CheckerDependency, settings: SettingsDependency
 ) -> Plan:
-    """Check a search file wholly, and say what the search is going to do and cost. Nothing is scored."""
+    """Check a search file completely, and return what the search would do and cost. Nothing is scored."""
     await run_in_threadpool(_check_text, given.file, root, settings.folders)
     return await while_connected(request, checker.plan(given.file, settings.folders))
 
 
 @router.get("/{name}")
 def show(name: str, store: StoreDependency, drivers: DriversDependency) -> SearchStatus:
-    """Where a search stands: what `evomerge status --json` prints, with "starting" among the states."""
-    return status_with(store, name, drivers.look(name, store))
+    """The status of a search, as `evomerge status --json` prints it, with "starting" as an additional state."""
+    return status_with(store, name, drivers.state_of(name, store))
 
 
 @router.get("/{name}/summary")
 def summary(name: str, store: StoreDependency, drivers: DriversDependency) -> SearchSummary:
-    """A search as the list of all shows it."""
-    return summary_of(name, store, drivers.look(name, store))
+    """The summary of a search, as in the list of all searches."""
+    return summary_of(name, store, drivers.state_of(name, store))
 
 
 @router.get("/{name}/file", response_class=PlainTextResponse)
 def search_file(name: str, root: RootDependency) -> PlainTextResponse:
-    """The search file, as the search's folder has it."""
+    """The search file in the search's folder."""
     text = read_text(contained(root.folder_of(name), FILE_NAME), FILE_NAME)
     return PlainTextResponse(text, media_type="text/plain; charset=utf-8")
 
 
 @router.post("/{name}/budget", status_code=202)
-def budget(name: str, wanted: NewBudget, store: StoreDependency, drivers: DriversDependency) -> Told:
-    """Change the budget of a search, also while it runs, and go on with it if that is wanted."""
-    return Told(told=drivers.change_budget(name, store, wanted))
+def budget(name: str, wanted: NewBudget, store: StoreDependency, drivers: DriversDependency) -> CommandResult:
+    """Change the budget of a search, even while it is running, and resume it if requested."""
+    return CommandResult(told=drivers.change_budget(name, store, wanted))
 
 
 @router.post("/{name}/pause", status_code=202)
-def pause(name: str, store: StoreDependency, drivers: DriversDependency) -> Told:
-    """Start nothing new until it is resumed; what runs goes on."""
-    return Told(told=drivers.tell(name, store, "pause"))
+def pause(name: str, store: StoreDependency, drivers: DriversDependency) -> CommandResult:
+    """Start nothing new until the search is resumed; running candidates continue."""
+    return CommandResult(told=drivers.send_command(name, store, "pause"))
 
 
 @router.post("/{name}/resume", status_code=202)
-def resume(name: str, store: StoreDependency, drivers: DriversDependency) -> Told:
-    """Wake the driver of a search, or start one where there is none."""
-    return Told(told=drivers.resume(name, store))
+def resume(name: str, store: StoreDependency, drivers: DriversDependency) -> CommandResult:
+    """Resume the paused driver of a search, or start one if there is none."""
+    return CommandResult(told=drivers.resume(name, store))
 
 
 @router.post("/{name}/stop", status_code=202)
-def stop(name: str, store: StoreDependency, drivers: DriversDependency) -> Told:
-    """Let what runs finish, then end. The search can be resumed."""
-    return Told(told=drivers.tell(name, store, "stop"))
+def stop(name: str, store: StoreDependency, drivers: DriversDependency) -> CommandResult:
+    """Let running candidates finish, then end. The search can be resumed."""
+    return CommandResult(told=drivers.send_command(name, store, "stop"))
 
 
 @router.post("/{name}/cancel", status_code=202)
-def cancel(name: str, store: StoreDependency, drivers: DriversDependency) -> Told:
-    """End now. The search can be resumed."""
-    return Told(told=drivers.tell(name, store, "cancel"))
+def cancel(name: str, store: StoreDependency, drivers: DriversDependency) -> CommandResult:
+    """End immediately. The search can be resumed."""
+    return CommandResult(told=drivers.send_command(name, store, "cancel"))
 
 
 @router.post("/{name}/confirm", status_code=202)
-def confirm(name: str, store: StoreDependency, drivers: DriversDependency) -> Told:
-    """Score the front and the best on the held-out split, and name the winner, without going on with the search."""
+def confirm(name: str, store: StoreDependency, drivers: DriversDependency) -> CommandResult:
+    """Score the front and the best on the held-out split and choose the winner, without continuing the search."""
     drivers.start(name, store, "confirm")
-    return Told(told=f"started a confirmation of {name}")
+    return CommandResult(told=f"started a confirmation of {name}")
 
 
 @router.get("/{name}/logs/{file}", response_class=PlainTextResponse)
 def log(name: str, file: Annotated[str, InPath(max_length=200)], root: RootDependency) -> FileResponse:
-    """A log: driver.log, or that of a candidate, such as c0042.log."""
+    """A log: driver.log, or the log of a candidate, such as c0042.log."""
     folder = root.folder_of(name)
     log_file = contained(folder, file if file == LOG_NAME else f"{LOGS_NAME}/{file}")
     return FileResponse(log_file, media_type="text/plain; charset=utf-8")
 
 
 def _check_text(text: str, root: Root, folders: Sequence[Path]) -> None:
-    """Refuse what is wrong with a search file by its text alone, and the name of a search that is there (409)."""
+    """Refuse a search file whose text alone is already wrong, or whose name is already taken (409)."""
     file = checked_file(text, folders)
     if root.has(file.name):
         fault = Fault(field=f"{PLACE}: name", problem=f"{file.name} already exists", hint="Choose another.")
@@ -138,15 +138,15 @@ def _check_text(text: str, root: Root, folders: Sequence[Path]) -> None:
 
 
 def _created(name: str, start: bool, root: Root, drivers: Drivers) -> SearchStatus:
-    """A search that was just made, with its driver started where that is wanted."""
+    """The status of a search that was just created, after starting its driver if requested."""
     with root.store(name) as store:
         if start:
             drivers.start(name, store)
-        return status_with(store, name, drivers.look(name, store))
+        return status_with(store, name, drivers.state_of(name, store))
 
 
 def status_with(store: Store, name: str, driver: DriverState) -> SearchStatus:
-    """Where a search stands, by the name that it has here, and with what is known of its driver."""
+    """The status of a search, under the name that it has here, including the state of its driver."""
     status = status_of(store)
     update: dict[str, Any] = {"name": name}
     if (driver.state, status.state) != ("finished", UNCONFIRMED):

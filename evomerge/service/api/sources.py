@@ -1,4 +1,4 @@
-"""Models that a search may merge: those in the allowed folders, and what they are."""
+"""Models that a search may merge: listing those in the allowed folders, and inspecting them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from evomerge.errors import InputError
 from evomerge.files import read_json
 from evomerge.printable import printable
 from evomerge.service.allowed import is_hub_id, located
-from evomerge.service.bodies import Found, GivenSources, Sources
+from evomerge.service.bodies import FoundModel, GivenSources, Sources
 from evomerge.service.dependencies import CheckerDependency, SettingsDependency
-from evomerge.service.leaving import while_connected
+from evomerge.service.disconnects import while_connected
 from evomerge.service.problems import RESPONSES
 
 router = APIRouter(prefix="/api/v1/sources", tags=["sources"], responses=RESPONSES)
 
-_DEPTH = 3  # folders below an allowed one that are looked into: org/model, or a hub cache's snapshots
+_DEPTH = 3  # levels of folders that are searched: enough for org/model, or the snapshots of a hub cache
 _MAX = 1000
 
 
 @router.get("")
 def sources(settings: SettingsDependency) -> Sources:
-    """The model folders and adapters that lie in the allowed folders."""
-    by_path: dict[Path, Found] = {}
+    """The model folders and adapters in the allowed folders."""
+    by_path: dict[Path, FoundModel] = {}
     for folder in settings.sources:
         for path, source in _models(folder, _DEPTH):
             by_path.setdefault(path, source)
@@ -44,10 +44,10 @@ def sources(settings: SettingsDependency) -> Sources:
     )
 
 
-def _with_base(adapter: Path, source: Found, base: str, models: Mapping[Path, Found]) -> Found:
-    """An adapter with the reference by which it is merged: on a model that is here, or on the hub.
+def _with_base(adapter: Path, source: FoundModel, base: str, models: Mapping[Path, FoundModel]) -> FoundModel:
+    """An adapter with the reference by which it can be merged, if its base model is here or on the hub.
 
-    A model is known by its path, from here or from the adapter's folder, or by its folder's name if no other has it.
+    The base is found by its path, relative to here or to the adapter's folder, or by the name of its folder if unique.
     """
     here = [models.get(Path(os.path.realpath(place / base))) for place in (Path.cwd(), adapter)]
     named = [model for model in models.values() if model.name == Path(base).name]
@@ -63,25 +63,29 @@ _INSPECTION = {"content": {"application/json": {"schema": {"$ref": "#/components
 async def inspect(
     given: GivenSources, request: Request, checker: CheckerDependency, settings: SettingsDependency
 ) -> JSONResponse:
-    """What models are, and how close they are to each other, layer by layer. Takes as long as reading them."""
+    """Describe models and how close they are to each other, layer by layer. Takes as long as reading them."""
     sources, base = await run_in_threadpool(_located, given, settings.folders)
     return JSONResponse(await while_connected(request, checker.inspect(sources, base)))
 
 
 def _located(given: GivenSources, folders: Sequence[Path]) -> tuple[dict[str, str], str | None]:
-    """The models to inspect, and the base among them, by folders that are allowed and absolute."""
+    """The models to inspect and the base, as references with allowed, absolute folders."""
     sources = {name: located(reference, f"sources.{name}", folders) for name, reference in given.sources.items()}
     base = None if given.base is None else sources.get(given.base) or located(given.base, "base", folders)
     return sources, base
 
 
-def _models(folder: Path, depth: int) -> Iterator[tuple[Path, Found]]:
-    """Model folders and adapters in a folder, links not followed."""
+def _models(folder: Path, depth: int) -> Iterator[tuple[Path, FoundModel]]:
+    """Model folders and adapters in a folder; symlinks are not followed."""
     try:
         str(folder).encode()
         inner = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_symlink())
         source, folders = _source_in(folder, inner), [path for path in inner if path.is_dir()]
-    except (OSError, ValueError, InputError):  # not ours to read, no text, or another program's config.json
+    except (
+        OSError,
+        ValueError,
+        InputError,
+    ):  # unreadable, a name that is not text, or a foreign config.json
         return
     if source is not None:
         yield folder, source
@@ -90,21 +94,21 @@ def _models(folder: Path, depth: int) -> Iterator[tuple[Path, Found]]:
             yield from _models(path, depth - 1)
 
 
-def _source_in(folder: Path, inner: Sequence[Path]) -> Found | None:
-    """What a folder with these files holds; None of neither a model nor an adapter."""
+def _source_in(folder: Path, inner: Sequence[Path]) -> FoundModel | None:
+    """The model or adapter in a folder with these files; None if there is none."""
     files = {path.name for path in inner if path.is_file()}
     size = sum(path.stat().st_size for path in inner if path.suffix == ".safetensors")
-    if "model_index.json" in files:  # of diffusers, whose components are folders within
+    if "model_index.json" in files:  # diffusers, whose components are in subfolders
         kind = _config_text(folder / "model_index.json", "_class_name")
         held = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
-        return Found(name=folder.name, reference=str(folder), model_type=kind, bytes=held)
+        return FoundModel(name=folder.name, reference=str(folder), model_type=kind, bytes=held)
     if "config.json" in files:
         kind = _config_text(folder / "config.json", "model_type")
-        return Found(name=folder.name, reference=str(folder), model_type=kind, bytes=size)
+        return FoundModel(name=folder.name, reference=str(folder), model_type=kind, bytes=size)
     if "adapter_config.json" in files:
         config = folder / "adapter_config.json"
         kind, base = _config_text(config, "peft_type"), _config_text(config, "base_model_name_or_path")
-        return Found(name=folder.name, reference=None, model_type=kind, bytes=size, adapter_of=base)
+        return FoundModel(name=folder.name, reference=None, model_type=kind, bytes=size, adapter_of=base)
     return None
 
 

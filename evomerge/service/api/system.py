@@ -1,4 +1,4 @@
-"""Health, metrics for Prometheus, and the way in and out for browsers."""
+"""Health, metrics for Prometheus, and login and logout for browsers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from evomerge.service.bodies import Health
 from evomerge.service.dependencies import DriversDependency, RootDependency
-from evomerge.service.guard import Door, address_of, cookie_of, local_target, too_often
+from evomerge.service.guard import Authenticator, address_of, cookie_of, local_target, too_many_failures
 from evomerge.service.problems import RESPONSES
 from evomerge.service.summary import summaries_of
 
@@ -18,16 +18,16 @@ router = APIRouter(responses=RESPONSES)
 @router.get("/api/v1/health", tags=["system"])
 @router.get("/healthz", include_in_schema=False)
 async def health() -> Health:
-    """Whether the server answers. The only part of the API that needs no token; also at /healthz, where probes look.
+    """Whether the server is up. The only part of the API that needs no token; also at /healthz for probes.
 
-    Asynchronous: it waits for no thread, whatever the others are doing.
+    It is asynchronous, so it needs no worker thread and responds even if all of them are busy.
     """
     return Health(status="ok")
 
 
 @router.get("/api/v1/metrics", tags=["system"], response_class=PlainTextResponse)
 def metrics(root: RootDependency, drivers: DriversDependency) -> str:
-    """Every search in the text format of Prometheus."""
+    """Metrics of all searches in the text format of Prometheus."""
     registry = CollectorRegistry()
 
     def gauge(name: str, text: str, *labels: str) -> Gauge:
@@ -53,21 +53,21 @@ def metrics(root: RootDependency, drivers: DriversDependency) -> str:
 
 @router.post("/login", include_in_schema=False)
 def login(request: Request, token: str = Form(max_length=1000), next: str = Form("/", max_length=2000)) -> Response:
-    """Give a browser its cookie for the token of the form."""
-    door: Door = request.app.state.door
+    """Log a browser in with the token from the form."""
+    authenticator: Authenticator = request.app.state.authenticator
     address = address_of(request.scope)
-    wait = door.wait_s(address)
-    if not door.opens(token.strip(), address):
-        return too_often(wait) if wait else RedirectResponse("/login?failed=1", 303)
+    wait = authenticator.lockout_s(address)
+    if not authenticator.accepts(token.strip(), address):
+        return too_many_failures(wait) if wait else RedirectResponse("/login?failed=1", 303)
     response = RedirectResponse(local_target(next), 303)
-    door.let_in(response, request.url.scheme)
+    authenticator.log_in(response, request.url.scheme)
     return response
 
 
 @router.post("/logout", include_in_schema=False)
 def logout(request: Request) -> Response:
-    """End the browser's cookie."""
-    door: Door = request.app.state.door
+    """Log a browser out."""
+    authenticator: Authenticator = request.app.state.authenticator
     response = RedirectResponse("/login", 303)
-    door.see_off(response, cookie_of(request.headers, door.cookie_name))
+    authenticator.log_out(response, cookie_of(request.headers, authenticator.cookie_name))
     return response

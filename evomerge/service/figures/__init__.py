@@ -1,6 +1,6 @@
-"""Figures of a search, one function each, from its store alone: plotly figures that say in words what they leave out.
+"""Plotly figures of a search, one function each, from its store alone. Notes say what a figure leaves out.
 
-Each works on a search that has just begun, and answers in a fraction of a second after 10,000 candidates.
+Each works for a search that has just begun, and takes a fraction of a second for 10,000 candidates.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from evomerge.service.figures import chosen, front, genes, grid, progress, proxy
 from evomerge.service.figures.progress import Over
 from evomerge.store import Store
 
-__all__ = ["NAMES", "Name", "Over", "Wish", "draw", "draw_path", "draw_recipe"]
+__all__ = ["NAMES", "FigureOptions", "Name", "Over", "draw", "draw_path", "draw_recipe"]
 
 Name = Literal[
     "front",
@@ -37,14 +37,14 @@ NAMES: tuple[Name, ...] = get_args(Name)
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a figure is to show, where it has a choice.
+class FigureOptions:
+    """Options of figures; each figure uses some of them.
 
     Attributes:
-        x, y: objectives of the front; the first two by default.
-        over: what the history goes by.
-        objective: which one it is about; the first by default.
-        parameter: of the slice; the first by default.
+        x, y: the objectives on the axes of the front; by default the first two.
+        over: the x axis of the history.
+        objective: the objective that the figure is about; by default the first.
+        parameter: the parameter of the slice; by default the first.
     """
 
     x: str | None = None
@@ -54,31 +54,31 @@ class Wish:
     parameter: str | None = None
 
 
-_DRAWN: Mapping[Name, Callable[[Store, Wish], go.Figure]] = {
-    "front": lambda store, wish: front.front(store, wish.x, wish.y),
-    "grid": lambda store, wish: grid.grid(store, wish.objective),
-    "history": lambda store, wish: progress.history(store, wish.over, wish.objective),
-    "hypervolume": lambda store, wish: progress.hypervolume(store),
-    "importance": lambda store, wish: genes.importance(store, wish.objective),
-    "proxy": lambda store, wish: proxy.proxy(store),
-    "slice": lambda store, wish: genes.slice_(store, wish.parameter, wish.objective),
-    "parallel": lambda store, wish: genes.parallel(store, wish.objective),
-    "timeline": lambda store, wish: workers.timeline(store),
-    "curse": lambda store, wish: chosen.curse(store),
-    "failures": lambda store, wish: workers.failures(store),
-    "constraints": lambda store, wish: chosen.constraints(store),
-    "team": lambda store, wish: team.team(store),
-    "coverage": lambda store, wish: team.coverage(store),
+_DRAWN: Mapping[Name, Callable[[Store, FigureOptions], go.Figure]] = {
+    "front": lambda store, options: front.front(store, options.x, options.y),
+    "grid": lambda store, options: grid.grid(store, options.objective),
+    "history": lambda store, options: progress.history(store, options.over, options.objective),
+    "hypervolume": lambda store, options: progress.hypervolume(store),
+    "importance": lambda store, options: genes.importance(store, options.objective),
+    "proxy": lambda store, options: proxy.proxy(store),
+    "slice": lambda store, options: genes.slice_(store, options.parameter, options.objective),
+    "parallel": lambda store, options: genes.parallel(store, options.objective),
+    "timeline": lambda store, options: workers.timeline(store),
+    "curse": lambda store, options: chosen.curse(store),
+    "failures": lambda store, options: workers.failures(store),
+    "constraints": lambda store, options: chosen.constraints(store),
+    "team": lambda store, options: team.team(store),
+    "coverage": lambda store, options: team.coverage(store),
 }
 
 
-def draw(store: Store, name: Name, wish: Wish | None = None) -> go.Figure:
+def draw(store: Store, name: Name, options: FigureOptions | None = None) -> go.Figure:
     """A figure of a search.
 
     Raises:
-        KeyError: the wish names an objective or a parameter that the search has not.
+        KeyError: ``options`` names an objective or a parameter that the search does not have.
     """
-    return _DRAWN[name](store, wish or Wish())
+    return _DRAWN[name](store, options or FigureOptions())
 
 
 def draw_recipe(store: Store, number: int) -> go.Figure:

@@ -1,4 +1,4 @@
-"""What becomes of the chosen: search against held-out scores, and how constraints are kept."""
+"""How chosen candidates turn out: search scores against held-out scores, and constraints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from evomerge.service.reading import columns_of, thinned, value_text
 from evomerge.store import Store
 from evomerge.store.rows import number_of
 
-_PANEL = 340  # pixels of one plot of several
+_PANEL = 340  # height in pixels of one of several plots
 
 _CONFIRMED = Mark(BLUE, "circle", 8)
 _DRAWN = Mark(BLUE, "circle-open", 8)
@@ -37,9 +37,9 @@ _KEPT, _MISSED = Mark(BLUE, "circle", 5), Mark(PINK, "x-thin-open", 7)
 
 
 def curse(store: Store) -> go.Figure:
-    """Search against held-out score in what decides, or where nothing does in every objective, of all that have both.
+    """Search score against held-out score of all candidates that have both, one plot for each number that decides.
 
-    On the diagonal a candidate is as good as it looked. Bars are standard errors.
+    A candidate on the diagonal is as good as it looked. Bars are standard errors.
     """
     panels = {curse.objective: _curse(curse) for curse in curse_of(store).all if curse.points}
     if not panels:
@@ -48,7 +48,7 @@ def curse(store: Store) -> go.Figure:
 
 
 def _curse(curse: Curse) -> go.Figure:
-    """The picture of one number."""
+    """The plot of one number."""
     groups = (
         ("shortlist", _CONFIRMED, [p for p in curse.candidates if p.confirmed and not p.winner]),
         ("drawn only", _DRAWN, [p for p in curse.candidates if not p.confirmed and not p.winner]),
@@ -67,7 +67,7 @@ def _curse(curse: Curse) -> go.Figure:
 
 
 def _lines(curse: Curse) -> list[go.Scatter]:
-    """The diagonal, and the regression among what was found."""
+    """The diagonal, and the regression over the candidates that the search found."""
     means = [value.mean for point in curse.points for value in (point.search, point.held_out)]
     ends = [min(means), max(means)]
     look = {"color": GREY, "width": 1.2, "dash": "dash"}
@@ -109,7 +109,7 @@ def _words(point: SplitScores) -> str:
 
 
 def constraints(store: Store) -> go.Figure:
-    """Each constraint over the candidates, with its threshold; those that miss it have another shape."""
+    """Each constraint over the candidates, with its threshold; candidates that violate it have another shape."""
     columns = columns_of(store)
     limits = constraints_of(columns.search.record)
     if not limits:

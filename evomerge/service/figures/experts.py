@@ -1,4 +1,4 @@
-"""Experts of a routed candidate as a picture: in which layers they live, and how much of them tokens were given."""
+"""The experts of a routed candidate as a picture: the layers that they are in, and how much tokens use them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from evomerge.recipes.use import ExpertUse
 from evomerge.report.allocation import columns_of, depth_of, entropy_at, lives, share_at
 from evomerge.service.figures.style import AREA_SCALE, figure, safe
 
-_ROW, _ROOM, _MIN = 28, 150, 240  # pixels of a layer, of axes and notes, and of the whole at least
+_ROW, _ROOM, _MIN = 28, 150, 240  # heights in pixels: a layer, axes and notes, and the minimum of the figure
 
 
 def experts(recipe: RoutedRecipe, uses: Mapping[str, ExpertUse]) -> go.Figure:
-    """A heat map: layers from the first (below) to the last, by experts; and beside it what each task was given.
+    """A heat map of layers, from the first (bottom) to the last, by experts, with the use by each task beside it.
 
-    A cell is an expert's share of all that the gates of its layer let through, a mean over tasks. An empty one is of a
-    layer in which the expert does not live. Where nothing was measured, experts have equal shares where they live.
+    A cell is an expert's share of the gate weights of its layer, averaged over tasks. It is empty if the layer does not
+    have the expert. If nothing was measured, all experts of a layer have equal shares.
     """
     columns, layers = columns_of(recipe), range(depth_of(recipe))
     shares = np.array([[_share(recipe, uses, layer, n) for n in range(len(columns))] for layer in layers])

@@ -1,4 +1,4 @@
-"""The front of a search, and every candidate beside it."""
+"""The front of a search, with all other candidates."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from evomerge.store.record import Measure
 from evomerge.store.rows import Estimate, candidate_id
 
 _BASELINES = (("sources", "source"), ("uniform average", "average"), ("defaults", "default"), ("fitted", "fit"))
-"""What baselines are called that are told apart by colour or name, and their origin."""
+"""The legend names of kinds of baselines, and their origins."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Axis:
-    """One axis: values and errors float64 [n]; without a measure they are candidates' numbers."""
+    """One axis: values and errors float64 [n]; if it has no measure, the values are candidate numbers."""
 
     measure: Measure | None
     values: Values
@@ -59,13 +59,13 @@ class _Axis:
 
 
 def front(store: Store, x: str | None = None, y: str | None = None) -> go.Figure:
-    """Candidates by two objectives, ``x`` and ``y`` (the first two), or by number and the only objective.
+    """Candidates by two objectives, ``x`` and ``y`` (by default the first two), or by number and the only objective.
 
-    Each point's ``customdata`` is the candidate's number. Bars are standard errors, drawn for what is marked; every
-    point says its own on hovering. Held-out scores are stars, joined to the search score of the same candidate.
+    Each point's ``customdata`` is the candidate's number. Bars are standard errors and drawn for highlighted points
+    only; every point shows its own on hover. Held-out scores are stars, joined to the candidate's search score.
 
     Raises:
-        KeyError: ``x`` or ``y`` is no objective of the search.
+        KeyError: ``x`` or ``y`` is not an objective of the search.
     """
     columns = columns_of(store)
     return _Front(store, columns, *_axes(store, columns, x, y)).draw()
@@ -84,7 +84,7 @@ def _axes(store: Store, columns: Columns, x: str | None, y: str | None) -> tuple
 
 
 class _Front:
-    """What is drawn, group by group."""
+    """Draws the figure group by group."""
 
     def __init__(self, store: Store, columns: Columns, x: _Axis, y: _Axis) -> None:
         self._store, self._columns, self._x, self._y = store, columns, x, y
@@ -127,7 +127,7 @@ class _Front:
         )
 
     def _bounds(self, axis: _Axis) -> list[float] | None:
-        """The range of an axis that a few poor models do not stretch; None where all fit."""
+        """The range of an axis without outliers, so that a few poor models do not stretch it; None if all fit."""
         if axis.measure is None:
             return None
         kept = self._columns.on_front & ~self._columns.baseline
@@ -169,7 +169,7 @@ class _Front:
         return trace
 
     def _named(self, name: str, mask: Mask) -> go.Scatter:
-        """Candidates with their names above them."""
+        """Candidates labelled with their names."""
         trace = self._marked_points(name, mask)
         names = [safe(self._columns.labels[at]) for at in np.flatnonzero(mask)]
         return trace.update(
@@ -177,7 +177,7 @@ class _Front:
         )
 
     def _front_traces(self) -> list[go.Scatter]:
-        """The front, along with the line that bounds what it reaches where all of it is seen."""
+        """The front, with its attainment line if all of the front is visible."""
         mask = self._known & self._columns.on_front
         if not mask.any():
             return []
@@ -187,7 +187,7 @@ class _Front:
         if len(self._columns.objectives) > 2:
             return [points]
         order = np.argsort(self._x.values[mask], kind="stable")
-        # Between two points the better of them in y counts that reaches as far in x.
+        # Between two points, the line follows the best y among those that reach this x.
         shape = "vh" if self._x.measure.maximise else "hv"
         line = go.Scatter(
             x=self._x.values[mask][order],

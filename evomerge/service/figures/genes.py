@@ -1,4 +1,4 @@
-"""How genes relate to the score: Optuna's own pictures of the projected study, in our colours."""
+"""How parameters relate to the score: Optuna's plots of the projected study, in our colours."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from evomerge.store import Store
 from evomerge.store.record import Measure
 
 MIN = 10
-"""Candidates of which an importance is told at all; PED-ANOVA looks at the best tenth."""
+"""The minimum number of candidates for an importance; PED-ANOVA looks at the best tenth."""
 
-_STEADY = 50  # from so many on that tenth holds the five that its authors ask for
-_MAX_LINES = 100  # of parallel coordinates, half of them the best: more is a carpet
-_MAX_TICKED = 7  # axes of parallel coordinates that have room for their values
-_LETTERS = 28  # of a parameter's name on an axis
-_LINE = 16  # letters of a line of it, where its parts stand below each other
-_AXIS, _SIDES = 90, 50  # pixels of an axis of parallel coordinates, at the least, and beside them all
-_ROOM = 1.2  # times the longest bar, for the number behind it
+_STEADY = 50  # with this many candidates, that tenth has the five that the authors of PED-ANOVA ask for
+_MAX_LINES = 100  # in parallel coordinates, half of them the best candidates; more would be illegible
+_MAX_TICKED = 7  # axes of parallel coordinates that have room for tick labels
+_LETTERS = 28  # the maximum length of a parameter's name on an axis
+_LINE = 16  # letters per line if the name is broken into lines
+_AXIS, _SIDES = 90, 50  # pixels: the minimum width of an axis of parallel coordinates, and the margins
+_ROOM = 1.2  # the range relative to the longest bar, which leaves room for the number after it
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -36,10 +36,10 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 def importance(store: Store, objective: str | None = None) -> go.Figure:
     """How much each parameter decides whether a candidate is among the best tenth, by PED-ANOVA.
 
-    Watanabe, Bansal and Hutter, "PED-ANOVA" (IJCAI 2023), by Optuna.
+    Watanabe, Bansal and Hutter, "PED-ANOVA" (IJCAI 2023), as implemented in Optuna.
 
     Raises:
-        KeyError: ``objective`` is none of the search.
+        KeyError: ``objective`` is not an objective of the search.
     """
     projection = projection_of(store)
     measure = projection.columns.objective(objective)
@@ -63,9 +63,10 @@ def importance(store: Store, objective: str | None = None) -> go.Figure:
 
 
 def slice_(store: Store, parameter: str | None = None, objective: str | None = None) -> go.Figure:
-    """Score by one parameter, a point a candidate; coloured by when it came.
+    """Score by one parameter, with a point per candidate, coloured by age.
 
-    ``parameter`` is one of the space, or a mean of several as the other pictures name it; the first one by none.
+    ``parameter`` is a parameter of the space, or a mean of several under the name in the other figures; by default the
+    first.
 
     Raises:
         KeyError: there is no such parameter or objective.
@@ -93,10 +94,10 @@ def slice_(store: Store, parameter: str | None = None, objective: str | None = N
 
 
 def parallel(store: Store, objective: str | None = None) -> go.Figure:
-    """Parameters and score as lines, a line a candidate, coloured by its score.
+    """Parallel coordinates of parameters and score, with a line per candidate, coloured by its score.
 
     Raises:
-        KeyError: ``objective`` is none of the search.
+        KeyError: ``objective`` is not an objective of the search.
     """
     projection = projection_of(store)
     measure = projection.columns.objective(objective)
@@ -114,7 +115,7 @@ def parallel(store: Store, objective: str | None = None) -> go.Figure:
 
 
 def _few(projection: Projection, measure: Measure) -> Projection:
-    """The candidates that parallel coordinates have room for: the best half of them, and the rest evenly."""
+    """The candidates that fit into parallel coordinates: half of them the best, the others spread evenly."""
     if len(projection.numbers) <= _MAX_LINES:
         return projection
     place = next(i for i, o in enumerate(projection.columns.objectives) if o.name == measure.name)
@@ -135,10 +136,10 @@ def _few(projection: Projection, measure: Measure) -> Projection:
 
 
 def _restyled(drawn: go.Figure, names: list[str], notes: list[str]) -> go.Figure:
-    """Optuna's parallel coordinates without its title and ground, in a scale that is legible in light and dark.
+    """Optuna's parallel coordinates without title and background, in a colour scale that is legible in light and dark.
 
-    Its lines begin at the objective, scaled to 0 to 1, and go on through ``names``, which Optuna sorts; the last trace
-    is the colour bar, which the axis of the objective makes needless.
+    The lines begin at the objective, scaled to 0 to 1, and go on through ``names``, which Optuna sorts. The last trace
+    is the colour bar, which is redundant because the objective has its own axis.
     """
     *lines, bar = drawn.data
     for line in lines:
@@ -147,7 +148,7 @@ def _restyled(drawn: go.Figure, names: list[str], notes: list[str]) -> go.Figure
     bar.marker.showscale = False
     layout: dict[str, Any] = drawn.layout.to_plotly_json()
     if len(drawn.layout.xaxis.tickvals) > _MAX_TICKED:
-        layout.pop("annotations", None)  # of neighbouring axes they would lie upon each other; hovering tells them
+        layout.pop("annotations", None)  # those of neighbouring axes would overlap; they are shown on hover
     for annotation in layout.get("annotations", ()):
         annotation["font"] = {"color": GREY, "size": 10}
     layout["xaxis"]["ticktext"] = [_lines(name) for name in names]
@@ -164,7 +165,7 @@ def _places(projection: Projection) -> list[int]:
 
 
 def _lines(name: str) -> str:
-    """A parameter's name in short lines, broken behind its dots and underscores."""
+    """A parameter's name in short lines, broken after dots and underscores."""
     lines = [""]
     for part in re.findall(r"[^._]*[._]|[^._]+", name):
         if lines[-1] and len(lines[-1]) + len(part) > _LINE:

@@ -1,4 +1,4 @@
-"""The niches of a search with features: a cell for each, in the colour of the best score there."""
+"""The niches of a search with features: a cell for each, coloured by the best score in it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from evomerge.store import Store
 
 
 def grid(store: Store, objective: str | None = None) -> go.Figure:
-    """The first two features as axes, the best elite of each cell by its score; of further features the best of all.
+    """The best elite of each cell by its score, with the first two features as axes.
 
-    Each cell's ``customdata`` is the candidate's number.
+    If there are more features, a cell shows the best of all its niches. Each cell's ``customdata`` is the candidate's
+    number.
 
     Raises:
-        KeyError: ``objective`` is none of the search.
+        KeyError: ``objective`` is not an objective of the search.
     """
     columns, features = columns_of(store), features_of(store.search().record)
     measure = columns.objective(objective)
@@ -34,7 +35,7 @@ def grid(store: Store, objective: str | None = None) -> go.Figure:
     best: dict[tuple[int, int], int] = {}
     for at in sorted(elites.tolist(), key=lambda at: means[at], reverse=not measure.maximise):
         niche = columns.niches[at]
-        best[niche[0], niche[1] if len(features) > 1 else 0] = at  # the best comes last, and stays
+        best[niche[0], niche[1] if len(features) > 1 else 0] = at  # the best comes last and wins
     scores, numbers = np.full((2, len(along[1]), len(across[1])), np.nan)
     words = np.full(scores.shape, "", dtype=object)
     for (x, y), at in best.items():
@@ -62,7 +63,7 @@ def grid(store: Store, objective: str | None = None) -> go.Figure:
 
 
 def _beyond(store: Store, columns: Columns, features: Mapping[str, FeatureRange]) -> list[str]:
-    """What is said of values outside of the range of a feature, which stand in its first or last bin."""
+    """Notes about values outside the range of a feature, which are in its first or last bin."""
     notes = []
     for name, feature in features.items():
         values, _, _ = columns.measured(store, name)
@@ -74,7 +75,7 @@ def _beyond(store: Store, columns: Columns, features: Mapping[str, FeatureRange]
 
 
 def _shown(features: Mapping[str, FeatureRange]) -> list[tuple[str, Values]]:
-    """Title and the middles of the bins of both axes; an only feature stands over an axis of one bin."""
+    """The titles and bin centres of both axes; with a single feature, the second axis has one bin."""
     axes = [
         (name, feature.low + (np.arange(feature.bins, dtype=np.float64) + 0.5) * feature.width)
         for name, feature in features.items()

@@ -1,4 +1,4 @@
-"""How far a search has come: the best so far, and the volume that its front covers."""
+"""The progress of a search: the best so far, and the volume that its front covers."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from evomerge.store.rows import candidate_id
 
 Over = Literal["candidates", "hours"]
 
-_PANEL = 260  # pixels of one plot of several
+_PANEL = 260  # height in pixels of one of several plots
 
 
 def history(store: Store, over: Over = "candidates", objective: str | None = None) -> go.Figure:
-    """The best so far of those that may win, beside the best source and the uniform average: in what decides, or where
-    nothing does in every objective, one below the other.
+    """The best eligible candidate so far, with the best source and the uniform average: a plot for each number that
+    decides, one below the other.
 
     Args:
-        over: candidates in the order asked, or hours since the search began, pauses included, in the order finished.
-        objective: the one to show.
+        over: candidates in the order asked, or hours since the search began, including pauses, in the order finished.
+        objective: the only objective to show.
 
     Raises:
-        KeyError: ``objective`` is none of the search.
+        KeyError: ``objective`` is not an objective of the search.
     """
     columns = columns_of(store)
     measures = columns.numbers_that_decide if objective is None else [columns.objective(objective)]
@@ -88,7 +88,7 @@ def _history(store: Store, columns: Columns, measure: Number, over: Over) -> go.
 
 
 def _is_best_source(columns: Columns, means: Values, measure: Number) -> Mask:
-    """Marks the source that is best in a measure, which the others are set against."""
+    """A mask of the source that is best in a measure, with which the others are compared."""
     marks: Mask = np.zeros(len(means), dtype=np.bool_)
     sources = np.flatnonzero(columns.baseline & columns.of_origin("source") & np.isfinite(means))
     if len(sources):
@@ -118,7 +118,7 @@ def _dots(
 def _best_line(
     columns: Columns, order: Any, steps: Any, where: Values, best: Values, errors: Values, end: float, name: str
 ) -> go.Scatter:
-    """The line of the best, which changes at ``steps``, up to the last candidate."""
+    """The line of the best so far, which changes at ``steps``, up to the last candidate."""
     at = order[steps]
     words = [
         f"<b>best so far: {safe(columns.names[i])}</b><br>"
@@ -134,7 +134,7 @@ def _best_line(
 
 
 def _baseline_lines(columns: Columns, means: Values, errors: Values, measure: Number, end: float) -> list[go.Scatter]:
-    """The best source with its error as a band, and the uniform average, whether or not they keep constraints."""
+    """The best source with its error as a band, and the uniform average, even if they violate constraints."""
     known = columns.baseline & np.isfinite(means)
     traces = []
     for at in np.flatnonzero(_is_best_source(columns, means, measure)).tolist():
@@ -164,7 +164,7 @@ def _level(name: str, value: float, end: float, colour: str, dash: str, words: s
 
 
 def hypervolume(store: Store) -> go.Figure:
-    """The volume between the front and a reference point, the worst of the baselines in each objective."""
+    """The hypervolume between the front and a reference point: the worst of the baselines in each objective."""
     columns = columns_of(store)
     if len(columns.objectives) == 1:
         return figure(notes=["There is one objective: the best so far says it all."])
@@ -196,19 +196,19 @@ def hypervolume(store: Store) -> go.Figure:
 
 
 def _losses(store: Store, columns: Columns) -> Values:
-    """All objectives so that less is better: float64 [n, objectives]."""
+    """All objectives with signs such that lower is better: float64 [n, objectives]."""
     losses = [-o.sign * columns.measured(store, o.name)[0] for o in columns.objectives]
     return np.stack(losses, axis=1)
 
 
 def reference_of(losses: Values, known: Mask, baseline: Mask) -> Values:
-    """The worst of the baselines in each objective, float64 [m]; the worst of all where no baseline is known."""
+    """The worst of the baselines in each objective, float64 [m]; if no baseline is known, the worst of all."""
     marks = known & baseline
     return np.asarray(losses[marks if marks.any() else known].max(axis=0))
 
 
 def growth(losses: Values, known: Mask, reference: Values) -> tuple[list[int], list[float]]:
-    """Where the front of the known rows so far covers more than before, and what it covers then."""
+    """The positions at which the hypervolume of the known rows grows, and its values there."""
     front = np.empty((0, losses.shape[1]))
     at: list[int] = []
     volumes: list[float] = []

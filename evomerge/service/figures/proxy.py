@@ -1,4 +1,4 @@
-"""What the right answers would like: the gradient of the proxy, a cell for each number of the search space."""
+"""The gradient of the proxy, the likelihood of right answers, with a cell for each number of the search space."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from evomerge.store.events import Descent
 
 
 def proxy(store: Store) -> go.Figure:
-    """By part of the model and by number, which way the latest descent began: up or down, and how strongly.
+    """The initial direction of the latest descent, by part of the model and by number.
 
-    A cell is the negative derivative of the proxy, times the range of its number, beside the largest one.
+    A cell is the negative derivative of the proxy times the range of its number, relative to the largest one.
     """
     events = store.events(kinds=("descent",), newest=1)
     if not events:
@@ -45,4 +45,4 @@ def proxy(store: Store) -> go.Figure:
 
 def _words(group: str, name: str, share: float) -> str:
     way = "more" if share > 0 else "less"
-    return f"<b>{safe(group)}</b><br>{safe(name)}: {way}, {abs(share):.0%} of the strongest wish"
+    return f"<b>{safe(group)}</b><br>{safe(name)}: {way}, {abs(share):.0%} of the largest"

@@ -1,4 +1,4 @@
-"""The recipe of one candidate as a picture: what every part of the model takes of every source, and its path."""
+"""The recipe of one candidate as a picture: how much each part of the model takes from each source, and its path."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from evomerge.store import Store
 from evomerge.store.rows import candidate_id
 
 _Part = tuple[str, Blend, Hop | None]
-"""What a part is called, the blend that makes it, and the step of the path where it is one."""
+"""The name of a part, its blend, and the hop of the path if it is one."""
 
-_MAX_WRITTEN, _WRITTEN_ROW = 60, 28  # cells that have room for their numbers, and the height of a row of such
-_ROW, _ROOM, _MIN = 15, 130, 240  # pixels of a part, of axes and notes, and of the whole at least
+_MAX_WRITTEN, _WRITTEN_ROW = 60, 28  # the most cells that have their numbers written in them, and their height
+_ROW, _ROOM, _MIN = 15, 130, 240  # heights in pixels: a part, axes and notes, and the minimum of the figure
 
 
 def recipe(store: Store, number: int) -> go.Figure:
-    """A heat map of weights: parts of the model from embedding (below) to head, by sources.
+    """A heat map of weights: parts of the model from embedding (bottom) to head, by sources.
 
-    A weight is the one that the blend gives to a source, as it stands in the recipe. A base to which changes are added
-    has none, and no column. Layers have a row each, or two where attention and mlp are made otherwise; those that
-    follow each other and are made alike have one. Few cells say their numbers. All of a blend's are told on hovering.
-    Of routed experts it is what tokens were given of each, by layer.
+    Weights are those that the blend gives to sources, as written in the recipe. A base to which changes are added has
+    no weight and no column. Each layer has a row, or two if attention and mlp differ; consecutive layers with the same
+    blend share a row. If there are few cells, their numbers are written in them. All numbers of a blend are shown on
+    hover. For routed experts, the figure shows how much tokens use each expert, by layer.
 
     Raises:
         InputError: there is no such candidate.
@@ -50,7 +50,7 @@ def recipe(store: Store, number: int) -> go.Figure:
     rows = _runs(list(_parts(recipe)))
     weights = np.array([[share_in(blend, name) for name in used] for _, blend, _ in rows], dtype=np.float64)
     words = [[_words(part, blend, hop, name) for name in used] for part, blend, hop in rows]
-    low, high = _bounds(store, recipe)  # the same of every candidate, so that pictures can be compared
+    low, high = _bounds(store, recipe)  # the same for all candidates, so that pictures can be compared
     legible = len(rows) * len(used) <= _MAX_WRITTEN
     signs = bool(min(float(np.nanmin(weights)), low) < 0)
     most = max(float(np.nanmax(np.abs(weights))), -low, high)
@@ -70,21 +70,21 @@ def recipe(store: Store, number: int) -> go.Figure:
 
 
 def subject_of(recipe: Recipe) -> str:
-    """What the picture of a recipe shows, as a sentence without its dot."""
+    """What the picture of a recipe shows, as a sentence without a full stop."""
     if isinstance(recipe, RoutedRecipe):
         return "What tokens are given of every expert, layer by layer and task by task"
     return "What every part of the model takes of every source"
 
 
 def _bounds(store: Store, recipe: StackRecipe) -> tuple[float, float]:
-    """The least and the largest share that the search may give by these methods; 0 and 1 where it searches none."""
+    """The smallest and largest share that the search space allows for these methods; 0 and 1 if it searches none."""
     names = {name for blend in recipe.blends for name in share_parameters(blend.method)}
     named = [p for p in store.search().record.parameters if names & set(p.name.split("."))]
     return min((float(p.low) for p in named), default=0.0), max((float(p.high) for p in named), default=1.0)
 
 
 def path(store: Store, number: int) -> str:
-    """The path of a candidate as an SVG picture that needs nothing else. Raises InputError: no such candidate."""
+    """The path of a candidate as a self-contained SVG. Raises InputError: there is no such candidate."""
     row = store.candidate(number)
     title = f"{store.search().name} {candidate_id(number)} {row.label}".strip()
     return path_svg(recipe_of(store, number), depths_of(store), title)
@@ -96,7 +96,7 @@ def recipe_of(store: Store, number: int) -> Recipe:
 
 
 def share_in(blend: Blend, source: str) -> float:
-    """What a blend takes of a source, in its method's own numbers; 0 of the base, NaN for nothing."""
+    """How much a blend takes from a source, in the numbers of its method; 0 for the base, NaN for none."""
     if source not in blend.sources:
         return 0.0 if source == blend.base else float("nan")
     return shares_of(blend)[source]
@@ -119,7 +119,7 @@ def _parts(recipe: StackRecipe) -> Iterator[_Part]:
 
 
 def _runs(rows: Sequence[_Part]) -> list[_Part]:
-    """Layers that follow each other and are made by one blend are one row: two numbers are no thirty equal ones."""
+    """Merge consecutive layers with the same blend into one row, instead of repeating equal numbers."""
     if all(blend is rows[0][1] and _is_layer(name, hop) for name, blend, hop in rows):
         return [("the whole model", rows[0][1], None)]
     runs: list[list[_Part]] = []
@@ -140,7 +140,7 @@ def _runs(rows: Sequence[_Part]) -> list[_Part]:
 
 
 def _is_layer(name: str, hop: Hop | None) -> bool:
-    """Whether a part is a layer at its own place, whole and unscaled, that needs no word of its own; or no layer."""
+    """Whether a part is a complete, unscaled layer in its usual place, so that runs of such layers can be merged."""
     return hop is None or (name == f"layer {hop.layer}" and hop.scale == 1.0 and hop.norm in (hop.attention, hop.mlp))
 
 

@@ -1,7 +1,7 @@
-"""How figures look: colours, words and axes. The page lays its own ink and lines under them, in light and in dark.
+"""The style of figures: colours, texts and axes. The page sets text and line colours for light and dark mode.
 
-Colours are those of the light scheme of every other picture: each has a contrast of 3:1 or more on light and on dark
-ground, as graphics need. Every kind of mark has a shape of its own as well, for those who cannot tell colours apart.
+Colours are those of the light scheme of all other pictures: each has a contrast of at least 3:1 on light and dark
+backgrounds, as graphics need. Each kind of mark also has its own shape, for people who cannot tell colours apart.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from plotly.subplots import make_subplots
 from evomerge.report.svg import COLOURS
 
 BLUE, ORANGE, GREEN, PURPLE, PINK, TEAL = (light for light, _ in COLOURS)
-GREY = "#767676"  # 4.5:1 on white and 4.2:1 on the dark ground: for what stands back, and for text until it is themed
+GREY = "#767676"  # 4.5:1 on white and 4.2:1 on dark: for less important marks, and for text until it is themed
 CLEAR = "rgba(0,0,0,0)"
-MARK_SCALE = [[0.0, BLUE], [1.0, ORANGE]]  # for points and lines: of middle lightness from end to end
-AREA_SCALE = "Cividis"  # for areas: made for the colour-blind, and even in lightness
+MARK_SCALE = [[0.0, BLUE], [1.0, ORANGE]]  # for points and lines: medium lightness throughout
+AREA_SCALE = "Cividis"  # for areas: made for colour-blind readers, with uniform lightness
 SIGN_SCALE = "PuOr"  # for areas of either sign
 
 MAX_POINTS = 2000
-"""A figure draws no more of one kind: SVG grows slow beyond that, and the eye cannot tell them apart. It says so."""
+"""The maximum number of points of one kind in a figure: more overlap and make SVG slow. A note says so."""
 
-_MAX_FOCUSED = 0.9  # of the values of an axis that are surely on it
-_FAR = 8.0  # times the width of those: so far off is a value that would press them into a point
-_NEAR = 3.0  # times that width: what is no farther off is on the axis too
-_EDGE = 0.15  # of that width, on either side
-_WIDTH = 54  # letters of a line of the notes: what a phone has room for
-_LINE, _TOP, _PLOT = 16, 14, 360  # pixels of such a line, of the room above all, and of the rest of a figure
+_MAX_FOCUSED = 0.9  # the share of the values of an axis that are always visible
+_FAR = 8.0  # times their width: a value at this distance would compress them into a point
+_NEAR = 3.0  # times their width: values within this distance are visible too
+_EDGE = 0.15  # times their width: the margin on either side
+_WIDTH = 54  # letters in a line of the notes, which fits on a phone
+_LINE, _TOP, _PLOT = 16, 14, 360  # heights in pixels: a line of the notes, the top margin, and the rest of a figure
 
 
 class Mark(NamedTuple):
-    """How a kind of candidate is drawn: colour, shape and size."""
+    """How a kind of candidate is drawn."""
 
     colour: str
     symbol: str
@@ -58,16 +58,16 @@ MARKS: Mapping[str, Mark] = {
 
 
 def safe(text: str) -> str:
-    """Text that plotly shows as it is: it reads a few tags, and a name may hold any letter."""
+    """Escape text for plotly, which interprets a few tags; names may contain any character."""
     return html.escape(text, quote=False)
 
 
 def figure(traces: Iterable[Any] = (), notes: Iterable[str] = (), height: int = _PLOT, **layout: Any) -> go.Figure:
-    """A figure with ``notes`` above it, each a sentence. Without traces the notes are all there is.
+    """A figure with ``notes`` above it, each a sentence. Without traces it shows only the notes.
 
     Args:
         height: in pixels, without the notes.
-        layout: of plotly's.
+        layout: plotly's layout settings.
     """
     lines = [line for note in notes for line in textwrap.wrap(note, _WIDTH)]
     look: dict[str, Any] = {
@@ -95,20 +95,20 @@ def figure(traces: Iterable[Any] = (), notes: Iterable[str] = (), height: int = 
         look[name] = look.get(name, {}) | value if isinstance(value, dict) else value
     for axis in ["xaxis", "yaxis", *(name for name in layout if name.startswith(("xaxis", "yaxis")))]:
         look[axis] = {**look.get(axis, {}), "automargin": True, "zeroline": False}
-    return go.Figure(list(traces), look)  # at once: each update of a figure takes as long as all of this
+    return go.Figure(list(traces), look)  # all at once: each later update of a figure takes as long as creating it
 
 
 def texts(words: Iterable[str]) -> NDArray[np.str_]:
-    """Texts of marks, as plotly takes them in one piece: it looks at each of a list, several times."""
+    """Texts of marks as an array, because plotly checks each element of a list several times."""
     return np.array(list(words), dtype=np.str_)
 
 
 def stacked(panels: Mapping[str, go.Figure], height: int) -> go.Figure:
-    """Figures of one plot each, one below the other; what stands in the legend of one stands for all.
+    """Figures of one plot each, stacked vertically with a common legend.
 
     Args:
-        panels: by what each is of, which stands before its notes.
-        height: of a plot in pixels.
+        panels: the figures by subject, which is put before their notes.
+        height: the height of a plot in pixels.
     """
     rows = make_subplots(rows=len(panels))
     named: set[str] = set()
@@ -133,7 +133,7 @@ def words_of(drawn: go.Figure) -> str:
 
 
 def without_notes(drawn: go.Figure) -> go.Figure:
-    """The same figure for a page that says ``words_of`` it in a text of its own."""
+    """The same figure without its notes, for a page that shows ``words_of`` it as text."""
     text = drawn.layout.title.text or ""
     lines = text.count("<br>") + 1 if text else 0
     return go.Figure(drawn).update_layout(
@@ -142,15 +142,15 @@ def without_notes(drawn: go.Figure) -> go.Figure:
 
 
 def is_empty(drawn: go.Figure) -> bool:
-    """Whether there is nothing to draw, so that the notes say why."""
+    """Whether there is nothing to draw; the notes then say why."""
     return not drawn.data
 
 
 def focused(values: NDArray[np.float64], keep: NDArray[np.bool_], *, maximise: bool) -> list[float] | None:
-    """The range of an axis on which a few poor values would press all others into a point; None where none do.
+    """The range of an axis if a few poor values would compress all others into a point; None if there are none.
 
-    It holds the best nine tenths, all that is not far from them and all that ``keep`` marks; what lies beyond its poor
-    end is drawn outside.
+    The range contains the best nine tenths, everything close to them, and everything marked in ``keep``; values beyond
+    its poor end are outside.
 
     Args:
         values: float64 [n], finite.
@@ -170,24 +170,24 @@ def focused(values: NDArray[np.float64], keep: NDArray[np.bool_], *, maximise: b
 
 
 def is_outside(values: NDArray[np.float64], bounds: list[float] | None) -> NDArray[np.bool_]:
-    """Which values lie outside the range of an axis: bool [n]."""
+    """Which values are outside the range of an axis: bool [n]."""
     if bounds is None:
         return np.zeros(len(values), dtype=np.bool_)
     return np.asarray((values < bounds[0]) | (values > bounds[1]))
 
 
 def outside_note(count: int) -> list[str]:
-    """What is said of candidates that lie outside, if there are any."""
+    """A note about candidates outside the range, if there are any."""
     who = "1 poor candidate lies" if count == 1 else f"{count} poor candidates lie"
     return [f"{who} outside; a double click shows all."] if count else []
 
 
 def markers(mark: Mark, **changes: Any) -> dict[str, Any]:
-    """A mark as plotly wants it."""
+    """A mark as plotly's marker settings."""
     outline = {"width": 1.5 if mark.symbol.endswith("open") else 0.5, "color": mark.colour}
     return {"color": mark.colour, "symbol": mark.symbol, "size": mark.size, "line": outline} | changes
 
 
 def drawn_note(drawn: int, all_: int, what: str = "candidates") -> list[str]:
-    """What is left out of a figure, if anything is."""
+    """A note about candidates that are not drawn, if there are any."""
     return [] if drawn == all_ else [f"{drawn:,} of {all_:,} {what} are drawn, evenly over the search."]

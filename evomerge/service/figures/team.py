@@ -1,4 +1,4 @@
-"""A team of candidates: which items each member solves, and what teams the search offered as it went on."""
+"""A team of candidates: which items each member solves, and how the coverage grew during the search."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from evomerge.store.events import TeamChosen
 
 NO_TEAM = "No team is chosen yet."
 
-_ROW, _ROOM = 34, 110  # pixels of a member, and of axes and notes
+_ROW, _ROOM = 34, 110  # heights in pixels: a member, axes and notes
 _TOGETHER = "at least one"
-_TINTS = [[0.0, "rgba(118,118,118,0.16)"], [1.0, BLUE]]  # from not solved, which is seen on light and on dark ground
+_TINTS = [[0.0, "rgba(118,118,118,0.16)"], [1.0, BLUE]]  # "not solved" is visible on light and dark backgrounds
 _MAX_ITEMS = 1500
-"""Columns that a screen can show: of more items, evenly many are drawn."""
+"""The maximum number of columns that fit on a screen; of more items, an even selection is drawn."""
 
 Matrix = NDArray[np.float64]
 
 
 def team(store: Store) -> go.Figure:
-    """Members by held-out items: what each solves, and what at least one does.
+    """Members by held-out items: what each of them solves, and what at least one of them solves.
 
-    Items stand by objective, and within it by who solves them, so that what only one member solves is one piece.
+    Items are sorted by objective and then by the members that solve them, so that the items solved by only one member
+    are contiguous.
     """
     chosen = team_of(store)
     if chosen is None:
@@ -60,7 +61,7 @@ def team(store: Store) -> go.Figure:
 
 
 def ordered(chosen: Team) -> tuple[Matrix, NDArray[np.int64]]:
-    """What members solve of the items that are drawn, in the order in which they stand, and which items these are.
+    """What members solve of the drawn items, in the order of the figure, and which items these are.
 
     Returns:
         float64 [members, drawn], from 0 to 1, and int64 [drawn], positions among the team's items.
@@ -73,7 +74,7 @@ def ordered(chosen: Team) -> tuple[Matrix, NDArray[np.int64]]:
 
 
 def _objective_of(chosen: Team) -> NDArray[np.str_]:
-    """Of which objective each item is."""
+    """The objective of each item."""
     return np.repeat(list(chosen.objectives), list(chosen.objectives.values()))
 
 
@@ -86,7 +87,7 @@ def _notes(chosen: Team, drawn: int) -> list[str]:
 
 
 def coverage(store: Store) -> go.Figure:
-    """What the best team of as many members covered as the search went on, beside the best candidate."""
+    """The coverage of the best team of the same size during the search, compared with the best candidate."""
     events = store.events(kinds=("team",), newest=1)
     chosen = events[0].read(TeamChosen) if events else None
     if chosen is None or not chosen.curve:

@@ -1,4 +1,4 @@
-"""What workers did and what failed, over time."""
+"""What workers did, and what failed, over time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evomerge.store.events import AttemptEnded, ConfirmFailed, Descent, Failure,
 from evomerge.store.rows import candidate_id
 
 MAX_ATTEMPTS = 1500
-"""Of a timeline, the newest."""
+"""The maximum number of attempts in a timeline, the newest."""
 
 _ENDS = ("rung", "result", "failure")
 _STATES = ("state", "lease")
@@ -32,7 +32,7 @@ _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 class AttemptSpan:
     """One attempt at a candidate: when it ran (seconds since 1970), on which worker, and how it ended.
 
-    A descent of the proxy, of no candidate, is one as well.
+    A descent of the proxy is an attempt without a candidate.
     """
 
     candidate: int | None
@@ -44,15 +44,14 @@ class AttemptSpan:
 
     @property
     def seconds(self) -> float:
-        return max(0.0, self.ended - self.begun)  # a clock may be set back meanwhile
+        return max(0.0, self.ended - self.begun)  # the clock may have been set back
 
 
 def timeline(store: Store) -> go.Figure:
-    """A bar for each attempt at a candidate, from dispatch to record, on its worker; coloured by how it ended.
+    """A bar for each attempt at a candidate, from dispatch to recording, in the row of its worker, coloured by outcome.
 
-    So are descents of the proxy, for as long as they computed.
-
-    The confirmation's attempts are not in it: the store does not say where they ran.
+    Descents of the proxy are shown for as long as they computed. Attempts of the confirmation are not shown, because
+    the store does not record where they ran.
     """
     events = store.events(kinds=("dispatch", "descent", *_ENDS, *_STATES), newest=2 * MAX_ATTEMPTS)
     attempts = attempts_of(events, time.time() if current_holder(store) is not None else None)
@@ -64,7 +63,7 @@ def timeline(store: Store) -> go.Figure:
     share = idle_share(attempts, stops_of(events))
     notes = []
     if share is not None:
-        notes.append(f"Workers were idle for {share:.1%} of the time from their first to last attempt, but for stops.")
+        notes.append(f"Workers were idle for {share:.1%} of the time from their first to last attempt, without stops.")
     if len(events) == 2 * MAX_ATTEMPTS:
         notes.append(f"The newest {len(attempts):,} attempts.")
     return figure(
@@ -81,8 +80,8 @@ def timeline(store: Store) -> go.Figure:
 def attempts_of(events: Iterable[EventRow], now: float | None) -> list[AttemptSpan]:
     """Attempts from their events, oldest first.
 
-    An attempt whose driver died has no end and no worker that is known; it is left out. What still runs, where ``now``
-    is given because a driver lives, lasts until then.
+    An attempt whose driver died has no recorded end and worker, and is left out. If ``now`` is given because a driver
+    is running, attempts in progress last until then.
     """
     begun: dict[int, EventRow] = {}
     attempts = []
@@ -109,7 +108,7 @@ def _attempt(start: EventRow, ended: float, worker: str, how: str) -> AttemptSpa
 
 
 def _candidate_of(event: EventRow) -> int:
-    """The candidate that an attempt failed of, on either split."""
+    """The candidate of a failure on either split."""
     return event.read(ConfirmFailed).candidate if event.candidate is None else event.candidate
 
 
@@ -120,11 +119,11 @@ def _how(event: EventRow) -> str:
 
 
 def stops_of(events: Iterable[EventRow]) -> list[tuple[float, float]]:
-    """From when to when a search was paused, confirmed, stopped or without a driver, oldest first.
+    """The intervals in which a search was paused, confirming, stopped or without a driver, oldest first.
 
-    ``events`` are those of attempts, states and leases. A driver that was killed says nothing: the search then stood
-    still from the last that it wrote. What ran when a driver ended, and has to be begun again, was no idleness: a stop
-    counts from when the first of these had begun.
+    ``events`` are those of attempts, states and leases. A driver that was killed records no end, so its stop begins at
+    its last event. Attempts that were running when a driver ended must be repeated, and their time does not count as
+    idle: the stop begins when the first of them began.
     """
     stops = []
     stopped_at, last = None, None
@@ -134,7 +133,7 @@ def stops_of(events: Iterable[EventRow]) -> list[tuple[float, float]]:
             running[event.candidate] = event.time
         elif event.kind in _ENDS and event.candidate is not None:
             running.pop(event.candidate, None)
-        if event.kind == "lease":  # of another driver; the one before may never have said its end
+        if event.kind == "lease":  # from another driver; the previous one may not have recorded its end
             known = [at for at in (last if stopped_at is None else stopped_at, *running.values()) if at is not None]
             stopped_at = min(known, default=None)
             running.clear()
@@ -148,14 +147,13 @@ def stops_of(events: Iterable[EventRow]) -> list[tuple[float, float]]:
 
 
 def idle_share(attempts: Sequence[AttemptSpan], stops: Sequence[tuple[float, float]] = ()) -> float | None:
-    """What share of the time between its first and its last attempt a worker did nothing, over all workers.
+    """The share of the time between their first and last attempts in which workers were idle, over all workers.
 
-    ``stops`` are no part of that time, but for attempts that ended meanwhile. None where no worker has finished
-    anything.
+    ``stops`` do not count, except for attempts that ended during them. None if no worker has finished anything.
     """
     ends: dict[str, float] = {}
     busy = idle = 0.0
-    for attempt in sorted(attempts, key=lambda attempt: attempt.begun):  # some wait in line while others run
+    for attempt in sorted(attempts, key=lambda attempt: attempt.begun):  # some are queued while others run
         if attempt.how == "running":
             continue
         free = ends.get(attempt.worker, attempt.begun)
@@ -199,7 +197,7 @@ def _moment(seconds: float) -> datetime.datetime:
 
 
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
-    """Names in the order of the numbers in them: worker 2 before worker 10."""
+    """A sort key that orders names by the numbers in them: worker 2 before worker 10."""
     words = "".join(f" {c} " if not c.isdigit() else c for c in name).split()
     return tuple((int(word), "") if word.isdecimal() else (-1, word) for word in words)
 
@@ -208,7 +206,7 @@ def _natural(name: str) -> tuple[tuple[int, str], ...]:
 
 
 def failures(store: Store) -> go.Figure:
-    """How many attempts have failed so far, by cause, over the hours of the search."""
+    """The number of failed attempts by cause, over the hours of the search."""
     search = store.search()
     events = store.events(kinds=("failure", "confirm failed"))
     if not events:

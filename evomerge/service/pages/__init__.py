@@ -1,4 +1,4 @@
-"""The page: templates over the API's data, one module a page, each with a ``router``."""
+"""The web pages: templates over the API's data, one module per page, each with a ``router``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fastapi import FastAPI
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
-_PLOTLY_KEPT = "public, max-age=86400"  # five megabytes; the address holds the version
-_KEPT = "no-cache"  # asked for again, and sent only if changed: no page gets a script of another version
+_PLOTLY_KEPT = "public, max-age=86400"  # five megabytes; the URL contains the version
+_KEPT = "no-cache"  # always revalidated, so that no page gets a script of another version
 
 
 def install(app: FastAPI) -> None:
-    """Add the pages and their files, and show errors as pages where a person asks. Call it once, after the API and
+    """Add the pages and their static files, and show errors as pages in browsers. Call this once, after the API and
     ``problems.install``.
     """
     from evomerge.service.pages import candidate, exports, faults, login, new, search
@@ -26,7 +26,7 @@ def install(app: FastAPI) -> None:
 
     @app.get("/static/plotly.min.js", include_in_schema=False)
     def plotly() -> FileResponse:
-        """Plotly's script, as the installed package has it."""
+        """Plotly's script from the installed package."""
         script = str(files("plotly") / "package_data" / "plotly.min.js")
         return FileResponse(script, media_type="text/javascript", headers={"cache-control": _PLOTLY_KEPT})
 
@@ -35,7 +35,7 @@ def install(app: FastAPI) -> None:
 
 
 class _Kept(StaticFiles):
-    """Files that a browser keeps, and asks whether they have changed."""
+    """Static files that browsers cache and revalidate."""
 
     def file_response(self, *arguments: Any, **more: Any) -> Response:
         response = super().file_response(*arguments, **more)

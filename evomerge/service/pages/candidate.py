@@ -1,4 +1,4 @@
-"""The pages of candidates: one with its recipe and its items, and two side by side."""
+"""The pages of candidates: one candidate with its recipe and items, and two candidates compared."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ from evomerge.yaml import dump_yaml
 router = APIRouter(include_in_schema=False)
 
 MAX_ITEMS = 8
-"""Items that a candidate won, and that it lost, on its own page; the comparison has them all."""
+"""The maximum numbers of won and of lost items on a candidate's page; the comparison has all of them."""
 
 PAGE_ITEMS = 25
 """Items on a page of the comparison."""
 
 LOG_CHARACTERS = 4000
-"""Of the end of a log on a candidate's page."""
+"""The length of the end of a log on a candidate's page."""
 
 _SPLITS: tuple[Literal["search", "held_out"], ...] = ("search", "held_out")
-_PATH_WIDTH = 10_000  # no line of the path is broken: the page does that
+_PATH_WIDTH = 10_000  # lines of the path are not broken here; the page wraps them
 
 
 class ComparisonQuery(BaseModel):
-    """What the page of comparisons shows."""
+    """The query of the comparison page."""
 
     a: str = ""
     b: str = ""
@@ -75,7 +75,7 @@ class ComparisonQuery(BaseModel):
 
 @dataclass(frozen=True)
 class ParameterValue:
-    """A parameter of the search space with its value, as people read them."""
+    """A parameter of the search space with its value, for display."""
 
     name: str
     value: str
@@ -89,10 +89,10 @@ def show_candidate(
     candidate: Annotated[str, InPath(pattern=r"^c?[0-9]{1,9}$")], against: str = "", objective: str = "",
 ) -> HTMLResponse:  # fmt: skip
     """One candidate, by its number or its id: scores on both splits, recipe, failure, and the items that it won and
-    lost against another.
+    lost against another candidate.
     """
     number = number_of(candidate)
-    mine, status = candidate_id(number), status_with(store, name, drivers.look(name, store))
+    mine, status = candidate_id(number), status_with(store, name, drivers.state_of(name, store))
     if not 0 <= number < status.candidates.asked:
         raise ProblemError(404, f"{mine} is not a candidate of {name}", detail="The search's page lists them.")
     measures = [*status.directions, *status.constraints]
@@ -137,10 +137,10 @@ def compare(
 ) -> HTMLResponse:
     """Two candidates: the paired test in words, and their items side by side.
 
-    Whoever names none sees the best, the winner where there is one, against the best source, or where it is that
-    against the best that was found.
+    By default, the winner, or without one the best, is compared with the best source. If it is the best source itself,
+    it is compared with the best candidate that was found.
     """
-    status = status_with(store, name, drivers.look(name, store))
+    status = status_with(store, name, drivers.state_of(name, store))
     query = _proposed(query, status)
     measures = [*status.directions, *status.constraints]
     wanted = query.objective if query.objective in measures else measures[0]
@@ -169,11 +169,11 @@ def compare(
 
 
 def _proposed(query: ComparisonQuery, status: SearchStatus) -> ComparisonQuery:
-    """The pair that was asked for; what is left open is the best, and the best source."""
+    """The requested pair; by default the best and the best source."""
     a = query.a or main_pick(status)
     average = next((baseline.id for baseline in status.baselines if baseline.origin == "average"), "")
     ids = [entry.id for entry in [*ranked(status.confirmed, status), *status.front_entries] if entry.origin != SOURCE]
-    # Where the best is the best source itself, it is set against the best that was found, or the average.
+    # If the best is the best source itself, compare it with the best that was found, or the average.
     others = [best_source(status), "" if status.best is None else status.best.id, *ids, average]
     labels = {baseline.id: baseline.label for baseline in status.baselines}
     b = query.b or next((other for other in others if other and a not in (other, labels.get(other))), "")
@@ -181,7 +181,7 @@ def _proposed(query: ComparisonQuery, status: SearchStatus) -> ComparisonQuery:
 
 
 def called(status: SearchStatus, number: int) -> str:
-    """What people call a candidate: a baseline by its label, any other by its id."""
+    """The display name of a candidate: the label of a baseline, the id of any other."""
     name = candidate_id(number)
     return next((baseline.label for baseline in status.baselines if baseline.id == name and baseline.label), name)
 
@@ -193,7 +193,7 @@ def sentence(comparison: Comparison, a: str, b: str) -> str:
     )
     items = "item" if comparison.better_a == 1 else "items"
     counts = f"It won {comparison.better_a} {items} and lost {comparison.better_b} (p {p_text(comparison.p)})."
-    if comparison.better_a is None:  # in the number of a scalarisation no item is won
+    if comparison.better_a is None:  # a scalarisation is not scored item by item
         counts = ""
     if comparison.difference == 0:
         return f"{where}: {a} and {b} score the same. {counts}".rstrip()
@@ -207,13 +207,13 @@ def sentence(comparison: Comparison, a: str, b: str) -> str:
 
 
 def is_up(status: SearchStatus, measure: str) -> bool:
-    """Whether more of an objective or a constraint is better."""
+    """Whether higher is better for an objective or a constraint."""
     limit = status.constraints.get(measure)
     return status.directions[measure] == "maximize" if limit is None else limit.at_least
 
 
 def ahead(item: ComparedItem, maximise: bool) -> float:
-    """By how much the first candidate is better at an item; 0 where a score is not known."""
+    """By how much the first candidate is better on an item; 0 if a score is unknown."""
     if item.a.score is None or item.b.score is None:
         return 0.0
     return (item.a.score - item.b.score) * (1 if maximise else -1)
@@ -225,7 +225,7 @@ def _won_and_lost(items: Sequence[ComparedItem], maximise: bool) -> tuple[list[C
 
 
 def _opponent(store: Store, status: SearchStatus, number: int, against: str) -> int | None:
-    """Whom a candidate is compared with: the one that was asked for, else the best source; None if that is itself."""
+    """The candidate to compare with: the requested one, or the best source; None if that is the candidate itself."""
     if against:
         return chosen(store, against)
     best = best_source(status)
@@ -234,8 +234,8 @@ def _opponent(store: Store, status: SearchStatus, number: int, against: str) -> 
 
 
 def best_source(status: SearchStatus) -> str:
-    """The id of the best source on the search split, in what decides or of a front in the first objective; nothing
-    while none is scored.
+    """The id of the best source on the search split, by the number that decides, or for a front by the first objective.
+    Empty if no source has been scored yet.
     """
     first, way = next(iter(status.numbers.items()))
     label = best_label(status.baselines, status.sources, first, way)
@@ -243,7 +243,7 @@ def best_source(status: SearchStatus) -> str:
 
 
 def _gaps(status: SearchStatus, name: str) -> list[str]:
-    """The corrected differences of a confirmed candidate to the baselines, in words."""
+    """The corrected differences between a confirmed candidate and the baselines, in words."""
     entry = next((entry for entry in status.confirmed if entry.id == name), None)
     if entry is None:
         return []
@@ -261,7 +261,7 @@ def _genes(row: CandidateRow, parameters: Sequence[Parameter]) -> list[Parameter
 
 
 def _mergekit(recipe: Recipe, canonical: str) -> str:
-    """The recipe as mergekit reads it, or as we keep it where mergekit has no words for it."""
+    """The recipe in mergekit's format, or in our own if mergekit cannot express it."""
     try:
         return dump_recipe(recipe)
     except InputError:
@@ -269,14 +269,14 @@ def _mergekit(recipe: Recipe, canonical: str) -> str:
 
 
 def _allocation(store: Store, row: CandidateRow, recipe: Recipe) -> str:
-    """Experts by layer as a table of text; nothing of other recipes."""
+    """Experts by layer as a text table; empty for other recipes."""
     if not isinstance(recipe, RoutedRecipe):
         return ""
     return "\n".join(allocation_lines(recipe, uses_of(store, row)))
 
 
 def _log(root: Root, name: str, row: CandidateRow) -> str:
-    """The end of the log of a failure; nothing where it is not here."""
+    """The end of the log of a failure; empty if it is not on this machine."""
     log = (row.failure or {}).get("log")
     if not log:
         return ""

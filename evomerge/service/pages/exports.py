@@ -1,4 +1,4 @@
-"""The page of exports: choose, watch, get the folder and its model card."""
+"""The page of exports: start them, follow their progress, and see the folder and its model card."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def exports(
     request: Request, root: RootDependency, drivers: DriversDependency, store: StoreDependency,
     known: ExportsDependency, name: str, candidate: str = "best",
 ) -> HTMLResponse:  # fmt: skip
-    """What was exported, and a form that exports more."""
-    status = status_with(store, name, drivers.look(name, store))
+    """The exports of a search, and a form to start more."""
+    status = status_with(store, name, drivers.state_of(name, store))
     try:
         existing = known.all(name)
     except InputError:  # its folder is on another machine
@@ -50,14 +50,14 @@ def exports(
 
 
 def _unmerged(status: SearchStatus, candidate: str) -> str:
-    """The pick that a word stands for, where it is a source that was not merged."""
+    """The pick that a name refers to, if it is an unmerged source."""
     if candidate == BEST and not any(pick.role == BEST for pick in status.picks):
         candidate = KNEE
     return next((pick.called for pick in status.picks if pick.role == candidate and pick.origin == SOURCE), "")
 
 
 def _card(known: Exporter, name: str, export: Export) -> Card | None:
-    """The model card of an export that is done."""
+    """The model card of a finished export."""
     if export.state != "done":
         return None
     try:

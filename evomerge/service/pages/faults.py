@@ -1,4 +1,4 @@
-"""Error pages for people: what is wrong, and how to fix it. Whoever calls the API still gets problem+json."""
+"""Error pages for browsers: what is wrong, and how to fix it. API clients still get problem+json."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _log = logging.getLogger(__name__)
 
 
 def install(app: FastAPI) -> None:
-    """Show errors as pages where a browser asks for one. Call it after ``problems.install``, whose answers it shows."""
+    """Show errors as pages in browsers. Call this after ``problems.install``, whose responses it shows."""
     for kind in _KINDS:
         app.add_exception_handler(kind, _shown(app.exception_handlers[kind]))
     app.add_exception_handler(Exception, _broken)
 
 
 def _shown(as_problem: Handler) -> Handler:
-    """The handler that answers as ``as_problem`` does, as a page where a person asks."""
+    """A handler that responds like ``as_problem``, but with a page if a browser asks."""
 
     async def handle(request: Request, error: Any) -> Response:
         result = as_problem(request, error)
@@ -47,7 +47,7 @@ def _shown(as_problem: Handler) -> Handler:
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    """An error of ours. What it says may hold paths and values, so it goes to the log alone."""
+    """The response to an internal error. Its message may contain paths and values, so it only goes to the log."""
     _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     problem = Problem(title="Something broke here", status=500, detail="The server's log says what it was.")
     return _page(request, problem) if _is_person(request) else answer(problem)

@@ -1,8 +1,8 @@
 """The fields of the form for a new search: the keys of the search file that people set most.
 
-Sections of the search file, and the parts of packages, have a field for all that their JSON schema has, so that what is
-added to a section or installed can be filled in; what people read of a section is written here. The settings of this
-project's spaces and evaluators are chosen and explained by hand; tests hold them to the classes that read them.
+For sections of the search file, and for parts of other packages, fields are generated from the JSON schema, so that
+everything that is added or installed can be filled in; the labels and hints of sections are written here. The fields of
+this project's spaces and evaluators are written by hand; tests compare them with the classes that read them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Field:
-    """A key of the search file as a field: a list of ``options``, a text with ``suggestions``, or a switch.
+    """A key of the search file as a form field: a list of ``options``, a text with ``suggestions``, or a switch.
 
-    ``labels`` are what people read of the options, the options themselves unless given. "pairs" are names with a text
-    each, written ``a=..., b=...``.
+    ``labels`` are shown instead of the options. "pairs" are names with a text each, written ``a=..., b=...``.
     """
 
     key: str
@@ -48,7 +47,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Group:
-    """An evaluator or a space: its name in the search file, its name for people, what it is, and its fields."""
+    """An evaluator or a space: its name in the search file, its display name, a description, and its fields."""
 
     name: str
     label: str
@@ -61,7 +60,7 @@ _METHOD = Field(
     "Method",
     default=AUTO,
     options=(AUTO, *plugins("evomerge.merge_methods")),
-    hint="auto: the one that measurements advise",
+    hint="auto: the one that measurements recommend",
 )
 
 _ENCODING = Field("encoding", "Encoding", options=("blocks", "indicators", "integers", "pruning"), default="blocks")
@@ -259,9 +258,9 @@ _OWN_EVALUATORS = (
 )  # fmt: skip
 
 SEVERAL = "nsga2"
-"""The optimizer that the form proposes for several objectives."""
+"""The optimizer that the form suggests for several objectives."""
 
-# What people read of sections of the search file. Their keys, in this order, and what these take are in its schema.
+# Labels and hints for sections of the search file. The keys, their order and their types are in its schema.
 _WORDS: dict[str, dict[str, Any]] = {
     "calibration.file": {"label": "Texts", "example": "texts.jsonl", "hint": "lines, or JSON objects with a text each"},
     "calibration.sources": {
@@ -278,7 +277,7 @@ _WORDS: dict[str, dict[str, Any]] = {
     "proxy.steps": {"label": "Proxy: steps", "hint": "for each generation; two points of them are scored"},
     "proxy.rate": {"label": "Proxy: rate", "hint": "how far a step goes, in parts of each parameter's range"},
     "select.keep": {"label": "Sources to search", "hint": "of many; leave it empty to search over all"},
-    "select.rungs": {"label": "Items of each", "hint": "after this many those that are surely worse leave"},
+    "select.rungs": {"label": "Items of each", "hint": "after this many, sources that are surely worse drop out"},
     "select.confidence": {"label": "Confidence", "hint": "in each comparison"},
     "select.rest": {"label": "The others", "hint": "as one averaged source, or not at all"},
     "select.norm_ratio": {"label": "Longest change", "hint": "times the median; longer ones are scaled down"},
@@ -292,9 +291,9 @@ _WORDS: dict[str, dict[str, Any]] = {
         "label": "Optimizer", "default": "cma", "options": tuple(plugins("evomerge.optimizers")),
         "hint": "several objectives: nsga2, nsga3, tpe, gp; paths: catcma",
     },
-    "budget.candidates": {"default": "100", "hint": "the sources alone and their average included"},
+    "budget.candidates": {"default": "100", "hint": "including each source alone and their average"},
     "budget.patience": {"hint": "generations without a change of the front"},
-    "budget.cost": {"hint": "money, by the prices of workers in the search file"},
+    "budget.cost": {"hint": "in money, by the prices of workers in the search file"},
     "confirm.top": {"label": "Confirm: top", "hint": "on the held-out split, beside the front"},
     "confirm.drawn": {"label": "Confirm: drawn", "hint": "more of the best, to draw the winner's curse"},
     "confirm.confidence": {"label": "Confirm: confidence", "hint": "of all intervals together"},
@@ -303,18 +302,18 @@ _WORDS: dict[str, dict[str, Any]] = {
 
 _POPULATION = Field(
     "optimizer.population", "Population", "number", hint="4 + 3 ln(parameters) unless given"
-)  # which every optimizer of ours has, and the section's own schema has not
+)  # every optimizer of this project has it, but it is not in the section's schema
 
 
 def _answers(section: str, hint: str) -> tuple[Field, ...]:
-    """How right answers are asked for, in a section that has the keys of the evaluator ``likelihood``."""
+    """The fields for right answers in a section that has the keys of the evaluator ``likelihood``."""
     fields = (replace(_FILE, label="Right answers", hint=hint), _PROMPT, _ANSWER, _CHAT[0])
     return tuple(replace(field, key=f"{section}.{field.key}", required=False) for field in fields)
 
 
 _PROXY = (
     *_answers("proxy", "JSON objects, one on each line; of the search split alone"),
-    Field("proxy.held_out_file", "Held out of them", hint="a file of those that are not to be learnt from"),
+    Field("proxy.held_out_file", "Held out of them", hint="a file of items that must not be learned from"),
 )
 
 _START = Field("start_from", "Start from", example="search-1", hint="an earlier search over the same sources")
@@ -323,10 +322,10 @@ _POOL = Field("pool", "Workers run in", options=("", "ray"), labels=("this proce
 
 
 def sections(searches: Sequence[str] = ()) -> dict[str, tuple[Field, ...]]:
-    """The fields of the form's own parts, which write sections of the search file. Their keys have the section's.
+    """The fields of the parts of the form that write sections of the search file. Keys are prefixed with the section.
 
     Args:
-        searches: those that there are, by name: a new one may start from one of them.
+        searches: the names of existing searches, which a new one may start from.
     """
     return {
         "calibration": _section("calibration"),
@@ -344,13 +343,13 @@ def sections(searches: Sequence[str] = ()) -> dict[str, tuple[Field, ...]]:
 
 
 def _section(name: str, *chosen: str) -> tuple[Field, ...]:
-    """A field for every key of a section of the search file, or for those that are chosen."""
+    """A field for every key of a section of the search file, or for the chosen ones."""
     schema = SearchFile.model_json_schema()
     described = schema["properties"][name]
     (reference,) = (part["$ref"] for part in (described, *described.get("anyOf", ())) if "$ref" in part)
     section = schema["$defs"][reference.rpartition("/")[2]]
     fields = [field for field in _drawn(section, schema["$defs"]) if not chosen or field.key in chosen]
-    # None is required: a section that says nothing is left out.
+    # No field is required: an empty section is left out.
     return tuple(
         replace(field, **{"key": key, "required": False, **_WORDS.get(key, {})})
         for field in fields
@@ -362,23 +361,23 @@ def _section(name: str, *chosen: str) -> tuple[Field, ...]:
 
 
 def spaces() -> tuple[Group, ...]:
-    """Every search space that is installed."""
+    """All installed search spaces."""
     return (*_OWN_SPACES, *_added("evomerge.search_spaces", SpaceSettings, "kind"))
 
 
 def evaluators() -> tuple[Group, ...]:
-    """Every evaluator that is installed."""
+    """All installed evaluators."""
     metric = Field("metric", _METRIC, required=True)
     return (*_OWN_EVALUATORS, *_added("evomerge.evaluators", EvaluatorSettings, "evaluator", metric))
 
 
 def optimizers() -> tuple[Group, ...]:
-    """The optimizers of packages, with the settings that are theirs alone."""
+    """The optimizers of other packages, with their own settings."""
     return tuple(_added("evomerge.optimizers", Settings, "name", without="population"))
 
 
 def _added(group: str, base: type[BaseModel], key: str, *before: Field, without: str = "") -> Iterator[Group]:
-    """The parts of packages; one that cannot be loaded is left out, and named in the log."""
+    """The parts of other packages; one that cannot be loaded is logged and left out."""
     for name in plugins(group):
         if name in OWN[group]:
             continue
@@ -393,9 +392,9 @@ def _added(group: str, base: type[BaseModel], key: str, *before: Field, without:
 
 
 def fields_of(settings: type[BaseModel]) -> Iterator[Field]:
-    """A field for every setting of a class that a single field can hold, from its JSON schema.
+    """A field for every setting of a class that fits into a single field, from its JSON schema.
 
-    What is left out by a person is left out of the search file, and then has its default; it is shown as an example.
+    An empty field is left out of the search file, so the setting has its default, which is shown as an example.
     """
     schema = settings.model_json_schema()
     yield from _drawn(schema, schema.get("$defs", {}))
@@ -407,7 +406,7 @@ def _drawn(schema: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Fiel
         if form is None:
             continue
         default = described.get("default")
-        yes = form[0] == "switch" and default is True  # a box cannot say no
+        yes = form[0] == "switch" and default is True  # an unchecked box cannot override a default of true
         yield Field(
             key,
             str(described.get("title", key)),
@@ -422,7 +421,7 @@ def _drawn(schema: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Fiel
 def _form_of(
     described: Mapping[str, Any], known: Mapping[str, Any]
 ) -> tuple[Literal["text", "number", "numbers", "pairs", "switch"], tuple[str, ...]] | None:
-    """What kind of field a schema needs, and its options; None for sections, which are written by hand."""
+    """The kind of field that a schema needs, and its options; None for objects that do not fit into a field."""
     if "$ref" in described:
         return _form_of(known.get(described["$ref"].rpartition("/")[2], {}), known)
     if "enum" in described:
@@ -445,7 +444,7 @@ def _form_of(
 
 
 def _values(described: Mapping[str, Any]) -> list[Any]:
-    """The schemas of what names are given in an object; what says nothing of them may hold anything."""
+    """The schemas of the values of an object; by default anything is allowed."""
     return [*described.get("patternProperties", {}).values()] or [described.get("additionalProperties", True)]
 
 

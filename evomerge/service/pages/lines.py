@@ -1,4 +1,4 @@
-"""Where in a search file a fault stands: from the place that an error names to a line of the text."""
+"""Finds a fault in a search file: from the place that an error names to a line of the text."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _MEASURES = ("objectives", "constraints", "features")
 
 @dataclass(frozen=True)
 class FaultPlace:
-    """A line from 1, 0 where it cannot be told, and the keys that lead to what is wrong."""
+    """A line number from 1, or 0 if unknown, and the keys that lead to the fault."""
 
     line: int
     path: tuple[str, ...] = ()
 
 
 def place_of(text: str, field: str) -> FaultPlace:
-    """Where the key stands that ``field`` names; the innermost part of it that is there.
+    """The place of the key that ``field`` names, or of its innermost part that exists.
 
     Args:
-        text: YAML, whole or broken.
+        text: YAML, valid or not.
         field: as errors name it: ``search file: objectives.maths.metric``, ``sources.maths``, ``search file, line 7``,
             ``objectives.maths: file``, ``task gsm8k: held_out`` of the objective on that task.
     """
@@ -46,7 +46,7 @@ def place_of(text: str, field: str) -> FaultPlace:
 
 
 def _path(root: yaml.Node | None, field: str) -> Sequence[str]:
-    """The keys that a place names, from the outermost."""
+    """The keys that a place names, outermost first."""
     if (task := _TASK.search(field)) is not None and (keys := _of_task(root, task[1])) is not None:
         return [*keys, *(task[2] or "task").split(".")]
     known = {key.value for key, _ in _pairs(root)}
@@ -56,7 +56,7 @@ def _path(root: yaml.Node | None, field: str) -> Sequence[str]:
 
 
 def _of_task(root: yaml.Node | None, task: str) -> Sequence[str] | None:
-    """Which objective or constraint is on a task of lm-eval."""
+    """The keys of the objective or constraint that uses a task of lm-eval."""
     for section, measures in _pairs(root):
         for name, settings in _pairs(measures) if section.value in _MEASURES else ():
             if any(key.value == "task" and getattr(value, "value", None) == task for key, value in _pairs(settings)):

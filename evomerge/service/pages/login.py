@@ -1,4 +1,4 @@
-"""The page that asks for the token, for whoever comes without one or with a wrong one."""
+"""The login page, which asks for the token."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def login(
     request: Request, next: str = "/", failed: Annotated[bool, "a wrong token was given"] = False
 ) -> HTMLResponse:
     fault = (
-        "That token is not the one of this server. The link that it printed last has the right one." if failed else ""
+        "That is not the token of this server. The link that it last printed contains the right one." if failed else ""
     )
     return page(request, "login.html", here="", navigation=False, next=next, fault=fault)

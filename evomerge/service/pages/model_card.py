@@ -1,6 +1,6 @@
-"""A model card as HTML that is safe whatever stands in it: no HTML of its own, no scripts as links.
+"""A model card as safe HTML, whatever it contains: HTML in it is escaped, and links cannot run scripts.
 
-Pictures become links: files of an export are for saving, and those of other sites are not to be loaded.
+Pictures become links: an export's files are for download, and pictures from other sites must not be loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from markdown_it.token import Token
 from markupsafe import Markup
 
 _FRONT = re.compile(r"\A---\n(.*?)\n---(?:\n|\Z)", re.DOTALL)
-_BELOW = 3  # headings of the page that a card stands under
+_BELOW = 3  # how many levels the headings of a card are moved down
 _DEEPEST = 6
 
 
@@ -28,7 +28,7 @@ class Card:
 
 
 def card_of(text: str, files: str) -> Card | None:
-    """The card of an export whose files lie below the address ``files``; None of no text."""
+    """The card of an export whose files are below the URL ``files``; None if the text is empty."""
     if not text:
         return None
     match = _FRONT.match(text)
@@ -52,7 +52,7 @@ def _all(tokens: Sequence[Token]) -> Iterator[Token]:
 
 
 def _address(address: str, files: str) -> str:
-    """Where a link of the card leads: to the web, or to a file of the export."""
+    """The target of a link in the card: a web page, or a file of the export."""
     if re.match(r"https?://", address) or address.startswith("#"):
         return address
     return files + quote(address.lstrip("/"), safe="%")

@@ -1,4 +1,4 @@
-"""The page that makes a new search: a form, the search file that it writes, and the line of a fault in it."""
+"""The page for a new search: a form, the search file that it writes, and the lines of faults in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ router = APIRouter(include_in_schema=False)
 
 
 class FaultyField(GivenFile):
-    """A search file, and the field of it that is wrong."""
+    """A search file, and the field in it that is wrong."""
 
     field: str
 

@@ -1,4 +1,4 @@
-"""From data to HTML: the templates with autoescape, and how numbers, times and names are written in them."""
+"""From data to HTML: the autoescaped templates, and the format of numbers, times and names in them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent.parent
 TEMPLATES, STATIC = HERE / "templates", HERE / "static"
 
 STATUS_WORDS = {"asked": "waiting"}
-"""What people read of a status whose name says otherwise."""
+"""What is shown for statuses whose names would be misleading."""
 
 ORIGIN_WORDS = {
     "favourite": "mean of the optimizer",
@@ -35,31 +35,31 @@ ORIGIN_WORDS = {
     "start": "of an earlier search",
     "refit": "fitted anew",
 }
-"""The same of where a candidate comes from."""
+"""The same for the origins of candidates."""
 
-_WIDTH, _HEIGHT, _EDGE = 100.0, 30.0, 2.0  # of a sparkline, in its own units; the line keeps off the edge
+_WIDTH, _HEIGHT, _EDGE = 100.0, 30.0, 2.0  # the size and margin of a sparkline, in its own units
 
 
 def page(request: Request, template: str, *, status_code: int = 200, **content: Any) -> HTMLResponse:
-    """A page. ``query_url(key=value)`` in it is this page's address with other parameters; None takes one away."""
+    """Render a page. In templates, ``query_url(key=value)`` is its URL with changed parameters; None drops one."""
 
     def query_url(**changes: object) -> str:
         kept = {key: value for key, value in request.query_params.items() if key not in changes}
         kept |= {key: str(value) for key, value in changes.items() if value is not None}
         return f"{request.url.path}?{urlencode(kept)}"
 
-    has_login = request.app.state.door.token is not None
+    has_login = request.app.state.authenticator.token is not None
     html = _environment().get_template(template).render(query_url=query_url, has_login=has_login, **content)
-    return HTMLResponse(html.encode(errors="backslashreplace"), status_code)  # names of files need not be text
+    return HTMLResponse(html.encode(errors="backslashreplace"), status_code)  # file names need not be valid text
 
 
 @cache
 def compile_templates() -> None:
-    """Compile what pages are made of when a server starts, and not while somebody waits for the first: it takes longer
-    than the rest of an answer.
+    """Compile all templates when the server starts: it takes longer than the rest of a response, so the first visitor
+    would have to wait.
     """
     environment = _environment()
-    for name in environment.list_templates(filter_func=lambda name: name != "report.html"):  # of another environment
+    for name in environment.list_templates(filter_func=lambda name: name != "report.html"):  # has its own environment
         environment.get_template(name)
 
 
@@ -67,7 +67,7 @@ def compile_templates() -> None:
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, optimized=False,  # folding constants is an eighth of a first answer, and there are none
+        lstrip_blocks=True, optimized=False,  # folding takes an eighth of a first response, for nothing
     )  # fmt: skip
     environment.filters |= {
         "score": score, "signed": signed, "duration": duration, "hours": _hours, "seconds": _seconds, "size": _size,
@@ -87,28 +87,28 @@ def _environment() -> Environment:
 
 
 def search_url(name: str) -> str:
-    """The page of a search."""
+    """The URL of the page of a search."""
     return f"/searches/{quote(name, safe='')}"
 
 
 def api_url(name: str) -> str:
-    """A search in the API."""
+    """The URL of a search in the API."""
     return f"/api/v1/searches/{quote(name, safe='')}"
 
 
 def drawing_url(name: str, candidate: int, item: int, split: str, objective: str) -> str:
-    """What a candidate of a search drew of an item, in the API."""
+    """The API's URL of what a candidate of a search drew for an item."""
     asked = urlencode({"split": split, "objective": objective})
     return f"{api_url(name)}/candidates/{candidate}/drawings/{item}?{asked}"
 
 
 def candidate_url(name: str, candidate: int | str) -> str:
-    """The page of a candidate, given by its number or its id."""
+    """The URL of the page of a candidate, given by its number or its id."""
     return f"{search_url(name)}/candidates/{number_of(str(candidate))}"
 
 
 def shell_place(folder: Path) -> str:
-    """The folder of a search as a command line names it."""
+    """The folder of a search, quoted for a shell."""
     return shlex.quote(str(folder))
 
 
@@ -116,25 +116,25 @@ def shell_place(folder: Path) -> str:
 
 
 def score(value: float | None) -> str:
-    """A score or its error; a dash where it is not known."""
+    """A score or its error; a dash if it is unknown."""
     return "–" if value is None else f"{value:.3f}"
 
 
 def signed(value: float) -> str:
-    """A difference: with its sign, the minus as long as the plus."""
+    """A difference with its sign, using a minus sign as wide as the plus."""
     return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
 
 
 def gap_words(gap: Gap) -> str:
-    """A difference with its interval; alone where one item gives none."""
+    """A difference with its interval, which is left out if there is only one item."""
     if gap.low is None or gap.high is None:
         return signed(gap.mean)
     return f"{signed(gap.mean)} [{signed(gap.low)}, {signed(gap.high)}]"
 
 
 def gains_over_source(summary: SearchSummary) -> dict[str, float]:
-    """By how much the best is better than the best source, where both have a score: in the number of a scalarisation,
-    and in each objective.
+    """By how much the best is better than the best source, in the scalarisation and in each objective, if both have a
+    score.
     """
     gains = {}
     best, source = summary.best, summary.best_source
@@ -151,10 +151,10 @@ def gains_over_source(summary: SearchSummary) -> dict[str, float]:
 
 
 def sparkline(points: Sequence[float], source: float | None) -> Mapping[str, str] | None:
-    """Paths of a sparkline: the ``line``, the ``area`` below it, and the level of the best ``source``, which is empty
-    where it is not known; None of nothing. Infinities have no place in it.
+    """SVG paths of a sparkline: the ``line``, the ``area`` below it, and the level of the best ``source``, which is
+    empty if unknown. None if there are no points. Infinities are left out.
 
-    The best so far stays as it is until a better one comes, so the line goes in steps.
+    The best so far is constant until a better one comes, so the line is a step function.
     """
     points = [point for point in points if math.isfinite(point)]
     if not points:

@@ -1,4 +1,4 @@
-"""The pages of searches: all of them, and one with everything that is known of it."""
+"""The pages of searches: the list of all, and a page with everything known about one."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ from evomerge.store.rows import Estimate, number_of
 router = APIRouter(include_in_schema=False)
 
 MAX_ON_FRONT = 12
-"""Rows of the front beside the baselines; the table of candidates has them all."""
+"""The maximum number of rows of the front below the baselines; the table of candidates has all of them."""
 
 MAX_FAILURES = 25
-"""Failed candidates that the page lists, the latest."""
+"""The maximum number of failed candidates on the page, the latest."""
 
 PAGE_ROWS = 25
-"""Candidates on a page of their table."""
+"""The number of candidates on a page of their table."""
 
 BEST = "best in search"
-"""What people call the best by search score; the best on held-out items is the winner."""
+"""The name of the best by search score; the best on held-out items is called the winner."""
 
 _MEANINGS = {
-    "pause": ("Pause", "What runs finishes, nothing new begins. The driver waits and keeps its workers."),
-    "resume": ("Resume", "Goes on where it was, with the same candidates, bit for bit."),
-    "stop": ("Stop", "What runs finishes, then the driver ends. It can be resumed."),
-    "cancel": ("Cancel", "Ends at once and throws away what runs. It can be resumed."),
+    "pause": ("Pause", "Running candidates finish, nothing new starts. The driver waits and keeps its workers."),
+    "resume": ("Resume", "Continues where it was, with the same candidates, bit for bit."),
+    "stop": ("Stop", "Running candidates finish, then the driver ends. It can be resumed."),
+    "cancel": ("Cancel", "Ends immediately and discards what is running. It can be resumed."),
 }
 _CONFIRM = ("Confirm", "Scores the best on the held-out split, and chooses there.")
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A line of a table of scores: a candidate with what it is, whether it is chosen for anything, and its gain over
-    the best source in each objective where known.
+    """A row in a table of scores: a candidate with its marks, whether it is chosen for anything, and its gain over the
+    best source in each objective if known.
     """
 
     entry: Entry
@@ -72,7 +72,7 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class CandidateChoice:
-    """A candidate that can be picked, by what it is called and known for."""
+    """A candidate that can be selected, with its id and a description."""
 
     number: int
     id: str
@@ -81,7 +81,7 @@ class CandidateChoice:
 
 @dataclass(frozen=True)
 class FailedCandidate:
-    """A failed candidate: what it said, and where its log is."""
+    """A failed candidate: its failure, and the URL of its log."""
 
     number: int
     failure: dict[str, Any]
@@ -91,7 +91,7 @@ class FailedCandidate:
 
 
 class Filter(BaseModel):
-    """What the table of candidates shows. Empty texts, as forms send them, ask for nothing."""
+    """The filter of the table of candidates. Empty texts, which forms send, do not filter."""
 
     status: Literal["", "asked", "running", "done", "eliminated", "failed", "cached"] = ""
     origin: str = ""
@@ -103,7 +103,7 @@ class Filter(BaseModel):
 
 @router.get("/")
 def searches(request: Request, root: RootDependency, drivers: DriversDependency) -> HTMLResponse:
-    """Every search: where it stands and what it found."""
+    """All searches: their status and results."""
     listed = list(summaries_of(root, drivers))
     return page(
         request, "index.html", here="searches", searches=listed, folder=shell_place(root.folder), gain=gain_words
@@ -116,7 +116,7 @@ def search(
     query: Annotated[Filter, Query()],
 ) -> HTMLResponse:  # fmt: skip
     """One search: scores, front, progress, failures, candidates."""
-    driver = drivers.look(name, store)
+    driver = drivers.state_of(name, store)
     status, summary = status_with(store, name, driver), summary_of(name, store, driver)
     search_row, seq = store.search(), summaries.last_event(store)
     failures, origins = _failures(store, name), dict.fromkeys(summaries.columns(store, ["origin"])["origin"])
@@ -142,7 +142,7 @@ def search(
 
 @router.get("/searches/{name}/report.html")
 def report(root: RootDependency, name: str, store: StoreDependency) -> Response:
-    """The search as one file, to be saved: it holds scripts of its own, which this site's pages may not."""
+    """The report of the search, as a download because it has inline scripts, which this site's policy forbids."""
     html = report_html(store, place(root, name))
     file = quote(f"{name}-report.html")
     return Response(
@@ -155,7 +155,7 @@ def _drawing_url(name: str, drawing: Drawing) -> str:
 
 
 def gain_words(summary: SearchSummary) -> str:
-    """How the best is beside the best source: 0.240 better than, as good as, maths 0.1 worse, json 0.8 better than."""
+    """The best compared with the best source: "0.240 better than", "as good as", "a 0.1 worse, b 0.8 better than"."""
     gains = gains_over_source(summary)
     if gains and not any(gains.values()):
         return "as good as"
@@ -169,7 +169,7 @@ def _compared(gain: float) -> str:
 
 
 def choices(status: SearchStatus) -> list[CandidateChoice]:
-    """The candidates that people pick most: the winner, the best in search, then front and baselines."""
+    """The candidates that people select most: the winner, the best in search, then front and baselines."""
     best, main, front = status.best.id if status.best else "", main_pick(status), set(status.front)
     picked = [status.best, *(status.confirmed_entry(pick.id) for pick in status.picks)]
     known = [*status.front_entries, *status.baselines, *(entry for entry in picked if entry is not None)]
@@ -181,31 +181,31 @@ def choices(status: SearchStatus) -> list[CandidateChoice]:
 
 
 def main_pick(status: SearchStatus) -> str:
-    """The candidate that people look at first: the winner, or the knee, or else that of the search split."""
+    """The candidate to show first: the winner, the knee, or without one the best on the search split."""
     pick = held_out_pick(status)
     return pick.id if pick is not None else status.best.id if status.best else ""
 
 
 def held_out_pick(status: SearchStatus) -> Pick | None:
-    """The winner, or the knee of a front, as it is chosen on held-out items; None before that."""
+    """The winner, or the knee of a front, as chosen on held-out items; None before confirmation."""
     return next((pick for pick in status.picks if pick.role in (WINNER, KNEE) and pick.split == "held_out"), None)
 
 
 def search_roles(status: SearchStatus, candidate: str) -> list[str]:
-    """What a candidate is chosen for on the search split."""
+    """The roles that a candidate is chosen for on the search split."""
     return [BEST if role == WINNER else role for role in roles_of(status, candidate, "search")]
 
 
 def place(root: Root, name: str) -> Path:
-    """The folder of a search, which commands name."""
+    """The folder of a search, for use in commands."""
     return root.folder / name
 
 
 def _verbs(summary: SearchSummary, made: bool) -> list[tuple[str, str, str]]:
-    """What can be done with a search now: verb, word on the button, what it means.
+    """The commands that a search accepts now: verb, text of the button, explanation.
 
-    ``made``: whether the choice on held-out items is made. A driver of a search that has spent its candidates and
-    is confirmed would find nothing to do.
+    ``made`` says whether the choice on held-out items is made. If the budget of candidates is spent as well, a driver
+    would have nothing to do.
     """
     if summary.state == "finished" and not made:
         return [("resume", *_CONFIRM)]
@@ -214,7 +214,7 @@ def _verbs(summary: SearchSummary, made: bool) -> list[tuple[str, str, str]]:
     if not summary.driver:
         if summary.state == "starting":
             return []
-        # What was found since the last confirmation can be confirmed without spending the rest of the budget.
+        # Candidates found since the last confirmation can be confirmed without spending the rest of the budget.
         confirm = [("confirm", *_CONFIRM)] if summary.best is not None and summary.state != "finished" else []
         return [("resume", *_MEANINGS["resume"]), *confirm]
     wanted = ["resume" if summary.state == "paused" else "pause", "stop", "cancel"]
@@ -222,7 +222,7 @@ def _verbs(summary: SearchSummary, made: bool) -> list[tuple[str, str, str]]:
 
 
 def _table_parameters(store: Store, table: CandidatePage, columns: Sequence[ParameterColumn]) -> dict[int, list[str]]:
-    """The parameters of the candidates of a table, a text for each column."""
+    """The parameters of the candidates in a table, as a text for each column."""
     if not columns:
         return {}
     genomes = summaries.genomes_of(store, [row.number for row in table.candidates])
@@ -230,18 +230,18 @@ def _table_parameters(store: Store, table: CandidatePage, columns: Sequence[Para
 
 
 def _work_s(status: SearchStatus) -> float:
-    """Seconds that workers spent on candidates, by the mean of the latest."""
+    """Seconds that workers spent on candidates, estimated from the mean of the latest ones."""
     return sum(status.seconds.values()) * (status.candidates.done + status.candidates.eliminated)
 
 
 def _best_values(status: SearchStatus) -> dict[str, Estimate]:
-    """What the best on the search split is worth."""
+    """The scores of the best candidate on the search split."""
     known = {name: None if status.best is None else status.best.value(name) for name in status.numbers}
     return {name: value for name, value in known.items() if value is not None}
 
 
 def _caption(status: SearchStatus, rows: Sequence[ScoreRow]) -> str:
-    """What the rows of the table of scores are."""
+    """The caption of the table of scores."""
     if len(status.directions) == 1:
         return f"Baselines, and the {BEST}"
     front = set(status.front)
@@ -251,7 +251,7 @@ def _caption(status: SearchStatus, rows: Sequence[ScoreRow]) -> str:
 
 
 def _rows(status: SearchStatus) -> Iterator[ScoreRow]:
-    """Baselines, then the front, the best first; what is chosen is among them."""
+    """Baselines, then the front with the best first; chosen candidates are always included."""
     front = set(status.front)
     known = {entry.id for entry in status.baselines}
     others = ranked([entry for entry in status.front_entries if entry.id not in known], status)
@@ -270,13 +270,13 @@ def _marks(shown: Entry, status: SearchStatus, front: set[str]) -> list[str]:
 
 
 def _gains_over(status: SearchStatus) -> dict[str, str]:
-    """The source that is best in each number, by which gains are told; of a search that has confirmed any."""
+    """The best source in each number, which gains are relative to; empty if nothing is confirmed."""
     best = {name: best_confirmed_source(status, name) for name in status.numbers} if status.confirmed else {}
     return {name: source for name, source in best.items() if source}
 
 
 def _confirmed(status: SearchStatus) -> Iterator[ScoreRow]:
-    """The held-out split: baselines, then the shortlist, the best first."""
+    """The table of the held-out split: baselines, then the shortlist with the best first."""
     for entry in status.confirmed_baselines:
         yield _confirmed_row(entry, status, baseline=True)
     for entry in ranked(status.confirmed, status):
@@ -294,7 +294,7 @@ def _confirmed_row(
 
 
 def _failures(store: Store, name: str) -> list[FailedCandidate]:
-    """The latest failed candidates, the newest first."""
+    """The latest failed candidates, newest first."""
     order = summaries.Order(descending=True)
     return [
         FailedCandidate(row.number, row.failure or {"reason": "unknown", "message": ""}, row.attempts, row.worker,
@@ -304,6 +304,6 @@ def _failures(store: Store, name: str) -> list[FailedCandidate]:
 
 
 def log_url(name: str, failure: dict[str, Any] | None) -> str:
-    """Where the log of a failure can be read; nothing where there is none."""
+    """The URL of the log of a failure; empty if there is none."""
     log = (failure or {}).get("log")
     return f"{api_url(name)}/logs/{str(log).removeprefix('logs/')}" if log else ""

@@ -1,6 +1,6 @@
-// What every page uses: calls of the API, words to the person, copying, and keeping parts of a page up to date.
+// Shared by all pages: API calls, messages, copying, and keeping parts of a page up to date.
 
-/** Call the API; a fault becomes an Error whose `problem` is the answer's problem+json. `signal` gives the call up. */
+/** Call the API. Failures throw an Error whose `problem` is the response's problem+json. `signal` aborts the call. */
 export async function call(address, method = "GET", body = undefined, signal = undefined) {
   const headers = { Accept: "application/json" };
   if (body !== undefined) headers["Content-Type"] = "application/json";
@@ -27,7 +27,7 @@ export function words(problem) {
   return faults.length ? faults.join("\n") : problem.detail || problem.title || "";
 }
 
-/** A message that goes away; it is read out as well. */
+/** Show a temporary message, which screen readers announce. */
 export function toast(text, kind = "good") {
   const place = document.getElementById("toast");
   const note = element("div", `note ${kind}`, text);
@@ -36,7 +36,7 @@ export function toast(text, kind = "good") {
 }
 
 let spokenAt = 0;
-/** Words for screen readers alone, not more often than one can listen to. */
+/** Announce a text to screen readers only, at a limited rate. */
 export function speak(text, now = false) {
   const place = document.getElementById("spoken");
   if (place.textContent === text || (!now && Date.now() - spokenAt < 15000)) return;
@@ -51,7 +51,7 @@ export function element(tag, kind = "", text = "") {
   return made;
 }
 
-/** Run `act` soon, and not again before `pause` milliseconds have passed; the last call is never lost. */
+/** Throttle `act` to one run per `pause` milliseconds; the last call is never lost. */
 export function throttled(act, pause) {
   let timer = null, last = 0, busy = false, again = false;
   async function run() {
@@ -73,7 +73,7 @@ export function throttled(act, pause) {
 const seen = new Map();
 let asked = 0, shown = 0; // answers may overtake each other; the page never goes back to what was asked for earlier
 
-/** Fetch this page again and put in place what has changed of its parts marked `data-live`. */
+/** Fetch this page again and replace those parts marked `data-live` that have changed. */
 export async function refresh(address = location.href) {
   const mine = ++asked;
   const answer = await fetch(address, { headers: { Accept: "text/html" }, credentials: "same-origin" });
@@ -93,7 +93,7 @@ export async function refresh(address = location.href) {
   }
 }
 
-/** Swap a part, keeping what is open, what has the focus, and how far tables are scrolled. */
+/** Replace a part, but keep open details, the focus, and the scroll positions of tables. */
 function replace(old, fresh) {
   const keys = new Set([...old.querySelectorAll("[data-key]")].map((row) => row.dataset.key));
   for (const details of old.querySelectorAll("details[id]")) {
@@ -110,7 +110,7 @@ function replace(old, fresh) {
   }
 }
 
-/** A selector that finds an element again after its part was swapped. */
+/** A selector that finds an element again after its part was replaced. */
 function handle(active) {
   if (active.id) return `#${CSS.escape(active.id)}`;
   for (const name of ["data-verb", "href", "aria-label"]) {
@@ -119,7 +119,7 @@ function handle(active) {
   return null;
 }
 
-/** Follow a stream of events, and say in the page's head whether it is connected; `hear` gets each event. */
+/** Follow a stream of events, and show in the header whether it is connected; `hear` is called with each event. */
 export function follow(address, hear) {
   const shown = document.getElementById("connection");
   const show = (state, text) => { if (shown && shown.dataset.state !== state) { shown.dataset.state = state; shown.textContent = text; } };
@@ -143,5 +143,5 @@ document.addEventListener("click", async (event) => {
   }
 });
 
-// A page that came back from the browser's memory shows what was; fetch it anew.
+// A page restored from the back/forward cache is outdated; reload it.
 addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); });

@@ -1,4 +1,4 @@
-// Exports: start one, watch it, see its card.
+// Exports: start one, follow its progress, see its card.
 import { call, element, refresh, speak, toast } from "./common.js";
 
 const EVERY_MS = 1000;
@@ -6,7 +6,7 @@ const form = document.getElementById("export");
 const { api, place, search } = form.dataset;
 const quoted = (text) => (/^[\w./@:+-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
 
-/** The folder's name follows the candidate until somebody has written another. */
+/** The folder's name follows the candidate until the user edits it. */
 let isOwn = false;
 function propose() {
   const taken = new Set([...document.querySelectorAll("[data-export]")].map((card) => card.dataset.export));
@@ -50,7 +50,7 @@ async function turn() {
     try {
       await refresh();
       if (running().length < before) speak("An export has ended.", true);
-    } catch { /* the next turn tries again */ }
+    } catch { /* the next poll tries again */ }
   }
   setTimeout(turn, EVERY_MS);
 }

@@ -1,4 +1,4 @@
-// Plotly figures: drawn when they come into view, in the page's colours, and again when something has changed.
+// Plotly figures: drawn in the page's colours when they come into view, and redrawn after changes.
 import { call } from "./common.js";
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -8,14 +8,14 @@ const TOP = 12, TOOLS = 26; // pixels above a plot, and of the buttons there, wh
 
 function tone(name) { return getComputedStyle(document.documentElement).getPropertyValue(name).trim(); }
 
-// What figures are drawn with on a light ground, and the same on a dark one (evomerge/report/svg.py).
+// The colours of figures on light and dark backgrounds (evomerge/report/svg.py).
 const DARKER = {
   "#0969da": "#58a6ff", "#bc4c00": "#f0883e", "#1a7f37": "#3fb950", "#8250df": "#bc8cff", "#bf3989": "#f778ba",
   "#0f766e": "#2dd4bf",
 };
 const recoloured = (text) => (dark.matches ? text.replace(/#[0-9a-f]{6}/gi, (tone) => DARKER[tone.toLowerCase()] ?? tone) : text);
 
-/** A figure says what it leaves out in its title; here that is a paragraph above it, which wraps and is read out. */
+/** Move the notes in a figure's title to a paragraph above it, which wraps and is read by screen readers. */
 function tell(box, layout) {
   const text = new DOMParser().parseFromString((layout.title?.text ?? "").replace(/<br\s*\/?>/g, " "), "text/html").body.textContent;
   let paragraph = box.previousElementSibling;
@@ -28,7 +28,7 @@ function tell(box, layout) {
   paragraph.hidden = text === "";
 }
 
-/** Lay the page's colours under what a figure says itself. */
+/** Add the page's colours; the figure's own settings take precedence. */
 function themed(layout, box) {
   const ink = tone("--ink"), quiet = tone("--quiet"), line = tone("--line");
   const axis = (own) => ({
@@ -105,7 +105,7 @@ async function paint(box, force) {
 const RING = 9; // pixels from its middle
 const ringed = new Map(); // of each figure: the candidate whose point has a ring
 
-/** Draw a ring around the point of a candidate, where there is one; it stays as the figure is drawn again. */
+/** Draw a ring around the point of a candidate, if there is one; it is kept when the figure is redrawn. */
 export function ring(box, number) {
   ringed.set(box, number);
   if (!box.classList.contains("js-plotly-plot") || !box._fullData) return;
@@ -131,7 +131,7 @@ export function start() {
   dark.addEventListener("change", () => { for (const box of drawn.keys()) paint(box, true); });
 }
 
-/** Have a figure show something else. */
+/** Change what a figure shows. */
 export function show(box, address) {
   if (box.dataset.figure === address && drawn.has(box)) return;
   box.dataset.figure = address;
@@ -139,10 +139,10 @@ export function show(box, address) {
   if (inView.has(box)) paint(box, false);
 }
 
-/** Called with the point that somebody clicks. */
+/** Register a callback for clicks on points. */
 export function onPoint(box, listen) { listeners.set(box, listen); }
 
-/** Draw again what is in view; the rest when it comes there. */
+/** Redraw the figures in view; the others are redrawn when they come into view. */
 export async function update() {
   for (const box of [...drawn.keys()]) if (!inView.has(box)) drawn.delete(box);
   for (const box of inView) if (box.dataset.figure) await paint(box, false);

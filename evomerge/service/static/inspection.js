@@ -26,7 +26,7 @@ function table(caption, titles, rows, kind = "") {
 
 const cell = (text, kind = "") => element("td", kind, text);
 
-/** A cell whose ground says how much: blue for what goes together, red for what goes against each other. */
+/** A cell whose background shows its value: blue for agreement, red for conflict. */
 function heat(value, text, strength) {
   const made = cell(text);
   if (value === null || value === undefined) { made.className = "none"; return made; }

@@ -1,4 +1,4 @@
-// A new search: a form that writes the search file, the file itself, what the server says of it, and the start.
+// A new search: a form that writes the search file, the file itself, the server's check of it, and starting it.
 import { call, element, speak, toast, words } from "./common.js";
 import { drawInspection } from "./inspection.js";
 import { dump } from "./yaml.js";
@@ -88,7 +88,7 @@ function sourcesChanged() {
 }
 
 let inspecting = null;
-/** Compare the models that are chosen now; what was asked before is given up, here and on the server. */
+/** Compare the selected models; an earlier request is aborted, here and on the server. */
 async function inspect() {
   const place = byId("inspection");
   inspecting?.abort();
@@ -106,13 +106,13 @@ async function inspect() {
 
 // ---- fields ----
 
-/** What the fields within a place say, by their keys; empty ones say nothing. */
+/** The values of the non-empty fields within an element, by their keys. */
 function said(place) {
   const values = {};
   for (const input of place.querySelectorAll("[data-key]")) {
     const { key, kind } = input.dataset;
     if (kind === "switch") { if (input.checked) values[key] = true; continue; }
-    // A space before an answer belongs to it, and \n in a prompt is a new line.
+    // A leading space belongs to an answer, and \n in a prompt is a newline.
     const text = /(^|\.)(prompt|answer)$/.test(key) ? input.value.replaceAll("\\n", "\n") : input.value.trim();
     if (text === "") continue;
     if (kind === "numbers") values[key] = text.split(/[\s,]+/).filter(Boolean).map(number);
@@ -121,7 +121,7 @@ function said(place) {
   }
   return values;
 }
-/** Values with keys such as a.b as sections within `content`; one that says more takes the place of a word. */
+/** Write values with keys such as a.b as sections into `content`; a section replaces a plain value. */
 function nested(values, content = {}) {
   for (const [path, value] of Object.entries(values)) {
     const [section, key] = path.split(".");
@@ -131,7 +131,7 @@ function nested(values, content = {}) {
   }
   return content;
 }
-/** "a=one, b=two" as an object; a part that has no "=" is kept under its own name, for the check to say what is wrong. */
+/** "a=one, b=two" as an object; a part without "=" is kept under its own name, so that the check reports it. */
 function pairs(text) {
   return Object.fromEntries(text.split(",").map((pair) => pair.trim()).filter(Boolean).map((pair) => {
     const [name, ...rest] = pair.split("=");
@@ -163,7 +163,7 @@ function addObjective(evaluator) {
   return box;
 }
 
-/** The optimizer is one for as many objectives as there are, until somebody has chosen another. */
+/** Select an optimizer that suits the number of objectives, until the user selects another. */
 const optimizer = byId("optimizer-name"), forOne = optimizer.value;
 let hasChosen = false;
 function propose() {
@@ -234,7 +234,7 @@ function drawGutter(fault = 0) {
 
 // ---- the field of a fault ----
 
-/** The field of the form that writes a key of the file, where there is one. */
+/** The form field that writes a key of the file, if there is one. */
 function fieldOf(path) {
   const [first, second, third] = path;
   const within = (place, key) => place?.querySelector(`[data-key="${CSS.escape(key ?? "")}"]`) ?? null;
@@ -266,7 +266,7 @@ function setByHand(value) {
 file.addEventListener("input", () => { setByHand(true); file.removeAttribute("aria-invalid"); drawGutter(); });
 file.addEventListener("scroll", () => { gutter.scrollTop = file.scrollTop; });
 file.addEventListener("keydown", (event) => {
-  // Tab leaves the field, as everywhere, for whoever goes by keyboard.
+  // Tab leaves the field, as everywhere, for keyboard users.
   if (event.key === "Enter") {
     const before = file.value.slice(0, file.selectionStart).split("\n").pop().match(/^ */)[0];
     if (before) { event.preventDefault(); document.execCommand("insertText", false, `\n${before}`); }
@@ -278,7 +278,7 @@ byId("copy").addEventListener("click", async () => {
   try { await navigator.clipboard.writeText(file.value); toast("Copied."); } catch { file.select(); toast("Marked: copy it with the keyboard.", "bad"); }
 });
 
-// ---- what the server says ----
+// ---- the server's check ----
 
 function tellFaults(problem) {
   clearField();
@@ -345,7 +345,7 @@ function tellPlan(plan) {
   drawGutter();
 }
 
-/** Where in the file a fault is: the server finds the line, for it reads YAML. */
+/** The line of a fault in the file; the server finds it, because it parses YAML. */
 async function locate(problem) {
   if (problem.line || !problem.faults?.length) return problem;
   try {

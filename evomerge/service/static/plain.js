@@ -1,2 +1,2 @@
-// Pages that need nothing but copying.
+// For pages that only need copying.
 import "./common.js";

@@ -7,7 +7,7 @@ const head = document.getElementById("search");
 const { api, name, here, seq } = head.dataset;
 const byId = (id) => document.getElementById(id);
 
-// ---- what is shown follows the search ----
+// ---- updates ----
 
 const update = throttled(async () => {
   const before = document.querySelector("#title .badge")?.textContent;
@@ -48,7 +48,7 @@ function select(number) {
   figures.show(chosen, `${api}/candidates/${number}/figures/recipe`);
 }
 
-/** Offer the candidates that are best by now; until somebody has chosen, the best of them is shown. */
+/** Offer the current best candidates; the best of them is shown until the user selects one. */
 let isChosen = false;
 function offer() {
   const options = [...byId("choices").children].map((choice) => new Option(choice.textContent, choice.dataset.number));
@@ -92,7 +92,7 @@ objective?.addEventListener("change", genes);
 genes();
 figures.start();
 
-// ---- the table of candidates: links and filters change it alone ----
+// ---- the table of candidates: links and filters reload only the table ----
 
 async function table(address) {
   history.replaceState(null, "", address);

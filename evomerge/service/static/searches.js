@@ -1,4 +1,4 @@
-// The list of searches: fetched again every few seconds while somebody looks at it.
+// The list of searches: fetched again every few seconds while the page is visible.
 import { refresh, speak } from "./common.js";
 
 const EVERY_MS = 3000;

@@ -1,4 +1,4 @@
-// The little YAML that the form writes: block mappings, and everything within them on one line, as people write them.
+// The subset of YAML that the form writes: block mappings, with everything inside them on one line.
 
 const PLAIN = /^[A-Za-z_./~][\w ./@+~-]*$/;
 const WORDS = /^(true|false|yes|no|on|off|null|none|~)$/i;
@@ -17,7 +17,7 @@ function inline(value) {
   return scalar(value);
 }
 
-/** Plain data as YAML text; mappings are unfolded to a depth of `depth`. */
+/** Plain data as YAML text; mappings are in block style down to a depth of `depth`. */
 export function dump(content, depth = 2, indent = "") {
   return Object.entries(content).map(([key, value]) => {
     const isMapping = value && typeof value === "object" && !Array.isArray(value);

@@ -1,4 +1,4 @@
-"""Work for a client that may go away before it is done."""
+"""Cancels work when the client that requested it disconnects."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Result = TypeVar("Result")
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """What ``work`` gives. It is cancelled when the client of a request, whose body was read, goes away.
+    """Await ``work`` and return its result, but cancel it if the client disconnects. The body must have been read.
 
     Raises:
-        ProblemError: the client has gone (499, which nobody reads), or what ``work`` raises.
+        ProblemError: the client has disconnected (499, which nobody will read), or whatever ``work`` raises.
     """
     working, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
