@@ -1,4 +1,4 @@
-"""Evaluators: one a file. A new one is a file here, or an entry point ``evomerge.evaluators`` of a package."""
+"""Evaluators, one per file. To add one, write a file here or declare an entry point ``evomerge.evaluators``."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from evomerge.plugins import find_class
 
 
 def evaluator_settings(kind: str, place: str) -> type[EvaluatorSettings]:
-    """The settings class of the evaluator of this kind; InputError when there is none."""
+    """The settings class of the evaluator of this kind; InputError if there is none."""
     return find_class("evomerge.evaluators", kind, place, EvaluatorSettings)

@@ -1,9 +1,9 @@
-"""Do MGSM's two scorers agree? Both grade the same answers, and what they see differently is shown.
+"""Compares MGSM's two scorers: both grade the same answers, and differences are shown.
 
     python -m evaluators.mgsm ANSWERS.jsonl --language ja
 
-Each line of the file is a JSON object: ``response``, what a model answered, and the right number as ``answer_number``
-or at the end of ``answer``.
+Each line of the file is a JSON object with ``response``, a model's answer, and the right number as ``answer_number`` or
+at the end of ``answer``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from evaluators.numerals import Language
 from evomerge.errors import InputError
 from evomerge.json_lines import read_lines
 
-_TAIL = 80  # characters of an answer that are shown: its last sentence
+_TAIL = 80  # how many characters of an answer are shown, from its end
 
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """An answer and its verdicts: whether the number is right, and whether it is and the language too."""
+    """An answer and its verdicts: whether the number is right, and whether both number and language are."""
 
     place: str
     answer: str
@@ -36,7 +36,7 @@ class JudgedAnswer:
 
 @dataclass(frozen=True)
 class Table:
-    """How many answers both scorers count right, one of them alone, and neither."""
+    """How many answers both scorers count as right, how many only one of them, and how many neither."""
 
     both: int
     sakana_alone: int
@@ -45,7 +45,7 @@ class Table:
 
     @property
     def kappa(self) -> float | None:
-        """Cohen's kappa (1960): agreement beyond chance, 1 where it is perfect; None where each verdict is the same."""
+        """Cohen's kappa (1960): agreement beyond chance, 1 if perfect; None if all verdicts are the same."""
         n = self.both + self.sakana_alone + self.exact_alone + self.neither
         sakana, exact = self.both + self.sakana_alone, self.both + self.exact_alone
         chance = sakana * exact + (n - sakana) * (n - exact)
@@ -53,7 +53,7 @@ class Table:
 
 
 def agreement(file: Path, language: Language) -> list[JudgedAnswer]:
-    """The verdicts of both scorers on each answer of a file. Outside of Japanese, sakana's numbers are read as there.
+    """The verdicts of both scorers on each answer of a file. Sakana's reads numbers the same way in every language.
 
     Raises:
         InputError: a file or a line that cannot be read, one without a response, or no line at all.
@@ -74,7 +74,7 @@ def agreement(file: Path, language: Language) -> list[JudgedAnswer]:
 
 
 def tables(graded: Sequence[JudgedAnswer]) -> tuple[Table, Table]:
-    """The table of the verdicts on numbers, and that of the verdicts on numbers and languages."""
+    """The table for the verdicts on numbers, and that for the verdicts on numbers and languages."""
     first, second = (
         Table(
             both=sum(g.sakana[i] and g.exact[i] for g in graded),
@@ -88,7 +88,7 @@ def tables(graded: Sequence[JudgedAnswer]) -> tuple[Table, Table]:
 
 
 def report(graded: Sequence[JudgedAnswer], language: Language) -> Iterator[str]:
-    """Lines for people: what each scorer counts right, the tables, and each answer that they differ on."""
+    """A report as lines of text: what each scorer counts as right, the tables, and each answer they differ on."""
     yield f"{len(graded)} answers     sakana   exact |   both  sakana alone  exact alone  neither |  kappa"
     for name, t in zip(("acc", f"acc_{language}"), tables(graded), strict=True):
         kappa = "none" if t.kappa is None else f"{t.kappa:.3f}"

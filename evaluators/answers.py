@@ -1,4 +1,4 @@
-"""What the evaluators of generated answers share: prompts from a file of items, greedy answers, a score for each."""
+"""Shared by the evaluators of generated answers: prompts from a file of items, greedy decoding, a score per answer."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from evomerge.json_lines import Line, read_lines
 
 
 class AnswersSettings(PictureSettings, CountedSettings):
-    """What the search file says of prompts and of how they are answered. Answers are greedy unless it says otherwise.
+    """The settings of prompts and of how they are answered. Decoding is greedy by default.
 
     Attributes:
-        file: the items, a JSON object on each line.
-        held_out_file: items to confirm on, where they are apart.
-        held_out: without such a file, the share of items to confirm on. A hash of the prompt decides of each; where
-            there are pictures, of them.
-        prompt: what the model is given, a template: ``{question}`` stands for that field of the item.
-        answer: the right answer, a template as ``prompt`` is. Only worked examples need one, unless an evaluator grades
-            by it.
-        max_new_tokens: most tokens of an answer.
-        stop: texts that end an answer; they are no part of it.
-        batch_size: prompts at once.
-        num_beams: of beam search; with 1 there is none.
-        repetition_penalty: above 1, tokens that are in prompt or answer already become less likely.
+        file: the items, one JSON object per line.
+        held_out_file: the items for confirmation, if they are in a separate file.
+        held_out: without such a file, the share of items for confirmation. The split is decided by a hash of the
+            prompt or, for items with pictures, of the pictures.
+        prompt: the model's input, a template: ``{question}`` stands for that field of the item.
+        answer: the right answer, a template like ``prompt``. It is only required for worked examples, unless an
+            evaluator grades by it.
+        max_new_tokens: the maximum number of tokens of an answer.
+        stop: stop strings, which end an answer and are not part of it.
+        batch_size: prompts per batch.
+        num_beams: the number of beams for beam search; 1 means no beam search.
+        repetition_penalty: above 1, tokens that already occur in the prompt or answer become less likely.
     """
 
     file: Path
@@ -53,7 +53,7 @@ class AnswersSettings(PictureSettings, CountedSettings):
 
     @property
     def decoding(self) -> list[object]:
-        """What of the settings decides on an answer beside its prompt, for an evaluator's version."""
+        """The settings that affect an answer besides its prompt, for an evaluator's version."""
         other = (
             [] if self.num_beams == 1 and self.repetition_penalty == 1 else [self.num_beams, self.repetition_penalty]
         )
@@ -72,7 +72,7 @@ class AnswersSettings(PictureSettings, CountedSettings):
         return texts
 
     def build_and_try(self) -> Evaluator:
-        """``build``, and every picture is decoded once."""
+        """``build``, and decode every picture once."""
         evaluator = self.build()
         check_pictures(evaluator.splits)
         return evaluator
@@ -80,9 +80,10 @@ class AnswersSettings(PictureSettings, CountedSettings):
 
 @dataclass(frozen=True)
 class Question:
-    """``reference`` is the right answer, empty where none is needed; ``place`` is for people.
+    """``reference`` is the right answer, empty if none is needed; ``place`` is for messages.
 
-    ``benchmark`` has it as a test item; ``line`` is what it was made of; ``media`` are its pictures.
+    ``benchmark`` is the public benchmark that it is a test item of; ``line`` is the line it was made from; ``media``
+    are its pictures.
     """
 
     prompt: str
@@ -97,7 +98,7 @@ class Question:
         return digest([self.prompt, self.reference, *content_of(self.media)])
 
     @property
-    def asks(self) -> object:  # a picture is in one split, whatever is asked about it
+    def asks(self) -> object:  # so that all questions about a picture are in the same split
         return content_of(self.media) or self.prompt
 
     @property
@@ -109,13 +110,13 @@ class AnswersEvaluator(Evaluator):
     """Prompts that a live model answers; a subclass grades each answer.
 
     Attributes:
-        name: that of the file.
-        version: hash of what grades, of every prompt and reference, and of the settings that shape answers.
+        name: the name of the file.
+        version: hash of the grader, of every prompt and reference, and of the settings that affect answers.
         metrics: the one metric of the subclass.
     """
 
     def __init__(self, settings: AnswersSettings, metric: str, grading: Sequence[str]) -> None:
-        """``metric`` is of what is better higher; ``grading`` names what grades, with its version."""
+        """``metric`` is a metric for which higher is better; ``grading`` names the grader and its version."""
         self.name = settings.file.stem
         self.metrics: Mapping[str, bool] = {metric: True}
         self._answering = settings
@@ -134,7 +135,7 @@ class AnswersEvaluator(Evaluator):
         return self._requests(reader, split, indices)
 
     def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
-        """A grade for each answer."""
+        """One grade per answer."""
         answers = dict(zip(indices, texts(responses), strict=True))
         grades = self._grade([(self._questions[split][index], answer) for index, answer in answers.items()])
         values = np.array(grades, dtype=np.float32)
@@ -150,11 +151,11 @@ class AnswersEvaluator(Evaluator):
         return replace(question, media=self._answering.pictures(question.line, question.prompt, folder))
 
     def _question(self, line: Line) -> Question:
-        """The item that a line of the file is; one without a reference unless a subclass has it otherwise."""
+        """The item for a line of the file; it has no reference unless a subclass adds one."""
         return Question(fill("prompt", self._answering.prompt, line), "", line.place, benchmark_of(line.fields), line)
 
     def _worked(self) -> list[Example]:
-        """The items that worked examples may be taken from, with their answers; none where none are wanted."""
+        """The items available as worked examples, with their answers; empty if none are wanted."""
         first = self._questions["search"][: self._answering.num_fewshot + 1] if self._answering.num_fewshot else []
         return [Example(q.prompt, fill("answer", self._answering.answer, q.line), q.hash, q.media) for q in first]
 

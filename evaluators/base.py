@@ -1,8 +1,8 @@
-"""The contract of an evaluator: what it asks a model, and how it grades the responses, item by item.
+"""The evaluator interface: what to ask a model, and how to grade its responses, item by item.
 
-Two phases, so that the requests of all objectives, and of several candidates, go to the engine at once, and answers are
-graded while it goes on: ``Evaluator.requests`` says what to ask, ``Evaluator.grade`` turns responses into scores. What
-cannot say beforehand what it asks is an ``ImperativeEvaluator``, which is given the model.
+There are two phases, so that the requests of all objectives and of several candidates reach the engine together, and
+answers are graded while it continues: ``Evaluator.requests`` says what to ask, ``Evaluator.grade`` turns responses into
+scores. An evaluator that cannot know its requests in advance is an ``ImperativeEvaluator``, which is given the model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from evomerge.inference.requests import Engine, LogLikelihood, Request, Response, Text
 
-if TYPE_CHECKING:  # settings are read where no model is, and torch takes seconds to import
+if TYPE_CHECKING:  # settings are also read without a model, and torch takes seconds to import
     from evomerge.checkpoints.live import LiveModel
     from evomerge.inference.media import Media
     from evomerge.inference.reading import Prompt, Reader
@@ -30,16 +30,16 @@ Split = Literal["search", "held_out"]
 
 MODEL = "a model"
 ModelReference = Annotated[str, MODEL]
-"""A setting that names a model: its folder, which the search file may give relative to itself, or an id on the hub."""
+"""A setting that names a model: its folder, which a search file may give relative to itself, or an id on the hub."""
 
 OptionalModel = Annotated[str | None, MODEL]
-"""The same where it may be left out."""
+"""The same for an optional model."""
 
 FOLDER = "a folder"
-"""Marks a setting whose path is that of a folder, not of a file."""
+"""Marks a setting whose path is that of a folder, not a file."""
 
 ItemScores = Mapping[str, NDArray[np.float32]]
-"""For each metric, float32 of shape [n_items]: the score of every item asked for, in the order asked."""
+"""For each metric, float32 [n_items]: the score of every requested item, in the order requested."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Item:
     """One item of a split.
 
     Attributes:
-        id: a content hash: equal ids mean equal items, in whichever split.
-        question: what it asks, for people; empty where it asks nothing.
-        answer: the right answer, for people; empty where there is none.
-        benchmark: the public benchmark that has it as a test item, as ``evaluators.benchmarks`` tells it; None where
-            none has. A search on such items needs a person's consent.
-        media: what it holds beside text.
-        place: where it was read, for people: a file and a line; empty where it was in none.
-        group: what kind of item it is, where it says so: routers of experts may be fitted to keep groups apart.
+        id: a content hash: equal ids mean equal items, in either split.
+        question: its question, for display; empty if it has none.
+        answer: the right answer, for display; empty if it has none.
+        benchmark: the public benchmark that it is a test item of, according to ``evaluators.benchmarks``, or None. A
+            search on such items requires the user's consent.
+        media: its content other than text.
+        place: the file and line it was read from, for messages; empty if it came from no file.
+        group: the kind of item that it says it is: routers of experts may be fitted to keep groups apart.
     """
 
     id: str
@@ -67,22 +67,22 @@ class Item:
 
     @property
     def asks(self) -> tuple[str, ...]:
-        """The question without outer blanks, and what its pictures show; empty of an item that asks nothing."""
+        """The question, stripped, and the content of its pictures; empty for an item that asks nothing."""
         question = self.question.strip()
         return (question, *(one.sha256 for one in self.media)) if question or self.media else ()
 
 
 @dataclass(frozen=True)
 class Graded:
-    """What came of some items.
+    """The results for some items.
 
     Attributes:
-        scores: of every item, by metric.
-        answers: what the model wrote, or chose, by the item's position in the split, where it did either. For people
-            to read beside the scores.
-        seconds: how long it took by phase ("generate" is the model's part, "score" the grading's), where an evaluator
-            knows that better than who measures it from outside.
-        drawings: small copies of the pictures that were made of items, PNG or JPEG, by the position in the split.
+        scores: the scores of all items, by metric.
+        answers: what the model wrote or chose, if anything, by the item's position in the split. For people to read
+            beside the scores.
+        seconds: the time by phase ("generate" is the model's part, "score" the grading), if an evaluator knows it
+            better than a measurement from outside would.
+        drawings: small copies of the pictures made for items, PNG or JPEG, by position in the split.
     """
 
     scores: ItemScores
@@ -93,11 +93,11 @@ class Graded:
 
 @dataclass(frozen=True)
 class Direct:
-    """A request that no engine answers: a function that is given the live model itself, and the engine to ask.
+    """A request that bypasses the engine: a function that receives the live model, and the engine to use.
 
     Attributes:
-        run: what it returns is the ``Outcome``'s value.
-        prompts: what the model will be given by it, as far as that is known: to see before a search whether items fit.
+        run: the function; its return value becomes the ``Outcome``'s value.
+        prompts: the prompts that it will give the model, as far as known: to check before a search whether items fit.
     """
 
     run: Callable[[LiveModel, Engine], Any]
@@ -112,12 +112,12 @@ class Outcome:
 
 
 def texts(responses: Sequence[Response | Outcome]) -> list[str]:
-    """What the model wrote to each of several ``Generate``."""
+    """The texts generated for several ``Generate`` requests."""
     return [_as(Text, response).text for response in responses]
 
 
 def likelihoods(responses: Sequence[Response | Outcome]) -> list[LogLikelihood]:
-    """What each of several ``Likelihood`` came to."""
+    """The results of several ``Likelihood`` requests."""
     return [_as(LogLikelihood, response) for response in responses]
 
 
@@ -130,14 +130,14 @@ def _as(kind: type[Kind], response: Response | Outcome) -> Kind:
 class Evaluator(ABC):
     """Scores models on the items of two splits.
 
-    An evaluator is built once and kept for the life of its worker: whatever costs time (reading data, building
-    prompts) happens in its construction, or the first time that it is asked.
+    An evaluator is built once and lives as long as its worker, so everything expensive (reading data, building prompts)
+    happens in its constructor or on first use.
 
     Attributes:
-        name: short name for people, such as the task's.
-        version: changes whenever the same model could get another score: part of the cache key of every score.
-        metrics: each metric that it grades by, and whether higher is better.
-        measured: metrics that are measured rather than computed, such as speed: the next time they are other numbers.
+        name: a short display name, such as the task's.
+        version: changes whenever the same model could get a different score; part of the cache key of every score.
+        metrics: each metric, and whether higher is better.
+        measured: metrics that are measured rather than computed, such as speed: they vary from one run to the next.
         splits: the items of both splits, in order.
     """
 
@@ -152,24 +152,24 @@ class Evaluator(ABC):
         return self.splits[split]
 
     def name_of(self, split: Split, index: int) -> str:
-        """The item at a position, for people: where it was read, or which one it is."""
+        """A display name for the item at a position: where it was read, or its index."""
         return self.items(split)[index].place or f"item {index} of its {split.replace('_', '-')} items"
 
     @abstractmethod
     def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request | Direct]:
-        """What to ask of a model for the items at these positions, each given once, item after item.
+        """The requests for the items at these positions, each given once, item after item.
 
-        Asked without a model, too, of single items: for people to read, and to see before a search whether items fit.
+        Also called without a model, for single items: to show them, and to check before a search whether items fit.
 
         Args:
-            reader: how the model reads: a chat template, what fits and which tokens there are hang on it.
+            reader: how the model reads text: the chat template, the length limit and the tokens depend on it.
 
         Raises:
             InputError: an item cannot be scored with such a model.
         """
 
     def first_prompts(self, reader: Reader) -> Sequence[Prompt]:
-        """What a model will be given for the first item of the search split, for people to read before a search.
+        """The prompts for the first item of the search split, to show before a search.
 
         Raises:
             InputError: the item cannot be scored with such a model.
@@ -178,15 +178,15 @@ class Evaluator(ABC):
 
     @abstractmethod
     def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
-        """The scores of items from the responses to what ``requests`` asked of the same ones, in its order.
+        """Score items by the responses to what ``requests`` returned for the same items, in the same order.
 
-        Deterministic but for what is ``measured``: the same model and indices give the same numbers. An item's score
-        does not depend on the other items asked for, beyond the last bits that batching moves.
+        Deterministic except for ``measured`` metrics: the same model and indices give the same numbers. An item's score
+        does not depend on the other items, except for the last bits, which batching affects.
         """
 
 
 def prompts_of(evaluator: Evaluator, reader: Reader, split: Split, index: int) -> list[Prompt]:
-    """What a model will be given for the item at a position, as far as that is known before there is a model.
+    """The prompts for the item at a position, as far as they are known without a model.
 
     Raises:
         InputError: the item cannot be scored with such a model.
@@ -197,27 +197,27 @@ def prompts_of(evaluator: Evaluator, reader: Reader, split: Split, index: int) -
 
 
 class ImperativeEvaluator(Evaluator):
-    """An evaluator that is given the model: for what cannot say beforehand what it asks.
+    """An evaluator that is given the model, because it cannot know its requests in advance.
 
-    Several rounds of answers, a process of its own, a look into the model: with an engine that has several models it is
-    run for each of them alone.
+    It may need several rounds of answers, a process of its own, or access to the model itself. With an engine that
+    holds several models, it runs for each model separately.
     """
 
     @abstractmethod
     def score(self, live: LiveModel, engine: Engine, split: Split, indices: Sequence[int]) -> Graded:
-        """Score the items at these positions, each given once; what ``grade`` says holds here, too.
+        """Score the items at these positions, each given once; the guarantees of ``grade`` apply here, too.
 
         Args:
-            live: the model that is scored.
-            engine: answers requests with it, quicker than the model itself: ``respond_to(engine, requests)``.
+            live: the model to score.
+            engine: answers requests with that model, faster than the model itself: ``respond_to(engine, requests)``.
         """
 
     def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Direct]:
-        """One, which scores."""
+        """A single request, which does the scoring."""
         return [Direct(partial(self._run, split, list(indices)))]
 
     def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
-        """What ``score`` returned."""
+        """The result of ``score``."""
         (outcome,) = responses
         assert isinstance(outcome, Outcome)
         graded: Graded = outcome.value
@@ -228,34 +228,34 @@ class ImperativeEvaluator(Evaluator):
 
 
 class EvaluatorSettings(BaseModel):
-    """What the search file says of an evaluator; each evaluator's file has its own subclass.
+    """The settings of an evaluator in the search file; every evaluator has a subclass.
 
-    Two objectives whose settings are equal share one evaluator.
+    Two objectives with equal settings share one evaluator.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def known_metrics(self) -> Collection[str] | None:
-        """The evaluator's metrics, where they are known before it is built; None where only its data or code has them.
+        """The evaluator's metrics if they are known before it is built; None if they depend on its data or code.
 
-        It imports nothing heavy: a metric that is wrong is to be said at once.
+        This imports nothing heavy, so that a wrong metric is reported immediately.
 
         Raises:
-            InputError: what the settings name is nowhere.
+            InputError: something named in the settings does not exist.
         """
         return None
 
     def check(self) -> None:
-        """Refuse what the settings alone show to be wrong, such as code that nobody has consented to.
+        """Reject settings that are wrong by themselves, such as code that the user has not consented to.
 
-        It imports nothing heavy, reads no data and runs no code of a person's. ``build`` refuses the same.
+        This imports nothing heavy, reads no data and runs no user code. ``build`` makes the same checks.
 
         Raises:
             InputError: names the setting.
         """
 
     def build(self) -> Evaluator:
-        """Read the data and make the evaluator.
+        """Read the data and create the evaluator.
 
         Raises:
             InputError: an unknown task or metric, an empty or overlapping split, data that cannot be read.
@@ -263,9 +263,9 @@ class EvaluatorSettings(BaseModel):
         raise NotImplementedError
 
     def build_and_try(self) -> Evaluator:
-        """``build`` where a search begins: what can be tried without a model is tried, and soon given up.
+        """``build`` at the start of a search, which also tries out what needs no model, within a short time limit.
 
         Raises:
-            InputError: as ``build`` does, or what was tried fails whatever the model, or comes to no end.
+            InputError: as for ``build``, or something fails regardless of the model, or does not finish.
         """
         return self.build()

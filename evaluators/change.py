@@ -1,7 +1,7 @@
-"""How far a model is from its search's base, or from another model: the norm of what merging changed in its weights.
+"""Measures how far a model is from its search's base, or from another model: the norm of the weight change.
 
-Losses of merged models follow this norm more than the direction of the change: a merge that went far is mostly broken,
-and one that went nowhere is its base. It is known exactly, without a prompt.
+Losses of merged models depend more on this norm than on the direction of the change: a merge that went far is mostly
+broken, and one that went nowhere equals its base. The norm is exact and needs no prompt.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.source import Source
     from evomerge.inference.requests import Engine
 
-_ELEMENTS = 2**22  # of a tensor at once: what float32 copies of it take is bounded
+_ELEMENTS = 2**22  # per piece of a tensor, which bounds the memory of float32 copies
 
 
 class ChangeSettings(EvaluatorSettings):
-    """What the search file says of the model that others are measured from.
+    """The settings of the model that distances are measured from.
 
     Attributes:
-        model: a folder, ``org/name`` on the hub, or either with adapters behind a "+"; the search's base when None.
+        model: a folder, ``org/name`` on the hub, or either with adapters after a "+"; None means the search's base.
     """
 
     kind: Literal["change"] = "change"
@@ -41,25 +41,25 @@ class ChangeSettings(EvaluatorSettings):
         return ("change",)
 
     def build(self) -> BaseChangeEvaluator:
-        """The evaluator; of another model than the base it is opened, headers only, and its fingerprint taken.
+        """The evaluator; a model other than the base is opened, headers only, and its fingerprint taken.
 
         Raises:
-            InputError: it cannot be opened.
+            InputError: the model cannot be opened.
         """
         return BaseChangeEvaluator() if self.model is None else ChangeEvaluator(self.model)
 
 
 class BaseChangeEvaluator(ImperativeEvaluator):
-    """Scores a model by ``change``, as it was measured when the model was made (``evomerge.merging.measured.change``).
+    """Scores a model by its ``change``, measured when the model was made (``evomerge.merging.measured.change``).
 
-    Each split has one item, which is the model itself. Less counts as better, where it counts.
+    Each split has one item, which is the model itself. As an objective, less is better.
     """
 
     def __init__(self) -> None:
         self.name = "change"
-        self.version = _version("base")  # what a search's base holds does not change while it lasts
+        self.version = _version("base")  # the contents of a search's base do not change during the search
         self.metrics: Mapping[str, bool] = {"change": False}
-        # One item for each split, another one each: nobody could learn anything from it.
+        # The two splits have different items, since they must not overlap; nothing can be learnt from either.
         self.splits = {
             split: [Item(hashlib.sha256(f"change {split}".encode()).hexdigest()[:16])] for split in get_args(Split)
         }
@@ -68,7 +68,7 @@ class BaseChangeEvaluator(ImperativeEvaluator):
         """The model's change.
 
         Raises:
-            InputError: nobody has measured it.
+            InputError: it was not measured.
         """
         if live.change is None:
             problem = "is not known of this model: it was not measured from a base"
@@ -77,10 +77,10 @@ class BaseChangeEvaluator(ImperativeEvaluator):
 
 
 class ChangeEvaluator(BaseChangeEvaluator):
-    """Scores a model by ``change``: norm(W - W0) / norm(W0) over all weights, W0 those of another model than the base.
+    """Scores a model by ``change``: norm(W - W0) / norm(W0) over all weights, where W0 is a model other than the base.
 
-    Tensors are compared with those of the same name, of a path those of each hop with the layer of its number; a tensor
-    that the other model has not, or in another shape, as of another vocabulary, is left out.
+    Tensors are compared with those of the same name; in a path, each hop with the layer at its index. Tensors that the
+    other model lacks, or has in another shape (because of another vocabulary), are ignored.
 
     Args:
         model: a reference to the other model.
@@ -115,7 +115,7 @@ class ChangeEvaluator(BaseChangeEvaluator):
         return math.sqrt(change / size)
 
     def _pairs(self, live: LiveModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Pieces of both models' tensors, the live one's first."""
+        """Corresponding pieces of both models' tensors, the live one's first."""
         import torch
 
         held = live.model.state_dict()
@@ -137,7 +137,7 @@ def _graded(change: float, items: int, seconds: float) -> Graded:
 
 
 def _squares(values: torch.Tensor) -> float:
-    """The sum of squares of float32 values, added up in float64."""
+    """The sum of squares of float32 values, accumulated in float64."""
     import torch
 
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2

@@ -1,7 +1,7 @@
-"""What a model costs to run: its layers, its parameters and, where asked for, its speed.
+"""The cost of running a model: its layers, its parameters and, on request, its speed.
 
-Layers and parameters are read off the model, so they cost nothing and are exact. Speed is measured, and so it is noisy:
-it depends on the machine, and on what else the machine does. So it is left out unless ``measure: true`` asks for it.
+Layers and parameters are counted, so they are free and exact. Speed is measured, so it is noisy: it depends on the
+machine and on what else is running there. It is only included with ``measure: true``.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ COUNTED = ("layers", "parameters")
 
 
 class CostSettings(EvaluatorSettings):
-    """What the search file says of the cost of a model.
+    """The settings of the cost evaluator.
 
     Attributes:
-        measure: measure ``tokens_per_second`` as well; the other keys are for that.
+        measure: also measure ``tokens_per_second``; the other keys apply to this measurement.
         tokens: length of the prompt, in tokens.
-        answer: tokens that are decoded after it, one by one.
-        batch_size: prompts at once.
+        answer: number of tokens that are decoded after it.
+        batch_size: prompts per batch.
         repeats: how many measurements the score is the median of.
     """
 
@@ -51,22 +51,22 @@ class CostSettings(EvaluatorSettings):
         return ("layers", "parameters", *(("tokens_per_second",) if self.measure else ()))
 
     def build(self) -> CostEvaluator:
-        """The evaluator; there is nothing to read."""
+        """The evaluator; it needs no data."""
         return CostEvaluator(self)
 
 
 class CostEvaluator(ImperativeEvaluator):
-    """Scores a model by what it costs to run. Each split has one item, which is the model itself.
+    """Scores a model by its cost. Each split has one item, which is the model itself.
 
-    Imperative, for it asks nothing: it looks at the model, and measures it.
+    Imperative, because it asks nothing: it inspects the model and measures it.
 
     Attributes:
         name: "cost".
         version: hash of the settings.
-        metrics: ``layers``, the hops of the path; ``parameters``, as the model is exported: a layer that is several
-            hops counts each time, a tied head once; and with ``measure``, ``tokens_per_second``: tokens of prompts and
-            answers by the time that a prefill and greedy decoding with a cache take together. Counts above 2^24 are
-            rounded to float32, as all scores.
+        metrics: ``layers``, the hops of the path; ``parameters``, as exported: a layer that is used for several hops
+            counts each time, a tied head once; and with ``measure``, ``tokens_per_second``: tokens of prompts and
+            answers divided by the total time of prefill and greedy decoding with a KV cache. Counts above 2^24 are
+            rounded to float32, like all scores.
     """
 
     def __init__(self, settings: CostSettings) -> None:
@@ -77,7 +77,7 @@ class CostEvaluator(ImperativeEvaluator):
             self.metrics = {**self.metrics, "tokens_per_second": True}
         self.measured = frozenset(self.metrics.keys() & {"tokens_per_second"})
         self._settings = settings
-        # One item for each split, another one each: nobody could learn anything from it.
+        # The two splits have different items, since they must not overlap; nothing can be learnt from either.
         self.splits = {
             split: [Item(hashlib.sha256(f"cost {split}".encode()).hexdigest()[:16])] for split in get_args(Split)
         }
@@ -99,7 +99,7 @@ class CostEvaluator(ImperativeEvaluator):
         return Graded(scores, seconds={"score": time.perf_counter() - started})
 
     def _speed(self, live: LiveModel) -> float:
-        """Tokens a second, the median of several measurements after one that warms caches and allocators up."""
+        """Tokens per second, the median of several measurements after one that warms up caches and allocators."""
         settings = self._settings
         length = settings.tokens + settings.answer
         context = getattr(live.model.config.get_text_config(), "max_position_embeddings", None)
@@ -116,7 +116,7 @@ class CostEvaluator(ImperativeEvaluator):
 
 
 def _parameters(live: LiveModel) -> int:
-    """Elements of all parameters, those of each layer of the path, though hops may share them."""
+    """Elements of all parameters; every layer of the path counts, even if hops share it."""
     from evomerge.checkpoints.structure import layer_stack
 
     _, layers = layer_stack(live.model, live.model.config.get_text_config().num_hidden_layers)
@@ -127,7 +127,7 @@ def _parameters(live: LiveModel) -> int:
 
 
 def _run(live: LiveModel, settings: CostSettings) -> None:
-    """Prefill a made-up prompt and decode an answer, and wait until the device has done so."""
+    """Prefill a made-up prompt, decode an answer, and wait for the device to finish."""
     import torch
 
     rows = live.model.get_input_embeddings().weight.shape[0]

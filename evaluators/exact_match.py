@@ -1,4 +1,4 @@
-"""Answers that are right as a whole or not at all, such as those to short questions about pictures."""
+"""Answers that are either right or wrong as a whole, such as those to short questions about pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ENDS = " .。．!！"
 
 
 class ExactMatchSettings(AnswersSettings):
-    """What the search file says of prompts and of their right answers."""
+    """The settings of prompts and their right answers."""
 
     kind: Literal["exact_match"] = "exact_match"
 
@@ -28,13 +28,13 @@ class ExactMatchSettings(AnswersSettings):
 
         Raises:
             InputError: a file or a line that cannot be read, a missing field, an empty right answer, an empty split, or
-                an item that is in both.
+                an item that is in both splits.
         """
         return ExactMatchEvaluator(self)
 
 
 class ExactMatchEvaluator(AnswersEvaluator):
-    """Prompts with right answers; ``exact_match`` is 1 for an answer that is equal after ``plain``, else 0."""
+    """Prompts with right answers; ``exact_match`` is 1 if the answer equals the right one after ``plain``, else 0."""
 
     def __init__(self, settings: ExactMatchSettings) -> None:
         self._answer = settings.answer
@@ -51,5 +51,5 @@ class ExactMatchEvaluator(AnswersEvaluator):
 
 
 def plain(text: str) -> str:
-    """Without case, outer blanks and a full stop at the end; full and half width are one (NFKC), as are blanks."""
+    """Normalise case, outer whitespace, a final full stop, character width (NFKC) and kinds of whitespace."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(_ENDS)

@@ -1,8 +1,8 @@
-"""Scores models with a person's own Python function, named in the search file: the evaluator of kind ``python``.
+"""Scores models with a user's own Python function, named in the search file: the evaluator of kind ``python``.
 
 The function gets the items and a ``generate`` bound to the live model, and returns a number for each item. It is code
-that runs on this machine, so it needs ``allow_task_code``. It runs in a process of its own (``function_process``): one
-that never ends, exits or takes the process with it costs the candidate, and neither the worker nor the search.
+that runs on this machine, so it needs ``allow_task_code``. It runs in a separate process (``function_process``): if it
+never returns, exits or crashes, only the candidate fails, not the worker or the search.
 """
 
 from __future__ import annotations
@@ -50,32 +50,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOOK_S = 0.25
-"""How often the memory of a function that is at work is looked at; most have answered before."""
+"""How often the memory of a running function is checked; most finish sooner."""
 
 _UNWIND_S = 5.0
-"""How long a function that is no longer wanted may take to end by itself."""
+"""How long a cancelled function may take to end by itself."""
 
 _TRY_S = 15.0
-"""How long a function may take for one item before a search, where its settings do not say how long it may take."""
+"""How long a function may take for one item before a search, unless its settings have a time limit."""
 
 
 class FunctionSettings(PromptSettings):
-    """What the search file says of a function of one's own.
+    """The settings of a user's function.
 
     Attributes:
-        file: the Python file that holds the function.
+        file: the Python file that contains the function.
         function: its name, called as ``function(items, generate)``.
-        given: what the function gets beside the items: "generate", which asks the model; or "weights", where the
-            candidate lies, a ``Path`` to its ``model.safetensors`` or its folder of diffusers, for tables of tensors.
-        items_file: the items, a JSON object on each line; the function gets them as dicts.
-        held_out_file: items to confirm on, where they are apart.
-        held_out: without such a file, the share of items to confirm on. A hash of the item decides of each.
-        metrics: each metric that the function returns, and which way is better. Beside them it may return "pictures",
-            a PIL image or None for each item, of which those of the first items of each split are kept for people.
-        batch_size: prompts at once in ``generate``.
-        max_seconds: how long the function may take for a model, answers of the model not counted. Where a search
-            begins it is tried on one item, which may take 15 s, or as long as this says.
-        max_gigabytes: how much memory the function's process may hold, with all that it starts.
+        given: the function's second argument: "generate", which asks the model; or "weights", the location of the
+            candidate, a ``Path`` to its ``model.safetensors`` or its diffusers folder, for tables of tensors.
+        items_file: the items, one JSON object per line; the function gets them as dicts.
+        held_out_file: the items for confirmation, if they are in a separate file.
+        held_out: without such a file, the share of items for confirmation. The split is decided by a hash of the item.
+        metrics: each metric that the function returns, and which direction is better. In addition it may return
+            "pictures", a PIL image or None for each item; those of the first items of each split are kept for display.
+        batch_size: prompts per batch in ``generate``.
+        max_seconds: the time limit of the function for a model, not counting the model's answers. At the start of a
+            search it is tried on one item, with a limit of 15 s or this one.
+        max_gigabytes: the memory limit of the function's process and all its child processes.
         allow_task_code: consent to run the file.
     """
 
@@ -92,7 +92,7 @@ class FunctionSettings(PromptSettings):
     max_gigabytes: float = Field(default=8.0, gt=0, allow_inf_nan=False)
     allow_task_code: bool = False
 
-    def __hash__(self) -> int:  # `metrics` is a dict, which has none
+    def __hash__(self) -> int:  # `metrics` is a dict, which is not hashable
         return hash((self.file, self.function, self.items_file))
 
     def known_metrics(self) -> Collection[str]:
@@ -107,8 +107,8 @@ class FunctionSettings(PromptSettings):
         """Load the function and read the items.
 
         Raises:
-            InputError: code without consent, a file that is not Python or fails when it is loaded, no such function;
-                a file of items or a line that cannot be read, an empty split, or an item that is in both.
+            InputError: code without consent, a file that is not Python or fails to load, no such function; a file of
+                items or a line that cannot be read, an empty split, or an item that is in both splits.
         """
         return FunctionEvaluator(self)
 
@@ -127,23 +127,23 @@ class _Line:
     def hash(self) -> str:
         return digest(self.fields)
 
-    asks = hash  # nobody but the function knows which field is the question
+    asks = hash  # only the function knows which field is the question
 
     @property
     def item(self) -> Item:
-        """With its fields as JSON."""
+        """The item, with its fields as JSON."""
         text = json.dumps(dict(self.fields), ensure_ascii=False)
         return Item(self.hash, text, "", benchmark_of(self.fields), place=self.place)
 
 
 class FunctionEvaluator(ImperativeEvaluator):
-    """A person's function with its items, ready to score one live model after another.
+    """A user's function with its items, ready to score one live model after another.
 
-    Imperative, for what the function asks next may hang on what was answered.
+    Imperative, because what the function asks next may depend on earlier answers.
 
     Attributes:
-        name: that of the function's file.
-        version: hash of the function's file, of every item, and of the settings. What the file imports is not in it.
+        name: the name of the function's file.
+        version: hash of the function's file, of every item, and of the settings. Files that it imports do not count.
         metrics: as declared.
     """
 
@@ -164,16 +164,16 @@ class FunctionEvaluator(ImperativeEvaluator):
         self.version = digest(["python 1", hashlib.sha256(code).hexdigest(), hashes, said])
 
     def try_out(self) -> list[tuple[str, int]]:
-        """Have the function score the first item with empty answers; what it asks first, each with most new tokens.
+        """Let the function score the first item with empty answers; return what it asks first, with max_new_tokens.
 
-        A search would else wait for a function that never ends once for every source. What goes wrong after the
-        function has asked a model is not held against it: a model would have answered something else.
+        Otherwise a search would wait for a function that never returns once for every source. Errors after the function
+        has asked a model are ignored, since a model would have answered differently.
 
         Raises:
-            InputError: it takes longer than it may, or fails before it has asked a model anything.
+            InputError: it exceeds its time limit, or fails before it has asked a model anything.
         """
         if self._settings.given == "weights":
-            return []  # there are none yet
+            return []  # there are no weights yet
         if self._asked_first is not None:
             return self._asked_first
         asked: list[list[tuple[str, int]]] = []
@@ -195,16 +195,16 @@ class FunctionEvaluator(ImperativeEvaluator):
         return self._asked_first
 
     def first_prompts(self, reader: Reader) -> list[Prompt]:
-        """What the function asks first for the first item: it is run, with empty answers.
+        """What the function asks first for the first item; runs the function, with empty answers.
 
         Raises:
-            InputError: as ``try_out`` does, or a prompt that such a model cannot be given.
+            InputError: as for ``try_out``, or a prompt that does not fit such a model.
         """
         place = self._lines["search"][0].place
         return [asked_prompt(reader, self._settings, text, most, place) for text, most in self.try_out()]
 
     def score(self, live: LiveModel, engine: Engine, split: Split, indices: Sequence[int]) -> Graded:
-        """Have the function score the items at these positions.
+        """Let the function score the items at these positions.
 
         Raises:
             InputError: the function fails, with its file and line, or returns anything but numbers as declared.
@@ -219,13 +219,13 @@ class FunctionEvaluator(ImperativeEvaluator):
         )
         whole = time.perf_counter() - started
         answers: Mapping[int, str] = {}
-        if len(generate.answers) == len(indices):  # which of the answers are which item's only the function knows else
+        if len(generate.answers) == len(indices):  # otherwise only the function knows which answer is for which item
             answers = dict(zip(indices, generate.answers, strict=True))
         seconds = {"generate": generate.seconds, "score": whole - generate.seconds}
         return Graded(said.scores, answers, seconds, said.drawings(indices, given))
 
     def _score_weights(self, given: Sequence[_Line], indices: Sequence[int], live: LiveModel) -> Graded:
-        """Have the function score the items by a candidate that lies on the disk."""
+        """Let the function score the items with a candidate that is on disk."""
         from evomerge.raw.written import WrittenTable
 
         if not isinstance(live.model, WrittenTable):
@@ -236,11 +236,11 @@ class FunctionEvaluator(ImperativeEvaluator):
 
 
 PICTURED_ITEMS = 8
-"""Of how many items of a split pictures that were made are kept, from the first: a search may have many thousand."""
+"""For how many items of a split generated pictures are kept, from the first: a search may have thousands of items."""
 
 
 def _pictured(indices: Sequence[int]) -> list[int]:
-    """Which of the items asked for have pictures to be kept, by their place among these."""
+    """Which of the requested items have pictures to keep, by their position in the request."""
     return [place for place, index in enumerate(indices) if index < PICTURED_ITEMS]
 
 
@@ -249,8 +249,8 @@ class _Said:
     """What a function returned.
 
     Attributes:
-        numbers: one an item, by metric.
-        pictures: PNG, by the item's place among those asked for.
+        numbers: one per item, by metric.
+        pictures: PNG, by the item's position in the request.
     """
 
     numbers: Mapping[str, Sequence[float]]
@@ -261,16 +261,16 @@ class _Said:
         return {metric: np.array(numbers, dtype=np.float32) for metric, numbers in self.numbers.items()}
 
     def drawings(self, indices: Sequence[int], lines: Sequence[_Line]) -> dict[int, bytes]:
-        """Its pictures as ``Graded`` has them: encoded anew, for they come from a process that may write anything.
+        """Its pictures as in ``Graded``, encoded again because the function's process may send anything.
 
         Raises:
-            InputError: one is no picture.
+            InputError: one of them is not a picture.
         """
         return {indices[place]: small_copy(image, lines[place].place) for place, image in self.pictures.items()}
 
 
 def _ask_nothing(prompts: Sequence[str], most: int, stop: Sequence[str]) -> list[str]:
-    """What stands for a model where the function is given weights."""
+    """Takes the place of the model if the function is given weights."""
     raise InputError("given", "is weights: there is no model to ask")
 
 
@@ -278,8 +278,8 @@ class _Generate:
     """The model's side of the function's ``generate``.
 
     Attributes:
-        seconds: how long the model took so far.
-        answers: all that it wrote so far.
+        seconds: the time the model has taken so far.
+        answers: everything it has written so far.
     """
 
     def __init__(self, reader: Reader, engine: Engine, settings: FunctionSettings) -> None:
@@ -288,7 +288,7 @@ class _Generate:
         self._reader, self._engine, self._settings = reader, engine, settings
 
     def __call__(self, prompts: Sequence[str], most: int, stop: Sequence[str]) -> list[str]:
-        """Answers to prompts. That some lose their beginning is logged, once for the same prompts."""
+        """Answer prompts. If some are truncated at the beginning, this is logged, once for the same prompts."""
         started = time.perf_counter()
         try:
             places = [f"prompt {number + 1}" for number in range(len(prompts))]
@@ -307,17 +307,17 @@ class _Generate:
 
 
 class _BeyondBoundsError(InputError):
-    """A function takes longer than it may, or more memory."""
+    """A function exceeds its time or memory limit."""
 
 
 @cache
 def _warn(message: str) -> None:
-    """Once for each message, because the same items come again with every candidate."""
+    """Warn once per message, because the same items are scored for every candidate."""
     log.warning(message)
 
 
 class _FunctionProcess:
-    """The process that a function runs in: started when it is needed, and anew after one that was lost."""
+    """The process that a function runs in: started when needed, and again after one was lost."""
 
     def __init__(self, settings: FunctionSettings, code: bytes) -> None:
         self._settings = settings
@@ -334,13 +334,13 @@ class _FunctionProcess:
         self._channel: socket.socket
 
     def start(self) -> None:
-        """Start the process, and have it load the file.
+        """Start the process, and let it load the file.
 
         Raises:
-            InputError: that fails, ends the process, or takes too long.
+            InputError: loading fails, ends the process, or takes too long.
         """
         ours, its = socket.socketpair()
-        ends, worker = os.pipe()  # nobody writes to it; it closes with this process
+        ends, worker = os.pipe()  # nothing is written to it; it is closed when this process ends
         command = [sys.executable, "-P", "-u", function_process.__file__, str(its.fileno()), str(ends)]
         with its, _closing(ends):
             self._process = subprocess.Popen(
@@ -365,16 +365,16 @@ class _FunctionProcess:
         weights: Path | None = None,
         pictured: Sequence[int] = (),
     ) -> _Said:
-        """What the function says of items: finite numbers by metric, one an item.
+        """Let the function score items: finite numbers by metric, one per item.
 
         Args:
-            limit_s: how long it may take, answers not counted.
-            weights: what it is given in place of ``generate``.
-            pictured: the places of items of which pictures are wanted.
+            limit_s: the time limit, not counting the model's answers.
+            weights: the path that it is given instead of ``generate``.
+            pictured: the positions of items whose pictures are wanted.
 
         Raises:
-            InputError: the function fails, ends its process, takes too long, or returns anything else. What the model
-                raises in ``generate`` is raised as it is.
+            InputError: the function fails, ends its process, takes too long, or returns anything else. Exceptions of
+                the model in ``generate`` are passed on unchanged.
         """
         if self._stop is None:
             self.start()
@@ -399,13 +399,13 @@ class _FunctionProcess:
         return _Said(answer["numbers"], pictures)
 
     def stop(self) -> None:
-        """End the process and all that it has started."""
+        """End the process and all its child processes."""
         if self._stop is not None:
             self._stop()
             self._stop = None
 
     def _answers(self, asked: Mapping[str, Any], generate: Callable[..., list[str]]) -> list[str]:
-        """The model's answers. Where it raises, the function is ended first; the process is kept if that ends it."""
+        """The model's answers. If the model raises, the function is cancelled; if that works, the process is kept."""
         try:
             return generate(asked["prompts"], asked["most"], asked["stop"])
         except BaseException:
@@ -415,7 +415,7 @@ class _FunctionProcess:
             raise
 
     def _send(self, message: Mapping[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # whoever waits for the answer is told why there is none
+        with contextlib.suppress(OSError):  # the error is reported by the call that waits for the answer
             self._channel.settimeout(self._settings.max_seconds)
             send(self._channel, message)
 
@@ -423,11 +423,11 @@ class _FunctionProcess:
         """The next message.
 
         Args:
-            deadline: of the clock ``time.monotonic``.
-            limit_s: how long that was from the beginning of what is waited for.
+            deadline: in terms of ``time.monotonic``.
+            limit_s: the full time limit, for the error message.
 
         Raises:
-            InputError: it does not come in time, the process has ended, or it has taken too much memory.
+            InputError: it does not come in time, the process has ended, or it has used too much memory.
         """
         file = str(self._settings.file)
         try:
@@ -438,7 +438,7 @@ class _FunctionProcess:
             self.stop()
             hint = "Fix it, or set how long it may take as `max_seconds:`."
             raise _BeyondBoundsError(file, f"took more than {limit_s:g} s {when}", hint) from None
-        except (OSError, ValueError, RecursionError):  # it writes to what it does not know
+        except (OSError, ValueError, RecursionError):  # the function wrote to a socket that it does not own
             message = None
         if message is None:
             process = self._process
@@ -447,10 +447,10 @@ class _FunctionProcess:
         return message
 
     def _watch(self, deadline: float, when: str) -> None:
-        """Look at the memory of the process until it says something, or its time is over.
+        """Check the memory of the process until it sends something, or its time is up.
 
         Raises:
-            InputError: it takes more than it may.
+            InputError: it uses more than it may.
         """
         poll, most = select.poll(), self._settings.max_gigabytes
         poll.register(self._channel, select.POLLIN)
@@ -465,7 +465,7 @@ class _FunctionProcess:
                 return
 
     def _fault(self, answer: Mapping[str, Any], lines: Sequence[_Line] = ()) -> InputError:
-        """What the process says is wrong, of a call for these items."""
+        """The error that the process reports, for a call with these items."""
         place, hint = str(self._settings.file), str(answer.get("hint", ""))
         if "returned" in answer:
             metric = f": {answer['metric']}" if "metric" in answer else ""
@@ -485,7 +485,7 @@ def _closing(handle: int) -> Iterator[None]:
 
 
 def _memory_of(process: int) -> int:
-    """Bytes that a process holds, with all that it has started; 0 where it is gone."""
+    """Bytes used by a process and all its child processes; 0 if it is gone."""
     taken = 0
     with contextlib.suppress(psutil.Error):
         own = psutil.Process(process)
@@ -505,7 +505,7 @@ def _end(process: subprocess.Popen[bytes], channel: socket.socket, worker: int) 
 
 
 def _how(code: int) -> str:
-    """How a process ended, from its return code."""
+    """Describe how a process ended, given its return code."""
     if code >= 0:
         return f"exit status {code}"
     with contextlib.suppress(ValueError):

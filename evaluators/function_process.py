@@ -1,10 +1,10 @@
-"""The process that a person's own function runs in, and nothing else: a file of its own that needs Python alone.
+"""The process that a user's function runs in. This file is separate because it needs only Python.
 
-Whatever the function does, to this process or to itself, the worker beside it goes on: it waits no longer than it wants
-to, and starts another one. They speak in messages of JSON, each behind its length, over a socket:
+Whatever the function does to this process or to itself, the worker continues: it waits only as long as its limits
+allow, and then starts another process. The two exchange length-prefixed JSON messages over a socket:
 
-- the worker sends what to load, and is told whether that worked;
-- it sends items, and is asked for answers of its model any number of times, then told numbers or a fault.
+- the worker sends what to load, and receives whether that worked;
+- it sends items, receives any number of requests for answers of its model, and finally numbers or an error.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from types import ModuleType
 from typing import Any
 
 LARGEST = 3.4028234663852886e38
-"""The largest number that a score, a float32, can be."""
+"""The largest number that a float32 score can hold."""
 
 PICTURES = "pictures"
-"""The key under which a function may return pictures beside numbers."""
+"""The key under which a function may return pictures in addition to numbers."""
 
 _MAX_BYTES = 1 << 30
 _MAX_SHOWN = 100
@@ -43,10 +43,10 @@ def send(channel: socket.socket, message: Mapping[str, Any]) -> None:
 
 
 def receive(channel: socket.socket) -> dict[str, Any] | None:
-    """The next message; None when the other side is gone.
+    """The next message; None if the other side is gone.
 
     Raises:
-        ValueError: what comes is no message.
+        ValueError: the data is not a message.
     """
     head = _read(channel, 8)
     size = int.from_bytes(head, "big")
@@ -57,7 +57,7 @@ def receive(channel: socket.socket) -> dict[str, Any] | None:
 
 
 def _read(channel: socket.socket, size: int) -> bytes:
-    """So many bytes, or none at all when the other side is gone."""
+    """Read this many bytes, or none at all if the other side is gone."""
     parts = []
     while size:
         part = channel.recv(min(size, 1 << 20))
@@ -69,14 +69,14 @@ def _read(channel: socket.socket, size: int) -> bytes:
 
 
 class _Ended(BaseException):
-    """The worker wants no more of this call."""
+    """The worker has cancelled this call."""
 
 
 class _Generate:
     """What the function gets as ``generate``.
 
     Attributes:
-        ended: the worker has ended the call that this belongs to.
+        ended: the worker has cancelled the call that this belongs to.
     """
 
     def __init__(self, channel: socket.socket, process: int) -> None:
@@ -84,7 +84,7 @@ class _Generate:
         self._channel, self._process = channel, process
 
     def __call__(self, prompts: Sequence[str], max_new_tokens: int = 256, stop: Sequence[str] = ()) -> list[str]:
-        """Greedy answers to the prompts, in order; an answer ends before the first of the texts in ``stop``."""
+        """Greedy answers to the prompts, in order; an answer ends before the first of the strings in ``stop``."""
         for name, texts in (("prompts", prompts), ("stop", stop)):
             if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
                 raise TypeError(f"generate takes {name} as a list of texts")
@@ -104,7 +104,7 @@ class _Generate:
 
 
 _DEEPEST = 20_000
-"""Calls within calls that a person's code may make, whatever it lifts the limit to: each takes half a kilobyte."""
+"""The maximum recursion depth of user code, whatever limit it sets itself: each level takes half a kilobyte."""
 
 
 def _bound_recursion() -> None:
@@ -113,18 +113,18 @@ def _bound_recursion() -> None:
 
 
 def _load(setup: Mapping[str, Any]) -> Callable[..., object] | dict[str, Any]:
-    """The function that running the file's bytes makes, or what is wrong."""
+    """The function, after running the file's code, or the error."""
     file, name = setup["file"], setup["function"]
     _bound_recursion()
     sys.path[:] = setup["path"]
     module = ModuleType(setup["module"])
     module.__file__ = file
-    sys.modules[module.__name__] = module  # dataclasses look their own module up there
+    sys.modules[module.__name__] = module  # dataclasses look up their own module there
     try:
         exec(compile(base64.b64decode(setup["code"]), file, "exec", dont_inherit=True), module.__dict__)
     except SyntaxError as error:
         return {"problem": f"is not Python ({error.msg})", "line": error.lineno}
-    except BaseException as error:  # such as SystemExit, which is not to end anything here
+    except BaseException as error:  # such as SystemExit, which must not end this process
         return _blame(file, "failed when it was loaded", error)
     function: Callable[..., object] | None = getattr(module, name, None)
     if callable(function):
@@ -134,8 +134,8 @@ def _load(setup: Mapping[str, Any]) -> Callable[..., object] | dict[str, Any]:
 
 
 def _call(function: Callable[..., object], request: Mapping[str, Any], generate: _Generate) -> dict[str, Any]:
-    """What the function says of items, checked: {"numbers": by metric}, with pictures where it made any, or what is
-    wrong.
+    """Score items with the function and check the result: {"numbers": by metric}, with pictures if it made any, or an
+    error.
     """
     metrics: list[str] = request["metrics"]
     pictures: object = None
@@ -165,15 +165,15 @@ def _call(function: Callable[..., object], request: Mapping[str, Any], generate:
         drawn = {} if pictures is None else _pictures(pictures, request)
         if "returned" in drawn:
             return drawn
-    except BaseException as error:  # whatever it is, it is the function's
+    except BaseException as error:  # any exception is the function's
         return _blame(request["file"], f"{request['function']} failed", error)
     return {"numbers": by_metric, PICTURES: drawn}
 
 
 def _pictures(returned: Any, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Small copies of the pictures that are wanted, by position, as PNG in base64; or what is wrong.
+    """Small copies of the wanted pictures, by position, as PNG in base64; or an error.
 
-    They are PIL's, which this file does not import: a function that makes none needs no PIL.
+    They are PIL images, but this file does not import PIL: a function without pictures does not need it.
     """
     pictures, count = list(itertools.islice(returned, request["count"] + 1)), request["count"]
     if len(pictures) != count:
@@ -194,7 +194,7 @@ def _pictures(returned: Any, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(returned: Any, count: int) -> list[float] | dict[str, Any]:
-    """Numbers of what was returned for a metric, or what is wrong; booleans count as 0 and 1."""
+    """The numbers returned for a metric, or an error; booleans count as 0 and 1."""
     try:
         values = list(itertools.islice(returned, count + 1))
     except TypeError:
@@ -209,7 +209,7 @@ def _numbers(returned: Any, count: int) -> list[float] | dict[str, Any]:
         a_number = isinstance(value, numbers.Real) or (
             type(value).__module__ == "numpy" and type(value).__name__ == "bool"
         )
-        if not a_number or not abs(value) <= LARGEST:  # nor is NaN
+        if not a_number or not abs(value) <= LARGEST:  # also rejects NaN
             return {
                 "returned": f"returned {_shown(value)}",
                 "position": position,
@@ -221,12 +221,12 @@ def _numbers(returned: Any, count: int) -> list[float] | dict[str, Any]:
 def _shown(value: object) -> str:
     try:
         return repr(value)[:_MAX_SHOWN]
-    except ValueError:  # a whole number of thousands of digits
+    except ValueError:  # an integer with thousands of digits
         return f"a number of {type(value).__name__} that is too large"
 
 
 def _blame(file: str, what: str, error: BaseException) -> dict[str, Any]:
-    """An error of the person's code, with the line of their file where it happened."""
+    """Report an error of the user's code, with the line of their file where it happened."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     try:
         message = " ".join(str(error).split())[:300]
@@ -237,31 +237,31 @@ def _blame(file: str, what: str, error: BaseException) -> dict[str, Any]:
 
 
 def _end_with(worker: int) -> None:
-    """End this process, and what it has started, when the worker is gone, whatever runs here then."""
+    """End this process, and its child processes, when the worker is gone, whatever runs here then."""
     os.read(worker, 1)
     os.killpg(0, signal.SIGKILL)
 
 
 def main(channel: socket.socket, worker: int) -> None:
-    """Load what the worker names, and call it as often as it says."""
+    """Load what the worker names, and call it as often as the worker asks."""
     process = os.getpid()
     threading.Thread(target=_end_with, args=(worker,), daemon=True).start()
     setup = receive(channel)
     if setup is None:
         return
     loaded = _load(setup)
-    if os.getpid() != process:  # a copy that the file made of this process
+    if os.getpid() != process:  # a fork of this process, made by the file
         os._exit(0)
     send(channel, {"loaded": True} if callable(loaded) else loaded)
     while callable(loaded) and (wanted := receive(channel)) is not None:
-        if "items" not in wanted:  # the end of a call that was over already
+        if "items" not in wanted:  # a cancellation of a call that has already ended
             continue
         generate = _Generate(channel, process)
         result = _call(loaded, {**setup, **wanted}, generate)
         if os.getpid() != process:
             os._exit(0)
         send(channel, {"ended": True} if generate.ended else result)
-    os._exit(0)  # threads that it has started are not waited for
+    os._exit(0)  # do not wait for threads that the function started
 
 
 if __name__ == "__main__":

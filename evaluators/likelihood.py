@@ -1,8 +1,8 @@
-"""How likely a model finds the right answers: one prefill for an item, and nothing is decoded.
+"""The likelihood of right answers: one prefill per item, without decoding.
 
-Whether an answer is right says one bit of an item, and none where all candidates fail or all succeed; its likelihood
-moves with every change of the model, so that few items tell candidates apart. It says how well the model would have
-written these very answers, not that it would have found them.
+Whether an answer is right provides one bit per item, and none if all candidates fail or all succeed. Its likelihood
+changes with every change of the model, so a few items suffice to tell candidates apart. It says how likely the model is
+to write this particular answer, not whether it would find it.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ METRICS = {"log_likelihood": True, "bits_per_byte": False}
 
 
 class LikelihoodSettings(FewshotSettings):
-    """What the search file says of prompts and answers.
+    """The settings of prompts and answers.
 
     ``prompt`` and ``answer`` are templates: ``{question}`` stands for that field of the item, ``{{`` for a brace.
 
     Attributes:
-        file: the items, a JSON object on each line.
-        held_out_file: items to confirm on, where they are apart.
-        held_out: without such a file, the share of items to confirm on. A hash of the prompt decides of each.
-        prompt: what the model is given; it may be empty.
-        answer: what it should say. It is scored, and a space between prompt and answer belongs to it.
-        batch_tokens: most tokens in one forward pass, padding counted, unless a single item has more.
+        file: the items, one JSON object per line.
+        held_out_file: the items for confirmation, if they are in a separate file.
+        held_out: without such a file, the share of items for confirmation. The split is decided by a hash of the
+            prompt.
+        prompt: the model's input; it may be empty.
+        answer: the answer to score; a space between prompt and answer belongs to it.
+        batch_tokens: the maximum number of tokens in one forward pass, including padding, unless one item has more.
     """
 
     kind: Literal["likelihood"] = "likelihood"
@@ -64,23 +65,23 @@ class LikelihoodSettings(FewshotSettings):
 
         Raises:
             InputError: a file or a line that cannot be read, a missing field, an empty answer, an empty split, or an
-                item that is in both.
+                item that is in both splits.
         """
         return LikelihoodEvaluator(self)
 
     def build_whole(self) -> LikelihoodEvaluator:
-        """The same with every item of ``file`` in the search split, for what is never confirmed.
+        """The same with every item of ``file`` in the search split, for uses without confirmation.
 
         Raises:
-            InputError: as ``build``; or there is no item.
+            InputError: as for ``build``; or there is no item.
         """
         return LikelihoodEvaluator(self, whole=True)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A prompt and what may come after it; ``place`` is for people, ``benchmark`` has it as a test item, ``group`` is
-    what kind of item it says it is."""
+    """A prompt and its answer; ``place`` is for messages, ``benchmark`` is the public benchmark that it is a test item
+    of, ``group`` the kind of item that it says it is."""
 
     prompt: str
     answer: str
@@ -93,19 +94,19 @@ class _Pair:
         return digest([self.prompt, self.answer])
 
     @property
-    def asks(self) -> str:  # a text without a prompt is told by itself
+    def asks(self) -> str:  # a text without a prompt is identified by its answer
         return self.prompt or self.answer
 
 
 class LikelihoodEvaluator(Evaluator):
-    """Prompts with their answers, ready to be scored by one live model after another.
+    """Prompts with their answers, ready to be scored with one live model after another.
 
     Attributes:
-        name: that of the file.
+        name: the name of the file.
         version: hash of every prompt and answer.
         metrics: ``log_likelihood``, the mean over the answer's tokens of log p(token | all before it), natural
-            logarithm; ``bits_per_byte``, -log2 p(answer | prompt) by the bytes of the answer in UTF-8, which can be
-            compared between models with other tokens.
+            logarithm; ``bits_per_byte``, -log2 p(answer | prompt) divided by the answer's UTF-8 bytes, which can be
+            compared between models with different tokenizers.
     """
 
     def __init__(self, settings: LikelihoodSettings, *, whole: bool = False) -> None:

@@ -1,9 +1,9 @@
-"""Scores models on any task of lm-evaluation-harness, one score per item.
+"""Scores models on any task of lm-evaluation-harness, with one score per item.
 
 lm-eval's own driver, ``simple_evaluate``, is made to score one model once: it reseeds every random generator of the
-process, rebuilds the prompts, draws other few-shot examples the second time, and asks the system about itself with a
-dozen subprocesses. Here the task and its prompts are made once, the model answers them, and the task grades the
-answers; a test holds the scores equal to those of ``simple_evaluate``.
+process, rebuilds the prompts, draws different few-shot examples the second time, and runs a dozen subprocesses to
+describe the system. Here the task and its prompts are built once, the model answers them, and the task grades the
+answers; a test verifies that the scores equal those of ``simple_evaluate``.
 
 lm-eval and torch take seconds to import, so they are imported when an evaluator is built and not with the settings.
 """
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
 
 
 class LmEvalSettings(CountedSettings):
-    """What the search file says of an lm-eval task.
+    """The settings of an lm-eval task.
 
     Attributes:
-        task: its name, in ``task_folders``, in this project or in lm-eval, in that order.
-        search: items to search on: ``training``, ``validation`` or ``test`` of the task, or a split of its dataset by
-            name; a slice may follow (``test[250:]``).
-        held_out: items to confirm on. The two may not share an item.
-        num_fewshot: worked examples before each question; the task's own number when left out.
+        task: its name, looked up in ``task_folders``, this project and lm-eval, in that order.
+        search: the items to search on: ``training``, ``validation`` or ``test`` of the task, or a split of its dataset
+            by name, optionally with a slice (``test[250:]``).
+        held_out: the items for confirmation. The two may not overlap.
+        num_fewshot: worked examples before each question; by default the task's own number.
         generation: changes to the task's ``generation_kwargs``, such as ``max_gen_toks`` (lm-eval's default is 256).
-        batch_size: most prompts in one forward pass; ``auto`` is 256, or as many as a GPU has room for.
-        task_folders: folders of a person's own task files.
-        data_folder: where relative paths in these files start from; the current folder when left out.
-        allow_task_code: consent to run the code that files in ``task_folders`` hold.
+        batch_size: the maximum number of prompts in one forward pass; ``auto`` is 256, or as many as fit on a GPU.
+        task_folders: folders of the user's own task files.
+        data_folder: the folder that relative paths in these files start from; the current folder by default.
+        allow_task_code: consent to run code in the files of ``task_folders``.
     """
 
     kind: Literal["lm_eval"] = "lm_eval"
@@ -64,7 +64,7 @@ class LmEvalSettings(CountedSettings):
     data_folder: Annotated[Path | None, FOLDER] = None
     allow_task_code: bool = False
 
-    def __hash__(self) -> int:  # `generation` is a dict, which has none
+    def __hash__(self) -> int:  # `generation` is a dict, which is not hashable
         return hash(self.model_dump_json())
 
     def known_metrics(self) -> Collection[str] | None:
@@ -96,13 +96,13 @@ class LmEvalEvaluator(Evaluator):
 
     An item's score is the task's own aggregation of that item alone: for the usual metrics, which are means, the item's
     value. A perplexity is scored as its logarithm and named so (``log_perplexity``), because a mean over items of the
-    perplexities themselves would be ruled by the least likely item.
+    perplexities themselves would be dominated by the least likely item.
 
     Attributes:
         name: the task's name.
         version: hash of lm-eval's version, of how the task grades, of every item and prompt, and of the settings.
-        metrics: each metric, and whether higher is better: ``acc``, or ``exact_match,strict-match`` where the task
-            names its filters. Metrics that say nothing of one item, such as F1, are left out.
+        metrics: each metric, and whether higher is better: ``acc``, or ``exact_match,strict-match`` if the task names
+            its filters. Metrics without a meaning for a single item, such as F1, are omitted.
     """
 
     def __init__(self, settings: LmEvalSettings) -> None:
@@ -115,7 +115,7 @@ class LmEvalEvaluator(Evaluator):
         self._settings = settings
         with quiet(), undisturbed(), contextlib.redirect_stdout(sys.stderr):  # some task files print
             self._task, public = load_task(settings)
-            config = self._task.config  # of a task that comes with lm-eval, the split that lm-eval itself scores
+            config = self._task.config  # for a task included in lm-eval, the split that lm-eval itself scores
             self._benchmark_split = (config.test_split or config.validation_split) if public else None
             self._items = read_splits(self._task, settings)
             self._instances = {
@@ -135,8 +135,8 @@ class LmEvalEvaluator(Evaluator):
         self.splits = {split: self._shown(items) for split, items in self._items.items()}
 
     def _shown(self, items: Items) -> list[Item]:
-        """The items of a split: all that lm-eval scores are a benchmark's, where the task comes with it, else those
-        known by content."""
+        """The items of a split. For a task included in lm-eval, the items that lm-eval scores are a benchmark's; other
+        benchmark items are recognised by content."""
         whole = self.name if items.source == self._benchmark_split else None
         return [
             Item(hashed, question, answer, whole or benchmark_of(doc), media, place=items.place(index))
@@ -146,7 +146,7 @@ class LmEvalEvaluator(Evaluator):
         ]
 
     def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request | Direct]:
-        """The items' instances, each as a request; those that only lm-eval can answer are in one ``Direct`` behind.
+        """The items' instances, each as a request; those that only lm-eval can answer are in one ``Direct`` at the end.
 
         Raises:
             InputError: the model's context, vocabulary or chat template does not fit the task.
@@ -199,10 +199,10 @@ class LmEvalEvaluator(Evaluator):
         return [instance for index in indices for instance in self._instances[split][index]]
 
     def _by_lm_eval(self, instances: Mapping[int, Instance], live: LiveModel, engine: Engine) -> dict[int, Any]:
-        """lm-eval's own answers, by the numbers of the instances.
+        """lm-eval's own answers, by the indices of the instances.
 
         Raises:
-            InputError: they are not plainly greedy, and the engine gives no others.
+            InputError: they are not plain greedy decoding, and the engine supports nothing else.
         """
         from evaluators.lm_eval_model import ask, refuse_wishes
         from evaluators.lm_eval_quiet import quiet, undisturbed
@@ -213,7 +213,7 @@ class LmEvalEvaluator(Evaluator):
             return ask(self._resident(live), instances)
 
     def _resident(self, live: LiveModel) -> ResidentLM:
-        """lm-eval's view of the model, made when the model is first seen."""
+        """lm-eval's view of the model, created when the model is first used."""
         from evaluators.lm_eval_model import ResidentLM
 
         if self._lm is None or self._lm.model is not live.model or self._lm.tokenizer is not live.tokenizer:
@@ -221,7 +221,7 @@ class LmEvalEvaluator(Evaluator):
         return self._lm
 
     def _render(self, reader: Reader) -> None:
-        """Put the prompts into the model's chat template, where that is wanted, when it is first seen."""
+        """Apply the model's chat template to the prompts, if wanted, when the model is first used."""
         from evaluators.lm_eval_items import build_requests
         from evaluators.lm_eval_model import chat
         from evaluators.lm_eval_quiet import quiet, undisturbed

@@ -1,6 +1,6 @@
-"""Task files of lm-eval as text: which file names a task, and which metrics it lists. Nothing of them runs.
+"""Reads lm-eval's task files as text: which file defines a task, and which metrics it lists. Runs no code.
 
-lm-eval takes seconds to import, and ten more to index its 14,000 files, so a name that is wrong is found here first.
+lm-eval takes seconds to import, and ten more to index its 14,000 files, so a wrong name is detected here first.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from evomerge.yaml import check_yaml
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 
-_MAX_BYTES = 1_000_000  # of a task file
+_MAX_BYTES = 1_000_000  # size limit of a task file
 _MANY_BRACKETS = 1_000
 _NAMES = re.compile(rb"^[ \t-]*[\"']?(?:task|group|tag)[\"']?:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
 @cache
 def library_tasks() -> Path:
-    """The folder of the task files that come with lm-eval, which is not imported for it."""
+    """The folder of the task files included in lm-eval, without importing it."""
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None
     assert spec.submodule_search_locations
@@ -36,20 +36,20 @@ def library_tasks() -> Path:
 
 
 def library_file(name: str) -> Path | None:
-    """The file in lm-eval that names this task. Reading 14,000 files takes 0.2 s, and indexing them 10 s."""
+    """The file in lm-eval that defines this task. Reading 14,000 files takes 0.2 s, and indexing them 10 s."""
     return _file_of(name, library_tasks())
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder of task files that lm-eval, which reads every file in it, would never be done with.
+    """Reject a folder of task files that lm-eval, which reads every file in it, would never finish reading.
 
     Raises:
-        InputError: a file is no plain file, or its YAML would explode.
+        InputError: something is not a regular file, or its YAML would expand without bound.
     """
     for file in _task_files(folder):
         try:
             check_plain(file, "task_folders")
-        except OSError:  # such as a link to nowhere, which is passed over
+        except OSError:  # such as a dangling link, which is skipped
             continue
         content = _content(file)
         if b"&" in content or content.count(b"[") + content.count(b"{") > _MANY_BRACKETS:
@@ -57,12 +57,12 @@ def check_folder(folder: Path) -> None:
 
 
 def metrics_of(name: str, folders: tuple[Path, ...]) -> list[str] | None:
-    """The metrics that the file of a task lists, with its filters (``exact_match,strict-match``) where it has any.
+    """The metrics that the file of a task lists, with its filters (``exact_match,strict-match``) if it has any.
 
-    None where the file does not say, but code or lm-eval.
+    None if the file does not say, but code or lm-eval decides.
 
     Raises:
-        InputError: no file of the person's, of this project or of lm-eval has that name anywhere.
+        InputError: no file of the user, of this project or of lm-eval has that name anywhere.
     """
     file = next((task_file for folder in (*folders, OWN_TASKS) if (task_file := _file_of(name, folder))), None)
     file = file or library_file(name)
@@ -77,7 +77,7 @@ def metrics_of(name: str, folders: tuple[Path, ...]) -> list[str] | None:
 
 
 def _names(config: Mapping[str, Any], field: str, key: str) -> list[str]:
-    """What the entries of a list call themselves; nothing where one of them does not say so in plain text."""
+    """The names of the entries of a list; empty if one of them is not given as plain text."""
     entries = config.get(field)
     named = [
         entry.get(key) if isinstance(entry, dict) else None for entry in (entries if isinstance(entries, list) else ())
@@ -87,7 +87,7 @@ def _names(config: Mapping[str, Any], field: str, key: str) -> list[str]:
 
 
 def _refuse_unknown(name: str, folders: tuple[Path, ...]) -> None:
-    """Refuse a name that stands in no task file, nor in what they include: as a task, a group or a tag."""
+    """Reject a name that does not occur in any task file, or in what they include: as a task, a group or a tag."""
     text = name.encode("utf-8", "replace")
     names: set[str] = set()
     for folder in (*folders, OWN_TASKS, library_tasks()):
@@ -110,7 +110,7 @@ def _task_files(folder: Path) -> Iterator[Path]:
 
 
 def _content(file: Path) -> bytes:
-    """What a task file says; nothing where it is no plain file, which is said when the task is loaded."""
+    """The content of a task file; empty if it is not a regular file, which is reported when the task is loaded."""
     try:
         if file.is_file() and file.stat().st_size <= _MAX_BYTES:
             return file.read_bytes()
@@ -120,7 +120,7 @@ def _content(file: Path) -> bytes:
 
 
 def _read(file: Path, depth: int = 0) -> dict[str, Any]:
-    """A task file's keys on top of those of the files that it includes; empty where they cannot be read."""
+    """A task file's keys, merged over those of the files that it includes; empty if they cannot be read."""
     try:
         content = yaml.load(_content(file), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):

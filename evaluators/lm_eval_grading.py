@@ -1,4 +1,4 @@
-"""Has an lm-eval task grade the answers of items, and says which of its metrics give every item a number."""
+"""Grades the answers of items with an lm-eval task, and finds which of its metrics give every item a number."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from evaluators.lm_eval import LmEvalSettings
 
 Grades = dict[tuple[str, str], Any]
-"""What a task says of one item, by (metric, filter): a number, or whatever the metric's aggregation takes."""
+"""A task's results for one item, by (metric, filter): a number, or whatever the metric's aggregation takes."""
 
 OF_MANY_ITEMS = {get_aggregation(name) for name in ("f1", "matthews_corrcoef", "bypass")}
 
@@ -34,18 +34,18 @@ LOGARITHMS: dict[Callable[[list[Any]], Any], Callable[[list[Any]], Any]] = {
     get_aggregation("perplexity"): lambda items: -mean(items),
     get_aggregation("weighted_perplexity"): lambda items: -weighted_mean(items),
 }
-"""Perplexities are scored as their logarithm: one unlikely item would outweigh all others, or overflow."""
+"""Perplexities are scored as their logarithm: otherwise one unlikely item would outweigh all others, or overflow."""
 
 _WHERE_ONLY = {"search", "held_out", "task_folders", "data_folder", "allow_task_code", "count_tokens"}
-"""Settings that say where a task and its items come from; the items themselves are in the fingerprint. Who counts
-tokens of answers has a version of its own."""
+"""Settings that only say where a task and its items come from; the fingerprint covers the items themselves. Counting
+the tokens of answers has a version of its own."""
 
 BLANK_ANSWERS = {"generate_until": "", "loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0}
 
 
 @dataclass(frozen=True)
 class FilteredMetric:
-    """One metric behind one filter, and how the task aggregates it."""
+    """One metric after one filter, and how the task aggregates it."""
 
     metric: str
     filter: str
@@ -58,7 +58,7 @@ class FilteredMetric:
 
 
 def give(request: Instance, answer: Any) -> None:
-    """Write an answer into a request. A task that wants several gets the same again: decoding is greedy."""
+    """Write an answer into a request. A task that wants several gets copies, because decoding is greedy."""
     request.resps, request.filtered_resps = [answer] * (request.repeats or 1), {}
 
 
@@ -66,7 +66,7 @@ def grade(
     task: ConfigurableTask, docs: Sequence[Mapping[str, Any]], requests: Sequence[Sequence[Instance]]
 ) -> list[Grades]:
     """Grade items whose requests have been answered."""
-    task._instances = [request for group in requests for request in group]  # where apply_filters looks for them
+    task._instances = [request for group in requests for request in group]  # apply_filters expects them here
     task.apply_filters()
     graded = []
     for doc, group in zip(docs, requests, strict=True):
@@ -80,23 +80,23 @@ def grade(
 
 
 def written(task: ConfigurableTask, doc: Mapping[str, Any], requests: Sequence[Instance]) -> str | None:
-    """What the model wrote to an item, or which choice it found likeliest; None for what is neither."""
+    """What the model wrote for an item, or which choice it found most likely; None if neither."""
     answers = [request.resps[0] for request in requests]
     if requests[0].request_type == "generate_until":
         return str(answers[0])
     if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
         return None
     choices = task.doc_to_choice(doc)
-    likeliest = max(range(len(choices)), key=lambda i: answers[i][0])  # some tasks ask more after their choices
+    likeliest = max(range(len(choices)), key=lambda i: answers[i][0])  # some tasks have more requests
     return str(choices[likeliest])
 
 
 def find_measures(
     task: ConfigurableTask, items: Items, requests: Sequence[Sequence[Instance]], place: str
 ) -> dict[str, FilteredMetric]:
-    """The metrics that give every item a number, found by grading blank answers.
+    """The metrics that give every item a number, found by grading empty answers.
 
-    Blank answers also show grading code that fails, before a model is there to waste.
+    This also detects grading code that fails before any model has been run.
 
     Raises:
         InputError: the grading fails on an item, or no metric gives every item a number.
@@ -134,14 +134,14 @@ def _is_number_for_all(measure: FilteredMetric, graded: Sequence[Grades]) -> boo
         return False
     try:
         return all(math.isfinite(measure.of(grades)) for grades in graded)
-    except Exception:  # an aggregation of the task's own that one item is not enough for
+    except Exception:  # a custom aggregation that needs more than one item
         return False
 
 
 def fingerprint(
     task: ConfigurableTask, settings: LmEvalSettings, parts: Sequence[tuple[Items, Sequence[Sequence[Instance]]]]
 ) -> str:
-    """A hash of all that decides the scores of a given model."""
+    """A hash of everything that determines the scores of a given model."""
     config = task.config
     return digest(
         [
@@ -163,7 +163,7 @@ def fingerprint(
 
 
 def _without_pictures(value: Any) -> Any:
-    """A document or what a request is made of, without pictures, which are in the item's hash by what they show."""
+    """A document or request arguments without pictures, whose content is part of the item's hash."""
     from PIL.Image import Image
 
     if isinstance(value, Mapping):

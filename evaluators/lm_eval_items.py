@@ -39,9 +39,9 @@ class Items:
         source: the split of the dataset that the items come from.
         rows: their positions in it.
         docs: one mapping per item.
-        hashes: one per item, of what it asks and what it wants.
-        texts: one per item: what it asks, and what it wants, for people.
-        media: one per item: the pictures that it shows.
+        hashes: one per item, of its question and expected answer.
+        texts: one per item: its question and expected answer, for display.
+        media: one per item: its pictures.
     """
 
     source: str
@@ -52,7 +52,7 @@ class Items:
     media: Sequence[tuple[Media, ...]]
 
     def place(self, index: int) -> str:
-        """Where the item at a position stands in the task's data, for people; rows are counted from 0 there."""
+        """The row of the item at a position in the task's data, for messages; rows count from 0 there."""
         return f"row {self.rows[index]} of {self.source!r}"
 
 
@@ -62,7 +62,7 @@ def read_splits(task: ConfigurableTask, settings: LmEvalSettings) -> dict[Split,
     Raises:
         InputError: an unknown or empty split, a broken item, or splits that share items.
     """
-    processed: dict[str, Any] = {}  # once for each split: a task may shuffle here
+    processed: dict[str, Any] = {}  # once per split: a task may shuffle here
     splits: dict[Split, Items] = {
         "search": _read_split(task, settings.search, f"task {settings.task}: search", processed),
         "held_out": _read_split(task, settings.held_out, f"task {settings.task}: held_out", processed),
@@ -101,7 +101,7 @@ def _read_split(task: ConfigurableTask, spec: str, place: str, processed: dict[s
         except Exception as error:
             raise explain(error, place) from error
     docs = processed[source]
-    # More digits than any number of items has would be no number to Python.
+    # Python refuses to convert strings with too many digits; this many exceed any number of items.
     start, stop = (None if bound is None else int(bound[:_MAX_DIGITS]) for bound in (match["start"], match["stop"]))
     rows = range(len(docs))[start:stop]
     if not rows:
@@ -114,7 +114,7 @@ def _read_split(task: ConfigurableTask, spec: str, place: str, processed: dict[s
 
 
 class _ItemCheck:
-    """Refuses items that lm-eval would score wrongly without a word, and hashes and reads the others."""
+    """Rejects items that lm-eval would score wrongly without notice, and hashes and reads the others."""
 
     def __init__(self, task: ConfigurableTask, place: str) -> None:
         self._task, self._place = task, place
@@ -139,7 +139,7 @@ class _ItemCheck:
                 _check_gold(question if task.multiple_input else answer, choices)
         except Exception as error:
             raise explain(error, f"{self._place}, row {row}") from error
-        asked = answer if task.multiple_input else question  # where the choices stand before one and the same ending
+        asked = answer if task.multiple_input else question  # the choices precede a common ending
         hashed = digest([question, choices, answer, *content_of(media)])
         return hashed, (str(asked), _answer_text(answer, choices)), media
 
@@ -165,7 +165,7 @@ def _media(task: ConfigurableTask, doc: Mapping[str, Any]) -> tuple[Media, ...]:
 
 
 def _answer_text(answer: Any, choices: Any) -> str:
-    """The right answer, or all of several: choices are named by their places."""
+    """The right answer, or all of several; choices given by index are replaced by their texts."""
     answers = answer if isinstance(answer, list) else [answer]
     return " | ".join(str(choices[one]) if isinstance(one, int) and choices else str(one) for one in answers)
 
@@ -190,15 +190,15 @@ def build_requests(
 ) -> list[list[Instance]]:
     """The requests of each item: prompts with their few-shot examples, ready to be answered.
 
-    The examples of an item depend on its place in the split, not on which items are scored.
+    The examples of an item depend on its position in the split, not on which items are scored.
 
     Raises:
         InputError: more examples than there are, or task code that fails on an item.
     """
     shots = task.fewshot_cfg
-    if shots.split is None and shots.samples is None:  # the rule by which lm-eval chose; it forgets to write it down
+    if shots.split is None and shots.samples is None:  # lm-eval's own rule, which it does not record
         shots.split = task.config.training_split or task.config.validation_split or task.config.test_split
-    task.config.test_split = items.source  # lm-eval keeps an item out of its own examples when these two are equal
+    task.config.test_split = items.source  # lm-eval excludes an item from its own examples if these two are equal
     task.set_fewshot_seed(FEWSHOT_SEED)
     chat = {"apply_chat_template": chat_template is not None, "chat_template": chat_template}
     requests = []

@@ -1,4 +1,4 @@
-"""lm-eval's transformers model around a live model."""
+"""lm-eval's transformers model, wrapped around a live model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ResidentLM(HFLM):  # type: ignore[misc]
-    """HFLM for a model that stays while its weights change: it shares the model, and encodes each text once."""
+    """HFLM for a model whose weights change in place: it shares the model, and tokenizes each text only once."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         left_truncate_len: int | None = None,
         **_: Any,
     ) -> list[int]:
-        """The tokens of a text, as all evaluators have them."""
+        """The tokens of a text, the same as for all other evaluators."""
         key = (string, add_special_tokens)
         if key not in self._encoded:
             cut = encode_plain if add_special_tokens is False else encode
@@ -60,7 +60,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same of several, padded to one length: token ids and attention mask, int64 [texts, tokens]."""
+        """The same for several texts, padded to one length: token ids and attention mask, int64 [texts, tokens]."""
         rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
         padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
         return padded["input_ids"], padded["attention_mask"]
@@ -69,14 +69,14 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         return encode_pair(self.tokenizer, context, continuation)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
-        # loglikelihood_rolling asks for a progress bar whatever it was told itself
+        # loglikelihood_rolling requests a progress bar even if told not to
         ask = super()._loglikelihood_tokens
 
         def work(rows: int) -> Any:
             self.batch_size_per_gpu = rows
             return ask(requests, disable_tqdm=True, override_bs=override_bs)
 
-        # Not by how many they are: loglikelihood_rolling asks bit by bit, and cuts by the batch size it finds here.
+        # The number of requests is no bound: loglikelihood_rolling asks in parts, cut by the batch size it finds here.
         return self._room.fit(self._wanted, self._room.rows(self._wanted), self.device, work)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -100,7 +100,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
-        if generation_kwargs.get("num_beams", 1) > 1:  # whose rows change places: lm-eval looks at them all again
+        if generation_kwargs.get("num_beams", 1) > 1:  # beams change rows, so lm-eval's own criterion checks all rows
             beams: torch.Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
             return beams
         generation_kwargs.pop("temperature", None)
@@ -115,13 +115,13 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             use_cache=True,
             **generation_kwargs,
         )
-        # Where no token ends a sequence by itself, transformers lets ended rows run on instead of padding them.
+        # If no token ends a sequence by itself, transformers lets finished rows continue instead of padding them.
         beyond = torch.arange(tokens.shape[1])[None, :] >= criterion.lengths[:, None]
         return tokens.masked_fill(beyond.to(tokens.device), pad)
 
 
 def ask(lm: ResidentLM, requests: Mapping[int, Instance]) -> dict[int, Any]:
-    """The model's answer to each request, kind by kind, as lm-eval has it."""
+    """The model's answers to requests, by kind of request, as lm-eval computes them."""
     answers: dict[int, Any] = {}
     for kind in dict.fromkeys(request.request_type for request in requests.values()):
         asked = {number: request for number, request in requests.items() if request.request_type == kind}
@@ -130,10 +130,10 @@ def ask(lm: ResidentLM, requests: Mapping[int, Instance]) -> dict[int, Any]:
 
 
 def chat(reader: Reader, settings: PromptSettings) -> Callable[..., str]:
-    """What puts turns into the model's chat template, as lm-eval calls it.
+    """A function that applies the model's chat template to turns, with the signature that lm-eval expects.
 
-    As in lm-eval, a task's own description is left out where the template has no place for it. What the search file
-    says is not.
+    As in lm-eval, a task's own description is omitted if the template has no place for it. The system instruction of
+    the search file is not.
     """
     templates, in_parts = reader.templates, reader.templates is not reader.tokenizer
 
@@ -154,14 +154,14 @@ def chat(reader: Reader, settings: PromptSettings) -> Callable[..., str]:
 def request_of(
     request: Instance, reader: Reader, settings: LmEvalSettings, place: str, media: tuple[Media, ...] = ()
 ) -> Generate | Prompt:
-    """A request of lm-eval's as one of an engine; its prompt alone where lm-eval has to answer it by itself.
+    """Convert a request of lm-eval to one of an engine; only its prompt is returned if lm-eval itself must answer it.
 
-    That is where answers are not plainly greedy, by the task's settings or the model's own (beams, a penalty), and
-    where likelihoods are asked for: lm-eval adds them up in the model's dtype, in batches of its own (a text that is
-    too long for the context window by window), and a score is to be lm-eval's own to the last bit.
+    This is the case if answers are not plain greedy decoding because of the task's or the model's settings (beams, a
+    penalty), and for likelihoods: lm-eval sums them in the model's dtype, in its own batches (a text that is too long
+    for the context window by window), and scores must equal lm-eval's to the last bit.
 
     Raises:
-        InputError: there is no room at all, an answer that is empty or too long, or a token that the model has not.
+        InputError: the context is full, an answer is empty or too long, or the model lacks a token.
     """
     tokenizer, most = reader.tokenizer, _context(reader, settings)
     if media:
@@ -188,7 +188,7 @@ def request_of(
         reader.check_known([*before, *after], place)
         return Prompt(text, answer, [*before, *after], len(after), most + 1, place)
     text = request.args[0]
-    ids = encode(tokenizer, text)  # loglikelihood_rolling cuts a long text into windows and loses nothing
+    ids = encode(tokenizer, text)  # loglikelihood_rolling splits a long text into windows without loss
     reader.check_known(ids, place)
     return Prompt("", text, [first_token(tokenizer), *ids], len(ids), None, place)
 
@@ -199,7 +199,7 @@ def _with_pictures(
     """A request about pictures.
 
     Raises:
-        InputError: it asks for likelihoods, or for answers that are not plainly greedy; and as ``Reader.prompt``.
+        InputError: it asks for likelihoods, or for anything but plain greedy decoding; and as for ``Reader.prompt``.
     """
     if request.request_type != "generate_until":
         problem = "asks for likelihoods with pictures, which lm-eval has of no model"
@@ -215,16 +215,16 @@ def _with_pictures(
 
 
 def wishes(reader: Reader, settings: Mapping[str, Any]) -> list[str]:
-    """Settings of answers that are not plainly greedy, of a task or of the model."""
+    """The settings, of a task or of the model, that are not plain greedy decoding."""
     own = [] if reader.generation is None else shaping(reader.generation, settings)
     return [*own, *({"max_length"} & settings.keys())]
 
 
 def refuse_wishes(requests: Iterable[Instance], reader: Reader) -> None:
-    """For an engine that answers greedily alone.
+    """Reject requests that an engine with only greedy decoding cannot answer.
 
     Raises:
-        InputError: answers are wanted that are not plainly greedy.
+        InputError: something other than plain greedy decoding is requested.
     """
     for request in requests:
         if request.request_type == "generate_until":
@@ -235,7 +235,7 @@ def refuse_wishes(requests: Iterable[Instance], reader: Reader) -> None:
 
 
 def _said(request: Instance) -> dict[str, Any]:
-    """What a request says of its answers, but for their length and stop texts."""
+    """The generation settings of a request, except for the length and stop strings."""
     return {key: value for key, value in normalize_gen_kwargs(request.args[1]).items() if key not in _LENGTHS}
 
 
@@ -247,6 +247,6 @@ def _settings_of(request: Instance) -> str:
 
 
 def _context(reader: Reader, settings: PromptSettings) -> int:
-    """Most tokens of prompt and answer, as HFLM has it for a model that says none."""
+    """The maximum number of tokens of prompt and answer, as HFLM assumes for a model that does not say."""
     room = settings.limited(reader).context
     return resolve_max_length(None, reader.tokenizer) if room is None else room

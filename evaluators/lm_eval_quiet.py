@@ -1,6 +1,6 @@
-"""Ways to run lm-eval's code without a trace: no log lines, no bars, and random generators as they were.
+"""Ways to run lm-eval's code without side effects: no log output, no progress bars, random generators restored.
 
-They stand apart from lm-eval's model, which takes two seconds to import.
+They are separate from lm-eval's model, which takes two seconds to import.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Run task code with seeds of its own; Python's, numpy's and torch's generators are left as they were found.
+    """Run task code with fixed seeds; Python's, numpy's and torch's generators are restored afterwards.
 
-    Some tasks shuffle their choices with the global generators, so without seeds the items would differ from worker to
-    worker. A GPU's generator is not touched: nothing here draws from it.
+    Some tasks shuffle their choices with the global generators, so without seeds the items would differ between
+    workers. A GPU's generator is left alone, because nothing here draws from it.
     """
     state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(0)
@@ -36,12 +36,12 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the logs of lm-eval and datasets, and the bars of datasets."""
+    """Silence the logs of lm-eval and datasets, and the progress bars of datasets."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     ends = [(logger.handlers, logger.propagate) for logger in loggers]
     bars = not datasets.are_progress_bars_disabled()
-    for logger in loggers:  # no levels: each that is set clears what all loggers of the process know of theirs
-        logger.handlers, logger.propagate = [logging.NullHandler()], False  # what goes wrong is raised as well
+    for logger in loggers:  # not by level: setting one clears the level cache of all loggers of the process
+        logger.handlers, logger.propagate = [logging.NullHandler()], False  # errors are raised anyway
     datasets.disable_progress_bars()
     try:
         yield

@@ -1,7 +1,7 @@
-"""Finds lm-eval tasks, decides which of them may run, and loads them with errors that a person can fix.
+"""Finds lm-eval tasks, decides which of them may run, and loads them with actionable error messages.
 
-A task file can run code: ``!function`` names Python, and a plain Jinja template can reach it. The files of this project
-and those that come inside lm-eval are trusted like any installed package. A person's own need ``allow_task_code``.
+A task file can run code: ``!function`` names Python, and even a plain Jinja template can reach it. The files of this
+project and those included in lm-eval are trusted like any installed package. A user's own need ``allow_task_code``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from evaluators.lm_eval import LmEvalSettings
 
 LIBRARY_TASKS = library_tasks()
-_MAX_CHARACTERS, _MAX_SECONDS, _MAX_TURNS = 10_000_000, 5.0, 1_000_000  # of a template and one item
+_MAX_CHARACTERS, _MAX_SECONDS, _MAX_TURNS = 10_000_000, 5.0, 1_000_000  # limits for one template and one item
 TASK_KEYS = {field.name for field in dataclasses.fields(TaskConfig)} | {"class", "group", "task_list"}
 
 
@@ -45,10 +45,10 @@ def _compiled(template: str) -> Template:
 
 
 def _apply_template(template: str, doc: Mapping[str, Any]) -> str:
-    """What a template makes of an item, piece by piece: a loop in it may have no end that anybody lives to see.
+    """Render a template for an item, piece by piece, because a loop in it may not terminate in reasonable time.
 
     Raises:
-        ValueError: it makes more than any prompt is, or takes longer than any prompt takes.
+        ValueError: the output is longer than any prompt, or takes longer than any prompt should.
     """
     pieces, size, started = [], 0, time.thread_time()
     for piece in _compiled(template).generate(**doc):
@@ -60,23 +60,23 @@ def _apply_template(template: str, doc: Mapping[str, Any]) -> str:
 
 
 def _range(*bounds: int) -> range:
-    """Jinja's ``range``, of no more numbers than a prompt could tell."""
+    """Jinja's ``range``, limited to more numbers than any prompt could contain."""
     numbers = range(*bounds)
     if len(numbers) > _MAX_TURNS:
         raise ValueError(f"its template counts to {len(numbers):,}")
     return numbers
 
 
-# lm-eval compiles a task's templates anew for every item, four times an item: seconds at every start of a worker.
+# lm-eval compiles a task's templates four times for every item, which takes seconds whenever a worker starts.
 utils.apply_template = _apply_template
 utils.env.globals["range"] = _range
 
 
 def load_task(settings: LmEvalSettings) -> tuple[ConfigurableTask, bool]:
-    """Find the task, check its file, load it with its data, and put the settings into it.
+    """Find the task, check its file, load it with its data, and apply the settings to it.
 
     Returns:
-        The task, and whether it comes with lm-eval.
+        The task, and whether it is included in lm-eval.
 
     Raises:
         InputError: no such task, a group of tasks, a broken file or data, code without consent, sampled answers.
@@ -88,7 +88,7 @@ def load_task(settings: LmEvalSettings) -> tuple[ConfigurableTask, bool]:
     try:
         with contextlib.chdir(_data_folder(settings)):
             task = manager.load([name])["tasks"][name]
-    except Exception as error:  # task files are anybody's code: there is no telling what they raise
+    except Exception as error:  # task files may contain any code, which may raise anything
         raise explain(error, place) from error
     if not isinstance(task, ConfigurableTask):
         raise InputError(place, "is a Python class that lm-eval cannot configure, so its items cannot be split")
@@ -99,16 +99,16 @@ def load_task(settings: LmEvalSettings) -> tuple[ConfigurableTask, bool]:
 
 
 def _data_folder(settings: LmEvalSettings) -> Path:
-    """Where relative paths in task files start from; here, where a worker lacks it."""
+    """The folder that relative paths in task files start from; the current one if a worker does not have it."""
     folder = settings.data_folder
     return folder if folder is not None and folder.is_dir() else Path.cwd()
 
 
 def find_manager(name: str, folders: tuple[Path, ...]) -> TaskManager:
-    """A task manager that knows this task: of the folders, else of lm-eval's own files.
+    """A task manager that knows this task: for the folders, else for lm-eval's own files.
 
     Raises:
-        InputError: unknown (with the nearest name), or a group, whose tasks it lists.
+        InputError: the name is unknown (suggests the closest), or is a group, whose tasks it lists.
     """
     manager = TaskManager(include_path=[OWN_TASKS, *folders], include_defaults=False)
     if name not in manager.task_index and (file := library_file(name)):
@@ -131,7 +131,7 @@ def _library(folders: tuple[Path, ...]) -> TaskManager:
 
 
 def _unreadable(folders: tuple[Path, ...]) -> Iterator[tuple[Path, str]]:
-    """YAML files that lm-eval would skip without a word. Tags are not resolved, so no code runs."""
+    """YAML files that lm-eval would skip without notice. Tags are not resolved, so no code runs."""
     for folder in folders:
         for file in sorted(folder.glob("**/*.yaml")):
             try:
@@ -154,7 +154,7 @@ def _members(name: str, manager: TaskManager) -> Iterator[str]:
 
 
 def _check_config(config: Mapping[str, Any], place: str) -> None:
-    """What lm-eval would answer with a bare KeyError or TypeError, or only after all items have been scored."""
+    """Report settings to which lm-eval would respond with a bare KeyError or TypeError, or only after scoring."""
     if config.get("unsafe_code"):
         raise InputError(place, "runs what the model writes (`unsafe_code: true`), which Evomerge does not do")
     if config.get("doc_to_audio"):
@@ -208,7 +208,7 @@ def _set_generation(task: ConfigurableTask, settings: LmEvalSettings, place: str
 
 
 def _check_generation(wanted: Mapping[str, Any], place: str) -> None:
-    """Refuse generation settings that only a candidate would fail on."""
+    """Reject generation settings that would only fail once a candidate is scored."""
     until = wanted.get("until", [])
     if not isinstance(until, str) and not (isinstance(until, list) and all(isinstance(text, str) for text in until)):
         raise InputError(f"{place}.until", "is neither a text nor a list of texts", 'Write `until: ["\\n"]`.')
@@ -230,7 +230,7 @@ _GENERATION_KEYS = {*vars(GenerationConfig()), *_ANSWER_LENGTHS, "until"}
 
 _ONE_A_LINE = "Give it one JSON object a line, all with the same keys."
 
-_FAULTS = {  # a part of "Type: message", for each fault that has plainer words
+_FAULTS = {  # part of "Type: message", for each error with a clearer explanation
     "StopIteration": ("a data file is empty", _ONE_A_LINE),
     "corresponds to no data": ("a data file is empty", _ONE_A_LINE),
     "DatasetGenerationError": ("a data file cannot be read", _ONE_A_LINE),
@@ -242,7 +242,7 @@ _FAULTS = {  # a part of "Type: message", for each fault that has plainer words
 
 
 def explain(error: BaseException, place: str) -> InputError:
-    """Turn what lm-eval, datasets or a task's own code raised into an error for people."""
+    """Turn an exception from lm-eval, datasets or a task's own code into a readable error."""
     problem, hint = "cannot be used", ""
     cause: BaseException | None = error
     while cause is not None:

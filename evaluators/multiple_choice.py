@@ -1,7 +1,7 @@
-"""Questions with choices: which of them a model finds likeliest, and by how much. Nothing is decoded.
+"""Multiple-choice questions: which choice a model finds most likely, and by how much. Nothing is decoded.
 
-The numbers are lm-eval's own for such tasks, and a test holds them equal; ``margin`` is beside them because it moves
-with every change of the model, where a right answer stays right.
+The numbers equal lm-eval's for such tasks, which a test verifies. ``margin`` is added because it changes with every
+change of the model, even while the chosen answer stays the same.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ METRICS = {"acc": True, "acc_norm": True, "acc_bytes": True, "margin": True}
 
 
 class MultipleChoiceSettings(PictureSettings):
-    """What the search file says of questions and choices.
+    """The settings of questions and choices.
 
-    An item has ``choices``, a list of texts, and ``answer``: the right one's text, or its number; the first is 0.
+    An item has ``choices``, a list of texts, and ``answer``: the text of the right one, or its index from 0.
 
     Attributes:
-        file: the items, a JSON object on each line.
-        held_out_file: items to confirm on, where they are apart.
-        held_out: without such a file, the share of items to confirm on. A hash of the prompt decides of each; where
-            there are pictures, of them.
-        prompt: what the model is given, a template: ``{question}`` stands for that field of the item.
-        choice: how a choice is written behind it, a template with ``{choice}``.
-        batch_tokens: most tokens in one forward pass, padding counted, unless a single choice has more.
+        file: the items, one JSON object per line.
+        held_out_file: the items for confirmation, if they are in a separate file.
+        held_out: without such a file, the share of items for confirmation. The split is decided by a hash of the
+            prompt or, for items with pictures, of the pictures.
+        prompt: the model's input, a template: ``{question}`` stands for that field of the item.
+        choice: how a choice is written after it, a template with ``{choice}``.
+        batch_tokens: the maximum number of tokens in one forward pass, including padding, unless one choice has more.
     """
 
     kind: Literal["multiple_choice"] = "multiple_choice"
@@ -73,12 +73,12 @@ class MultipleChoiceSettings(PictureSettings):
 
         Raises:
             InputError: a file or a line that cannot be read, a missing field, an item without several choices or whose
-                answer is none of them, an empty split, or an item that is in both.
+                answer is not one of them, an empty split, or an item that is in both splits.
         """
         return MultipleChoiceEvaluator(self)
 
     def build_and_try(self) -> MultipleChoiceEvaluator:
-        """``build``, and every picture is decoded once."""
+        """``build``, and decode every picture once."""
         evaluator = self.build()
         check_pictures(evaluator.splits)
         return evaluator
@@ -86,7 +86,7 @@ class MultipleChoiceSettings(PictureSettings):
 
 @dataclass(frozen=True)
 class _Question:
-    """``written`` are the choices as they follow the prompt; ``right`` is the place of the right one."""
+    """``written`` are the choices as they follow the prompt; ``right`` is the index of the right one."""
 
     prompt: str
     choices: tuple[str, ...]
@@ -110,14 +110,14 @@ class _Question:
 
 
 class MultipleChoiceEvaluator(Evaluator):
-    """Questions with choices, ready to be scored by one live model after another.
+    """Questions with choices, ready to be scored with one live model after another.
 
     Attributes:
-        name: that of the file.
+        name: the name of the file.
         version: hash of every prompt, choice and right answer.
-        metrics: with log p of a choice after the prompt: ``acc``, 1 where the right choice's is the highest, else 0;
-            ``acc_norm``, the same by the choice's characters, and ``acc_bytes``, by its bytes in UTF-8 (both as lm-eval
-            names them); ``margin``, the right choice's less the highest of the others, natural logarithm.
+        metrics: given log p of each choice after the prompt: ``acc``, 1 if that of the right choice is the highest,
+            else 0; ``acc_norm``, the same divided by the choice's characters, and ``acc_bytes``, by its UTF-8 bytes
+            (named as in lm-eval); ``margin``, the right choice's minus the highest of the others, natural logarithm.
     """
 
     def __init__(self, settings: MultipleChoiceSettings) -> None:
@@ -142,7 +142,7 @@ class MultipleChoiceEvaluator(Evaluator):
         return self._requests(reader, split, indices)
 
     def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
-        """All metrics of each item, and the likeliest choice."""
+        """All metrics of each item, and the most likely choice."""
         logs = iter([answer.log for answer in likelihoods(responses)])
         grades, answers = [], {}
         for index in indices:
@@ -164,7 +164,7 @@ class MultipleChoiceEvaluator(Evaluator):
 
 
 def _grade(item: _Question, logs: Sequence[float]) -> tuple[float, float, float, float]:
-    """The metrics of an item, in their order, from log p of its choices. Of equal ones the first is chosen."""
+    """The metrics of an item, in order, from log p of its choices. On ties the first is chosen."""
     log = np.array(logs)
     characters = np.array([len(choice) for choice in item.choices])
     size = np.array([len(choice.encode("utf-8", "surrogatepass")) for choice in item.choices])

@@ -1,30 +1,30 @@
-r"""The number that an answer to a word problem gives: as the original work reads it, and as a person does.
+r"""The number that an answer to a word problem gives: as the original work reads it, and as a person would.
 
-``last_number_sakana`` repeats the scorer of the original work with its faults. ``answer_number`` reads what is written,
-by these rules:
+``last_number_sakana`` reproduces the scorer of the original work, including its faults. ``answer_number`` reads what is
+written, by these rules:
 
-- **Which number.** The one behind the last marker ("The answer is", "答えは", "####", "\boxed{"), or else the last of
-  the text. Behind a marker it is the first of the line or sentence; after the last equals sign, if there is one; the
-  last of a calculation ("5 + 6, so 11"). A reason ("because 3 + 2 = 5") is no part of the sentence. Labels ("Answer:")
-  are markers where a number follows at once; at the start of the text, only where nothing is calculated later. English
+- **Which number.** The one after the last marker ("The answer is", "答えは", "####", "\boxed{"), or else the last of
+  the text. After a marker it is the first of the line or sentence; after the last equals sign, if there is one; the
+  last of a calculation ("5 + 6, so 11"). A reason ("because 3 + 2 = 5") is not part of the sentence. Labels ("Answer:")
+  are markers if a number follows immediately; at the start of the text, only if nothing is calculated later. English
   markers count in every language.
-- **No numbers** are digits behind letters ("A4"). Numbers of lists ("3. Then"), of steps, of orders ("3rd", "第3"), of
-  dates and of times of day ("10:30") count only where nothing behind a marker and nothing else in the text is a number.
-- **Separators.** In German, Spanish, French and Russian a point, comma, blank or apostrophe before groups of exactly
+- **Not numbers** are digits after letters ("A4"). Numbers of lists ("3. Then"), steps, ordinals ("3rd", "第3"), dates
+  and times of day ("10:30") count only if there is no other number after a marker or anywhere else in the text.
+- **Separators.** In German, Spanish, French and Russian a point, comma, space or apostrophe before groups of exactly
   three digits groups them, and any other point or comma begins decimals: "1.234" and "1,234" are 1234, and "0,125",
   "3.5", "1234,567" have decimals. In English, Japanese and Chinese a comma groups and a point begins decimals: "1.234"
-  has decimals, "1,234" has none, "3,5" is two numbers, and an ordinary blank groups nothing. In all of them, narrow and
-  no-break blanks group, and after a group the other of point and comma begins decimals ("1.234,5" and "1,234.5").
-- **Signs.** A minus of any kind at the number or its currency sign, unless it stands between two numbers ("10-5");
-  "minus 5" where it begins a clause or follows "is"; "マイナス5", "负五".
+  has decimals, "1,234" has none, "3,5" is two numbers, and an ordinary space groups nothing. In all of them, narrow and
+  no-break spaces group, and after a group the other of point and comma begins decimals ("1.234,5" and "1,234.5").
+- **Signs.** A minus of any kind before the number or its currency sign, unless it is between two numbers ("10-5");
+  "minus 5" if it begins a clause or follows "is"; "マイナス5", "负五".
 - **Kanji.** "三十五", "一万二千三百", "3万5千", "二〇二四". Short ones are parts of many words (十分, 一緒): they
-  count with a counter (三個), alone behind a marker, from two characters on where one is 十 or more, or from three on.
-  Chinese "一百五" is 150.
+  count with a counter (三個), alone after a marker, with two or more characters of which one is 十 or larger, or with
+  three or more. Chinese "一百五" is 150.
 - **Fractions** of whole numbers: "3/4", "2 1/2", "½", "\frac{3}{4}", "3分の2", "三分之二". A percentage is the number
   before its sign.
-- **Scales** in words behind digits: "1.5 million", "8 mil", "70 тыс.".
+- **Scales** in words after digits: "1.5 million", "8 mil", "70 тыс.".
 
-Other numbers in letters ("eleven") are not read.
+Other spelled-out numbers ("eleven") are not read.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from evaluators.numerals import COUNTER, Language, Numeral, find_numbers, plain
 
 
 def last_number_sakana(text: str) -> float | None:
-    """The last number as the original work's scorer reads it: "1,234" is 234, "-5" is 5, kanji are none.
+    """The last number as the original work's scorer reads it: "1,234" is 234, "-5" is 5, kanji are ignored.
 
-    SakanaAI/evolutionary-model-merge, evomerge/eval/ja_mgsm.py, ``extract_answer_number``. That takes commas out of
-    what it found as well, where none can be any more.
+    SakanaAI/evolutionary-model-merge, evomerge/eval/ja_mgsm.py, ``extract_answer_number``. That also removes commas
+    from the match, which can no longer contain any.
     """
     numbers = re.findall(r"\d*\.?\d+", text)
     return float(numbers[-1]) if numbers else None
@@ -58,7 +58,7 @@ def answer_number(text: str, language: Language) -> Decimal | None:
 
 
 def last_number(text: str, language: Language) -> Decimal | None:
-    """The last number of the text, whatever its markers; None if there is none."""
+    """The last number of the text, regardless of markers; None if there is none."""
     return _last(find_numbers(plain(text, language), language))
 
 
@@ -110,7 +110,7 @@ def _markers(language: Language) -> re.Pattern[str]:
 
 
 def _behind(marker: re.Match[str], numbers: Sequence[Numeral]) -> Numeral | None:
-    """The number that the marker points to, in its clause or, where that has none, in the next that is not empty."""
+    """The number that a marker points to, in its clause or, if that has none, in the next non-empty one."""
     text, start = marker.string, marker.end()
     first = marker["label"] is not None and not re.search(r"\w", text[: marker.start()])
     for begin, end in _clauses(text, start):
@@ -121,7 +121,7 @@ def _behind(marker: re.Match[str], numbers: Sequence[Numeral]) -> Numeral | None
         if not marker["sentence"] and not _DIRECTLY.fullmatch(text, start, proper[0].start):
             return None
         if first and "=" in text[end:] and not _REASON_BEGINS.match(text, end):
-            return None  # the label is of all that follows
+            return None  # the label applies to everything that follows
         if (equals := text.rfind("=", begin, proper[-1].start)) >= 0:
             return next(number for number in proper if number.start > equals)
         return proper[-1] if _CALCULATES.match(text, proper[0].end) else proper[0]
@@ -129,7 +129,7 @@ def _behind(marker: re.Match[str], numbers: Sequence[Numeral]) -> Numeral | None
 
 
 def _clauses(text: str, start: int) -> Iterator[tuple[int, int]]:
-    """The first two clauses from ``start`` on that hold letters or digits."""
+    """The first two clauses from ``start`` on that contain letters or digits."""
     count = 0
     while start < len(text) and count < 2:
         ending = _END_OF_CLAUSE.search(text, start)
@@ -141,6 +141,6 @@ def _clauses(text: str, start: int) -> Iterator[tuple[int, int]]:
 
 
 def _stands_alone(text: str, marker_end: int, number: Numeral) -> bool:
-    """Whether a short numeral is the answer itself: right behind the marker, and no word goes on after it."""
+    """Whether a short numeral is the answer itself: directly after the marker, and not continued by a word."""
     directly = _DIRECTLY.fullmatch(text, marker_end, number.start)
     return bool(directly and (_CLOSES.match(text, number.end) or COUNTER.match(text, number.end)))

@@ -1,6 +1,6 @@
-"""Finding the numbers of a text in seven languages: every numeral that people write, with its place and value.
+"""Finds the numbers in a text in seven languages: every numeral in common notation, with its position and value.
 
-The rules are those of ``evaluators.numbers``, which says of the numbers here which one is the answer.
+The rules are described in ``evaluators.numbers``, which decides which of these numbers is the answer.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Language = Literal["de", "en", "es", "fr", "ja", "ru", "zh"]
 
 @dataclass(frozen=True)
 class Numeral:
-    """A number of a text.
+    """A number in a text.
 
     Attributes:
-        start, end: its place; the start is that of its digits.
-        whole: written as a whole number.
-        aside: of a list, a step, an order or a date.
-        weak: maybe part of a word.
+        start, end: its position; the start is that of its digits.
+        whole: whether it is written as a whole number.
+        aside: whether it belongs to a list, a step, an ordinal or a date.
+        weak: whether it may be part of a word.
     """
 
     start: int
@@ -42,7 +42,7 @@ _DIGITS = {char: value for value, chars in enumerate(_SAME_DIGITS) for char in c
 _UNITS = {"十": 10, "拾": 10, "百": 100, "千": 1000} | dict.fromkeys("万萬", 10**4) | dict.fromkeys("億亿", 10**8)
 _UNITS["兆"] = 10**12
 _KANJI_DIGIT = f"[{''.join(_DIGITS)}]"
-_KANJI_UNIT = f"(?:(?!千[克米瓦卡]|百分[之比])[{''.join(_UNITS)}])"  # 千克 is a kilogram, 百分之 per cent
+_KANJI_UNIT = f"(?:(?!千[克米瓦卡]|百分[之比])[{''.join(_UNITS)}])"  # 千克 is a kilogram, 百分之 means per cent
 _COEFFICIENT = rf"(?:[0-9]+(?:,[0-9]{{3}})*(?:\.[0-9]+)?|{_KANJI_DIGIT}+)"
 
 COUNTER = re.compile(
@@ -91,9 +91,9 @@ _SCALES: dict[Language, dict[str, Decimal]] = {
 
 
 def plain(text: str, language: Language) -> str:
-    """Full-width letters, digits and signs as ASCII, and fractions of one character or of LaTeX with a slash."""
+    """Convert full-width letters, digits and signs to ASCII, and single-character and LaTeX fractions to a slash."""
     text = re.sub("(?<=[０-９])[，．](?=[０-９])", lambda match: ",."["，．".index(match[0])], text)
-    text = re.sub("(?<=[^\\n][0-9])．(?=[0-9])", ".", text)  # at the start of a line it is a list's
+    text = re.sub("(?<=[^\\n][0-9])．(?=[0-9])", ".", text)  # at the start of a line it belongs to a list
     if language == "ja":  # in Chinese it ends clauses
         text = re.sub("(?<=[0-9])，(?=[0-9]{3}(?![0-9]))", ",", text)
     text = re.sub(r"(\d?)\\[dt]?frac\{([^{}]{1,40})\}\{([^{}]{1,40})\}", _slash, text)
@@ -109,7 +109,7 @@ def _slash(fraction: re.Match[str]) -> str:
 
 @cache
 def _pattern(language: Language) -> re.Pattern[str]:
-    """Numbers of a language: sign, currency, numeral and scale."""
+    """A pattern for numbers in a language: sign, currency, numeral and scale."""
     point = language in ("en", "ja", "zh")
     separator, decimal = (f"[,'’{_BLANKS}]", r"\.") if point else (f"[.,'’ {_BLANKS}]", "[.,]")
     groups = (
@@ -128,7 +128,7 @@ def _pattern(language: Language) -> re.Pattern[str]:
 
 
 def find_numbers(text: str, language: Language) -> list[Numeral]:
-    """All numbers of a text that ``plain`` made, in order, the parts of a fraction joined."""
+    """All numbers of a text returned by ``plain``, in order, with the parts of a fraction joined."""
     joined: list[Numeral] = []
     moments = {
         at
@@ -144,7 +144,7 @@ def find_numbers(text: str, language: Language) -> list[Numeral]:
 
 
 def _in_word(match: re.Match[str]) -> bool:
-    """Whether letters stand directly before it ("A4", "covid-19") that are no currency, LaTeX or "times"."""
+    """Whether letters that are not a currency, LaTeX or "times" directly precede it ("A4", "covid-19")."""
     start = match.start()
     before = re.compile(rf"(\\?)([{_LETTERS}]+)[-‐‑_^]?\Z").search(match.string, max(0, start - 20), start)
     if before is None or before[1] or (match["currency"] and not match["sign"]):
@@ -167,7 +167,7 @@ def _number(match: re.Match[str], language: Language) -> Numeral:
 
 
 def _ends(pattern: re.Pattern[str], text: str, end: int) -> re.Match[str] | None:
-    """The pattern, which must end in ``$``, right before ``end``. Only "^" can look further back than 40 characters."""
+    """Match the pattern, which must end in ``$``, right before ``end``. Only "^" can look back over 40 characters."""
     return pattern.search(text, max(0, end - 40), end)
 
 
@@ -204,7 +204,7 @@ def _arabic(raw: str, language: Language) -> Decimal:
 
 
 def _kanji(raw: str, language: Language) -> Decimal:
-    """The value of a numeral with kanji: coefficients before units, units of 10,000 and more after sums of smaller."""
+    """The value of a numeral with kanji: coefficients precede units; units from 10,000 up multiply the sum so far."""
     total = section = Decimal(0)
     pending: Decimal | None = None
     unit = 0
@@ -235,7 +235,7 @@ def _is_weak(raw: str, text: str, end: int) -> bool:
 
 
 def _append(text: str, numbers: list[Numeral], number: Numeral) -> None:
-    """Add a number to those found, as a part of the last where the two are a fraction."""
+    """Append a number to those found, or join it with the last one if the two form a fraction."""
     last = numbers[-1] if numbers else None
     if last is None or not last.whole or not number.whole or not last.value or not number.value:
         numbers.append(number)
@@ -256,5 +256,5 @@ def _append(text: str, numbers: list[Numeral], number: Numeral) -> None:
 
 
 def _in_chain(text: str, start: int, end: int) -> bool:
-    """Whether a slash goes on before or after it, as in a date."""
+    """Whether a slash precedes or follows it, as in a date."""
     return text[:start].rstrip(" ").endswith("/") or text[end:].lstrip(" ").startswith("/")

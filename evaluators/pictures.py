@@ -1,4 +1,4 @@
-"""Pictures of items in files of JSON lines, for every evaluator of such files."""
+"""Pictures of items in JSON Lines files, for every evaluator that reads them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from evomerge.json_lines import Line
 
 
 class PictureSettings(FewshotSettings):
-    """The same for evaluators whose items may show pictures.
+    """Settings of evaluators whose items may contain pictures.
 
     Attributes:
-        images: the files of an item's pictures, templates as the prompt is, relative to the file of items. The prompt
-            says ``<image>`` where each stands, in their order.
+        images: the files of an item's pictures, templates like the prompt, relative to the file of items. The prompt
+            has ``<image>`` at the position of each picture, in order.
     """
 
     images: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class PictureSettings(FewshotSettings):
         """The pictures of an item.
 
         Raises:
-            InputError: a file that cannot be read or shown, or a prompt that does not say where each stands.
+            InputError: a file that cannot be read or decoded, or a prompt without a position for each picture.
         """
         if self.images and prompt.count(IMAGE) != len(self.images):
             problem = f"its prompt says {IMAGE} {prompt.count(IMAGE)} times, and there are {len(self.images)} pictures"
@@ -48,7 +48,7 @@ def check_pictures(splits: Mapping[Split, Sequence[Item]]) -> None:
     """Decode every picture once.
 
     Raises:
-        InputError: one is cut or damaged.
+        InputError: one is truncated or damaged.
     """
     for item in (item for items in splits.values() for item in items):
         for media in item.media:
@@ -56,5 +56,5 @@ def check_pictures(splits: Mapping[Split, Sequence[Item]]) -> None:
 
 
 def content_of(media: Iterable[Media]) -> list[str]:
-    """What pictures show, for hashes of items."""
+    """The content of pictures, for hashes of items."""
     return [one.sha256 for one in media]

@@ -1,6 +1,6 @@
-"""What a model is asked: from an item's own words to the text that it reads. All evaluators use this.
+"""Builds prompts: from an item's own text to the text that the model reads. All evaluators use this.
 
-From the text to token ids it goes by ``evomerge.inference.reading``.
+``evomerge.inference.reading`` converts the text to token ids.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from evomerge.inference.media import IMAGE, Media
 from evomerge.inference.reading import Prompt, Reader
 
 ENCODING = "tokens 2"
-"""Part of an evaluator's version: changes whenever equal texts could become other tokens."""
+"""Part of an evaluator's version: changes whenever equal texts could be tokenized differently."""
 
 _FITTING = 64
 _MAX_TOKENISED = 4096
@@ -25,12 +25,12 @@ _NAMED = 3
 
 
 class PromptSettings(EvaluatorSettings):
-    """What the search file says of how prompts are put to the model, for every evaluator that prompts.
+    """How prompts are given to the model, for every evaluator with prompts.
 
     Attributes:
-        apply_chat_template: put prompts in the chat template of the model's tokenizer, as a user's turn.
+        apply_chat_template: apply the chat template of the model's tokenizer, with the prompt as the user's turn.
         system_instruction: text before every prompt; with the chat template, the system's turn.
-        max_length: most tokens of prompt and answer; the model's context when left out.
+        max_length: the maximum number of tokens of prompt and answer; by default the model's context.
     """
 
     apply_chat_template: bool = False
@@ -38,20 +38,20 @@ class PromptSettings(EvaluatorSettings):
     max_length: int | None = Field(default=None, ge=2)
 
     def limited(self, reader: Reader) -> Reader:
-        """The reader, with no more tokens of prompt and answer than these settings want."""
+        """The reader, limited to this maximum number of tokens of prompt and answer."""
         return reader if self.max_length is None else replace(reader, context=self.max_length)
 
     @property
     def shaping(self) -> list[object]:
-        """What of these settings decides on the tokens of a prompt, for an evaluator's version."""
+        """The settings that affect the tokens of a prompt, for an evaluator's version."""
         return [ENCODING, self.apply_chat_template, self.system_instruction, self.max_length]
 
 
 class FewshotSettings(PromptSettings):
-    """The same for evaluators whose items have a right answer.
+    """Settings of evaluators whose items have a right answer.
 
     Attributes:
-        num_fewshot: so many worked examples before each question: the first of the search split but for itself.
+        num_fewshot: the number of worked examples before each question: the first of the search split, except itself.
     """
 
     num_fewshot: int = Field(default=0, ge=0, le=1000)
@@ -63,7 +63,7 @@ class FewshotSettings(PromptSettings):
 
 @dataclass(frozen=True)
 class Example:
-    """A worked example: a prompt and its right answer, with its pictures. ``hash`` is its item's."""
+    """A worked example: a prompt and its right answer, with its pictures. ``hash`` is that of its item."""
 
     prompt: str
     answer: str
@@ -80,8 +80,8 @@ def render(
     """The text that the model reads: a system instruction, worked examples and the prompt.
 
     Args:
-        templates: has the chat template: a tokenizer or a processor.
-        in_parts: turns are given to the template as lists of texts and pictures, as those of processors want them.
+        templates: a tokenizer or a processor, which has the chat template.
+        in_parts: pass turns to the template as lists of texts and pictures, as processors' templates expect.
 
     Raises:
         InputError: there is no chat template, or one that cannot be used for this.
@@ -98,7 +98,7 @@ def render(
 
 
 def parted(turns: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Turns with their contents as lists of texts and pictures, as the chat templates of processors want them."""
+    """Turns with their contents as lists of texts and pictures, as processors' chat templates expect."""
     return [{**turn, "content": _parts(turn["content"])} for turn in turns]
 
 
@@ -108,16 +108,16 @@ def _parts(content: str) -> list[Mapping[str, str]]:
     for number, text in enumerate(content.split(IMAGE)):
         if number:
             parts.append({"type": "image"})
-        if text.strip("\n"):  # templates part texts and pictures themselves
+        if text.strip("\n"):  # templates separate texts and pictures themselves
             parts.append({"type": "text", "text": text.strip("\n")})
     return parts
 
 
 def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, opens: bool = True) -> str:
-    """Turns of a conversation in the chat template of a tokenizer or a processor.
+    """Format the turns of a conversation with the chat template of a tokenizer or a processor.
 
     Args:
-        opens: the text ends where the model's own turn begins; else in the midst of the last turn given.
+        opens: the text ends where the model's own turn begins; otherwise within the last given turn.
 
     Raises:
         InputError: the tokenizer has no chat template, or one that cannot be used for these turns.
@@ -130,7 +130,7 @@ def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, opens: bool
         text: str = tokenizer.apply_chat_template(
             list(turns), tokenize=False, add_generation_prompt=opens, continue_final_message=not opens
         )
-    except Exception as error:  # a template is a program of its author's
+    except Exception as error:  # a template is a program and may raise anything
         hint = "Take the tokenizer of another source (`tokenizer:`), or leave it out."
         if turns[0]["role"] == "system":
             hint = "It may have no place for a system instruction: put that into the prompts."
@@ -140,18 +140,18 @@ def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, opens: bool
 
 
 def behind(settings: PromptSettings, answer: str) -> str:
-    """An answer as it follows its prompt: a model's turn in a chat begins with no space."""
+    """An answer as it follows its prompt: in a chat, a model's turn does not begin with a space."""
     return answer.lstrip() if settings.apply_chat_template else answer
 
 
 def _joined(prompt: str, answer: str) -> str:
-    """A question with its answer; a space between them where neither brings one, as in lm-eval."""
+    """A question followed by its answer, separated by a space if neither contains one there, as in lm-eval."""
     glued = not prompt or not answer or prompt[-1].isspace() or answer[0].isspace()
     return prompt + ("" if glued else " ") + answer
 
 
 class Examples:
-    """The worked examples of an evaluator's items: the first of the search split, and never an item itself.
+    """The worked examples of an evaluator's items: the first of the search split, but never the item itself.
 
     Raises:
         InputError: there are too few.
@@ -165,11 +165,11 @@ class Examples:
 
     @property
     def all(self) -> Sequence[Example]:
-        """All that any item has."""
+        """All examples used by any item."""
         return self._first
 
     def of(self, hashed: str) -> Sequence[Example]:
-        """Those of the item with this hash."""
+        """The examples of the item with this hash."""
         return [example for example in self._first if example.hash != hashed][: self._count]
 
 
@@ -177,10 +177,10 @@ Asked = TypeVar("Asked")
 
 
 class ItemRequests(Generic[Asked]):
-    """The requests of an evaluator's items, made when a reader is first seen: the same ones come with every candidate.
+    """The requests of an evaluator's items, built once per reader, because they are the same for every candidate.
 
     Args:
-        make: the requests of the item at a position of a split.
+        make: builds the requests of the item at a position of a split.
     """
 
     def __init__(self, make: Callable[[Reader, Split, int], Sequence[Asked]]) -> None:
@@ -189,7 +189,7 @@ class ItemRequests(Generic[Asked]):
         self._made: dict[tuple[Split, int], Sequence[Asked]] = {}
 
     def __call__(self, reader: Reader, split: Split, indices: Sequence[int]) -> list[Asked]:
-        """Those of the items at these positions, item after item."""
+        """The requests of the items at these positions, item after item."""
         if reader != self._reader:
             self._reader, self._made = reader, {}
         for index in indices:
@@ -198,7 +198,7 @@ class ItemRequests(Generic[Asked]):
         return [request for index in indices for request in self._made[split, index]]
 
 
-# ---- whether it fits -------------------------------------------------------------------------------------------------
+# ---- length limits ---------------------------------------------------------------------------------------------------
 
 
 def asked_pair(
@@ -210,10 +210,10 @@ def asked_pair(
     examples: Sequence[Example] = (),
     media: tuple[Media, ...] = (),
 ) -> Prompt:
-    """A prompt, with the pictures that it shows, and an answer that is scored after it.
+    """A prompt, with its pictures, and an answer that is scored after it.
 
     Raises:
-        InputError: as ``Reader.pair``.
+        InputError: as for ``Reader.pair``.
     """
     text = _rendered(reader, settings, prompt, examples)
     return settings.limited(reader).pair(text, behind(settings, answer), place, _all_media(examples, media))
@@ -228,10 +228,10 @@ def asked_prompt(
     examples: Sequence[Example] = (),
     media: tuple[Media, ...] = (),
 ) -> Prompt:
-    """A prompt, with the pictures that it shows, that the model answers with up to ``most`` tokens.
+    """A prompt, with its pictures, that the model answers with up to ``most`` tokens.
 
     Raises:
-        InputError: as ``Reader.prompt``.
+        InputError: as for ``Reader.prompt``.
     """
     text = _rendered(reader, settings, prompt, examples)
     return settings.limited(reader).prompt(text, most, place, _all_media(examples, media))
@@ -243,16 +243,16 @@ def _rendered(reader: Reader, settings: PromptSettings, prompt: str, examples: S
 
 
 def _all_media(examples: Sequence[Example], media: tuple[Media, ...]) -> tuple[Media, ...]:
-    """The pictures of worked examples and of the question, in the order in which the text shows them."""
+    """The pictures of worked examples and of the question, in the order of the text."""
     return (*(one for example in examples for one in example.media), *media)
 
 
 def too_long(asked: Callable[[int], Sequence[Prompt]], sizes: Sequence[int]) -> Iterator[Prompt]:
-    """What loses its beginning, of the longest items: one of each that does.
+    """The prompts that are truncated at the beginning, among the longest items: at most one per item.
 
     Args:
-        asked: what the model is given for the item at a position.
-        sizes: about how long each item is. The longest are looked at first, until many in a row fit.
+        asked: the prompts for the item at a position.
+        sizes: the approximate length of each item. The longest are checked first, until many in a row fit.
     """
     fitting = 0
     for position in sorted(range(len(sizes)), key=lambda i: -sizes[i])[:_MAX_TOKENISED]:
@@ -267,7 +267,7 @@ def too_long(asked: Callable[[int], Sequence[Prompt]], sizes: Sequence[int]) -> 
 
 
 def told_too_long(prompts: Sequence[Prompt]) -> str:
-    """Which items lose their beginning, as a sentence for people; empty for none."""
+    """A sentence that names the items whose prompts are truncated; empty if there are none."""
     if not prompts:
         return ""
     named = "; ".join(f"{prompt.place} ({len(prompt.ids) - prompt.unread:,} tokens)" for prompt in prompts[:_NAMED])

@@ -1,7 +1,7 @@
-"""How a reward model likes the answers: the score that reinforcement learning from human feedback would train against.
+"""Scores answers with a reward model, as used in reinforcement learning from human feedback.
 
-Nisan Stiennon et al., "Learning to summarize from human feedback" (2020), section 3.4: a language model with a head of
-one number, which scores a prompt with its answer.
+Nisan Stiennon et al., "Learning to summarize from human feedback" (2020), section 3.4: a language model with a scalar
+head, which scores a prompt with its answer.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _PLAIN = "{prompt}{answer}"
 
 
 class RewardModelSettings(AnswersSettings):
-    """What the search file says of prompts and of the model that judges their answers.
+    """The settings of prompts and of the reward model that judges their answers.
 
     Attributes:
         model: a sequence classifier with one label: a folder, or ``org/name`` on the hub. Its weights must be
-            safetensors, and no code of its own is run.
-        template: how prompt and answer are put together, with ``{prompt}`` and ``{answer}``. Left out, it is the chat
-            template of the reward model where it has one, else the answer right behind the prompt.
+            safetensors, and code in its folder is not run.
+        template: how prompt and answer are combined, with ``{prompt}`` and ``{answer}``. By default it is the chat
+            template of the reward model if it has one, else the answer directly after the prompt.
     """
 
     kind: Literal["reward_model"] = "reward_model"
@@ -57,17 +57,17 @@ class RewardModelSettings(AnswersSettings):
         return ("reward",)
 
     def build(self) -> RewardModelEvaluator:
-        """Read the items, and check the reward model. Its weights are read with the first answers.
+        """Read the items, and check the reward model. Its weights are loaded with the first answers.
 
         Raises:
-            InputError: no reward model that can be used; a file or a line that cannot be read, a missing field, an
-                empty split, or an item that is in both.
+            InputError: an unusable reward model; a file or a line that cannot be read, a missing field, an empty split,
+                or an item that is in both splits.
         """
         return RewardModelEvaluator(self)
 
 
 class RewardModelEvaluator(AnswersEvaluator):
-    """Prompts; ``reward`` is what the reward model's head says of prompt and answer, its raw logit."""
+    """Prompts; ``reward`` is the raw logit of the reward model for prompt and answer."""
 
     def __init__(self, settings: RewardModelSettings) -> None:
         self._judge = _Judge(settings)
@@ -75,7 +75,7 @@ class RewardModelEvaluator(AnswersEvaluator):
         super().__init__(settings, "reward", ["reward_model 1", settings.template or "", self._judge.fingerprint])
 
     def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request]:
-        """The items' prompts. The judge will stand beside the model that was asked last."""
+        """The items' prompts. The reward model will be placed on the device of the model asked last."""
         self._device = reader.device or self._device
         return super().requests(reader, split, indices)
 
@@ -113,8 +113,8 @@ class _Judge:
         rewards = [0.0] * len(pairs)
         for batch in self._batches(encoded):
             rows = [torch.tensor(encoded[position], device=device) for position in batch]
-            pad = self._padding() or 0  # without one, a row is alone and is not padded
-            # On the right, whatever the tokenizer would do: positions then begin at 0.
+            pad = self._padding() or 0  # without a padding token, batches have one row and need no padding
+            # Pad on the right, whatever the tokenizer's setting: positions then begin at 0.
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
             lengths = torch.tensor([len(row) for row in rows], device=device)
             mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
@@ -125,7 +125,7 @@ class _Judge:
         return rewards
 
     def _encode(self, prompt: str, answer: str) -> list[int]:
-        """Tokens of a prompt with its answer; of too many, all of the first part but its first token is left out."""
+        """Tokens of a prompt with its answer; if too long, the start is cut off, except for the first token."""
         if self._template is None and self._tokenizer.chat_template is not None:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
             text = self._tokenizer.apply_chat_template(turns, tokenize=False)
@@ -136,27 +136,27 @@ class _Judge:
         context = getattr(self._model.config, "max_position_embeddings", None)
         if context is not None and len(ids) > context:
             log.warning("a prompt with its answer has %d tokens; the reward model sees the last %d", len(ids), context)
-            ids = [ids[0], *ids[len(ids) - context + 1 :]]  # many begin with a token that the model leans on
+            ids = [ids[0], *ids[len(ids) - context + 1 :]]  # many models rely on a special first token
         return ids
 
     def _padding(self) -> int | None:
-        """The token by whose absence the model knows where a row ends; None where its configuration has none."""
+        """The padding token, by which the model finds the end of a row; None if its configuration has none."""
         pad = self._model.config.get_text_config().pad_token_id
         rows = self._model.get_input_embeddings().weight.shape[0]
         return pad if pad is not None and 0 <= pad < rows else None
 
     def _batches(self, encoded: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Positions of the rows in batches, the longest first; alone where the model could not tell padding."""
+        """Positions of the rows in batches, longest first; single rows if the model could not recognise padding."""
         size = self._batch_size if self._padding() is not None else 1
         order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), encoded[i]))
         return (order[start : start + size] for start in range(0, len(order), size))
 
 
-# ---- its files -------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def _check(reference: str) -> tuple[Path, list[Path]]:
-    """The folder of a reward model that can be used, and the files that make it what it is."""
+    """The folder of a usable reward model, and the files that determine its behaviour."""
     from evomerge.checkpoints.config import check_config
     from evomerge.checkpoints.folder import (
         check_files,
@@ -191,7 +191,7 @@ def _check(reference: str) -> tuple[Path, list[Path]]:
 
 
 def _fingerprint(files: Sequence[Path]) -> str:
-    """A hash of the files' names and of all that they hold."""
+    """A hash of the files' names and contents."""
     whole = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -210,8 +210,8 @@ def _load(folder: Path, device: torch.device | str) -> Any:
             folder, dtype="auto", output_loading_info=True, use_safetensors=True, local_files_only=True,
             trust_remote_code=False,
         )  # fmt: skip
-    except Exception as error:  # whatever strange weights do inside transformers
+    except Exception as error:  # unusual weights may raise anything inside transformers
         raise InputError("model", f"cannot be loaded as a reward model: {first_line(error)}") from error
-    if missing := sorted(said["missing_keys"]):  # they would be random numbers
+    if missing := sorted(said["missing_keys"]):  # they would be random
         raise InputError("model", f"its files lack the weight {missing[0]}", "Complete the download.")
     return for_scoring(model.to(device))

@@ -1,17 +1,17 @@
-"""ROUGE-L of generated answers: how much of a reference an answer says in the same order; and of its content.
+"""ROUGE-L of generated answers: how much of a reference an answer contains in the same order; and a content metric.
 
-Where answers follow a template, the template alone scores high: captions of the miniatures with a wrong thing and
-number had a ROUGE-L of .82. So ``content`` stands beside it, in which words count by how few references have them.
+If answers follow a template, the template alone scores high: captions of the miniatures with the wrong object and
+number had a ROUGE-L of .82. ``content`` therefore weighs words by how few references contain them.
 
-Chin-Yew Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004), section 3.1, as F1 (beta = 1). Words are
-found in one of two ways:
+Chin-Yew Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004), section 3.1, as F1 (beta = 1). Text is
+split into words in one of two ways:
 
 - ``character``: each character of a script without spaces (Japanese, Chinese, Thai, Lao, Khmer, Burmese) counts as a
-  word. So no dictionary is needed, and none decides of a score. English text is cut as the package rouge-score cuts it
-  without a stemmer, and a test holds the numbers equal to its own.
-- ``mecab``: MeCab's, with the dictionary unidic-lite. So the original work cut the Japanese answers of its models of
-  images (SakanaAI/evolutionary-model-merge, evomerge/eval/metrics.py, ``MecabTokenizer``): punctuation marks are words
-  and case counts. It also drops emoji and fixes spellings by neologdn before, where NFKC is here.
+  word, so that scores do not depend on a dictionary. English text is split as in the package rouge-score without a
+  stemmer, and a test verifies that the numbers are equal.
+- ``mecab``: MeCab's words, with the dictionary unidic-lite, as the original work does for the Japanese answers of its
+  vision-language models (SakanaAI/evolutionary-model-merge, evomerge/eval/metrics.py, ``MecabTokenizer``): punctuation
+  marks are words and case matters. The original also drops emoji and normalises spelling with neologdn; this uses NFKC.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _UNSPACED = re.compile(
 
 
 class RougeSettings(AnswersSettings):
-    """What the search file says of answers and references.
+    """The settings of answers and references.
 
     Attributes:
-        tokenizer: what finds the words: ``character``, or ``mecab`` for Japanese, with the extra ``japanese``.
-        language: an answer in another language counts as empty, unless its reference is in another one itself: the
-            original work's rule, with ``ja``.
+        tokenizer: how text is split into words: ``character``, or ``mecab`` for Japanese, with the extra ``japanese``.
+        language: an answer in another language counts as empty, unless its reference is also in another one; this is
+            the original work's rule, with ``ja``.
     """
 
     kind: Literal["rouge"] = "rouge"
@@ -65,8 +65,8 @@ class RougeSettings(AnswersSettings):
         """Read the items and fill the templates.
 
         Raises:
-            InputError: MeCab is not installed; a language that is not known; a file or a line that cannot be read, a
-                missing field, a reference without a word, an empty split, or an item that is in both.
+            InputError: MeCab is not installed; an unknown language; a file or a line that cannot be read, a missing
+                field, a reference without words, an empty split, or an item that is in both splits.
         """
         return RougeEvaluator(self)
 
@@ -74,9 +74,10 @@ class RougeSettings(AnswersSettings):
 class RougeEvaluator(AnswersEvaluator):
     """Prompts with references, and both metrics from 0 to 1.
 
-    ``rouge_l`` is the F1 of the longest common subsequence of words. ``content`` is the cosine of the words of answer
-    and reference, each weighted by the logarithm of how few references of the split have it: CIDEr of single words and
-    one reference (Vedantam et al., "CIDEr: Consensus-based Image Description Evaluation", 2015, equations 1 and 2).
+    ``rouge_l`` is the F1 of the longest common subsequence of words. ``content`` is the cosine similarity of the words
+    of answer and reference, each weighted by the logarithm of how few references of the split contain it: CIDEr with
+    single words and one reference (Vedantam et al., "CIDEr: Consensus-based Image Description Evaluation", 2015,
+    equations 1 and 2).
     """
 
     def __init__(self, settings: RougeSettings) -> None:
@@ -84,7 +85,7 @@ class RougeEvaluator(AnswersEvaluator):
         self._words: Callable[[str], list[str]] = words
         grading = ["rouge 2", unicodedata.unidata_version]
         if settings.tokenizer == "mecab":
-            _tagger()  # so that a missing one is said now
+            _tagger()  # reports a missing one now
             self._words = mecab_words
             grading += ["mecab", version("fugashi"), version("unidic-lite")]
         self._in_language: Callable[[str], bool] | None = None
@@ -124,14 +125,14 @@ class RougeEvaluator(AnswersEvaluator):
 
 
 class Rarity:
-    """How much words tell one reference from the others."""
+    """How much words distinguish one reference from the others."""
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
         self._count = len(references)
         self._having = Counter(word for reference in references for word in set(reference))
 
     def cosine(self, reference: Sequence[str], answer: Sequence[str]) -> float:
-        """From 0 to 1; of two texts that say nothing of their own, whether they have the same words."""
+        """From 0 to 1; if neither text has a distinguishing word, whether they have the same words."""
         one, other = self._weighted(reference), self._weighted(answer)
         sizes = math.sqrt(math.fsum(v * v for v in one.values()) * math.fsum(v * v for v in other.values()))
         if not sizes:
@@ -144,9 +145,9 @@ class Rarity:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case runs of letters, digits and their marks; each character where a script has no spaces.
+    """Lower-case runs of letters, digits and combining marks; single characters for scripts without spaces.
 
-    Full-width and half-width forms are one (Unicode's NFKC).
+    Full-width and half-width forms are equivalent (Unicode's NFKC).
     """
     plain = unicodedata.normalize("NFKC", text).lower()
     kept = "".join(char if unicodedata.category(char)[0] in "LNM" else " " for char in plain)
@@ -154,7 +155,7 @@ def words(text: str) -> list[str]:
 
 
 def mecab_words(text: str) -> list[str]:
-    """The words and punctuation marks that MeCab finds, as they are written, full and half width as one (NFKC).
+    """The words and punctuation marks that MeCab finds, case unchanged, with full and half width unified (NFKC).
 
     Raises:
         InputError: MeCab or its dictionary is not installed.
@@ -171,12 +172,12 @@ def _tagger() -> Any:
     except ImportError as error:
         problem = f"mecab needs a package that is not installed ({error.name})"
         raise InputError("tokenizer", problem, "Install the extra: `pip install 'evomerge[japanese]'`.") from None
-    # Named, because fugashi would prefer a larger dictionary where one is installed.
+    # Given explicitly, because fugashi would prefer a larger dictionary if one is installed.
     return fugashi.Tagger(f'-r "{unidic_lite.DICDIR}/mecabrc" -d "{unidic_lite.DICDIR}"')
 
 
 def rouge_l(reference: Sequence[str], answer: Sequence[str]) -> float:
-    """F1 of ROUGE-L, which is 2 LCS / (m + n) for m and n words; 0 where either has none."""
+    """F1 of ROUGE-L, which is 2 LCS / (m + n) for m and n words; 0 if either has none."""
     common = common_subsequence(reference, answer)
     return 2 * common / (len(reference) + len(answer)) if common else 0.0
 
@@ -184,7 +185,7 @@ def rouge_l(reference: Sequence[str], answer: Sequence[str]) -> float:
 def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
     """Length of the longest common subsequence.
 
-    A column of the usual table is one integer of len(one) bits, in which a 0 says that the length grows there (Hyyrö,
+    A column of the usual table is one integer of len(one) bits, in which a 0 means that the length grows there (Hyyrö,
     "Bit-parallel LCS-length computation revisited", 2004). With 300 words, 140 times as fast as the table in Python.
     """
     places: defaultdict[str, int] = defaultdict(int)

@@ -1,4 +1,4 @@
-"""One evaluator's items on one model, from what is asked to the scores."""
+"""Scores one evaluator's items on one model, from requests to scores."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Scoring:
-    """Items of an evaluator on the way to their scores.
+    """Items of an evaluator that are being scored.
 
     Attributes:
-        evaluator: whose items they are.
-        requests: what an engine is to be asked, in order; empty for no items, and where the model itself is needed.
+        evaluator: the evaluator.
+        requests: the requests for an engine, in order; empty for no items, and if the model itself is needed.
         needs_model: whether ``finish`` will use the model.
 
     Raises:
@@ -43,7 +43,7 @@ class Scoring:
     def finish(self, responses: Sequence[Response], live: LiveModel, engine: Engine) -> Graded:
         """The scores, float32 [len(indices)] for each metric, from the responses to ``requests``.
 
-        Seconds are those of this call by phase: the engine's own are not among them.
+        Seconds are those of this call by phase, without the engine's own.
         """
         if not self._distinct:
             return Graded({metric: np.empty(0, dtype=np.float32) for metric in self.evaluator.metrics})
@@ -67,7 +67,7 @@ def score(
     """Score items of one evaluator on a live model.
 
     Args:
-        engine: answers with the model; its own when None.
+        engine: answers with the model; the model's own engine if None.
 
     Raises:
         IndexError: there is no such item.
