@@ -1,1 +1,1 @@
-"""Engines: what answers prompts and finds likelihoods with a model that is there. They know no items and no scores."""
+"""Engines, which answer prompts and compute likelihoods with an existing model. They know no items and no scores."""

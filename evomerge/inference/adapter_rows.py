@@ -1,4 +1,4 @@
-"""Answers of several candidates at once: weighted sums of low-rank adapters, each a few rows of one live model."""
+"""Answers of several candidates in one batch: weighted sums of low-rank adapters, each using some rows of one model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from evomerge.inference.transformers_engine import TransformersEngine
 class AdapterRowsEngine:
     """An engine whose models are mixtures of adapters on the live model of their base.
 
-    Likelihoods are of one model after another, so that each is what it would be alone; answers of all models are
-    decoded together.
+    Likelihoods are computed for one model after another, so that each is what it would be alone; answers of all models
+    are decoded together.
 
     Args:
-        live: on it the base is written.
+        live: the live model, with the weights of the base.
         rows: what is added to it.
-        kept: as of ``TransformersEngine``.
+        kept: as for ``TransformersEngine``.
     """
 
     greedy_only = False
@@ -34,12 +34,12 @@ class AdapterRowsEngine:
 
     @contextlib.contextmanager
     def mixed(self, shares: Sequence[Tensor]) -> Iterator[None]:
-        """Within, the models of batches, counted from 0, are those with these shares (``Rows.shares``)."""
+        """Within the context, the models of batches, counted from 0, have these shares (``Rows.shares``)."""
         with self._rows.mixed(shares):
             yield
 
     def choose(self, model: int) -> None:
-        """Have forward passes that are made on the live model itself be of one model."""
+        """Select the model for direct forward passes of the live model."""
         self._rows.choose(model)
 
     def finite(self, models: Sequence[int]) -> list[bool]:
@@ -50,7 +50,7 @@ class AdapterRowsEngine:
         if all(together):
             return [True] * len(models)
         finite = []
-        for model in models:  # some architectures mix rows of a batch: ask each alone
+        for model in models:  # some architectures mix the rows of a batch: probe each model alone
             self._rows.choose(model)
             finite.append(all(finite_rows(self._live, 1)))
         return finite
@@ -69,5 +69,5 @@ class OneModel:
         self._engine, self._model = engine, model
 
     def respond(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Response]]]:
-        """See ``Engine``; the number of a batch's model is passed over."""
+        """See ``Engine``; the model number of a batch is ignored."""
         return self._engine.respond([Batch(batch.requests, batch.objective, self._model) for batch in batches])

@@ -1,4 +1,4 @@
-"""How far a model is with what it was asked, for whoever waits for it in the same process."""
+"""Reports an engine's progress to code that waits for it in the same process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """While open, ``listener`` is called after every step of an engine in this thread, with how many prompts it has
-    answered in it, mostly none. It must not raise: what it raises is taken for the model's.
+    """Within the context, call ``listener`` after every step of an engine in this thread, with the number of prompts
+    answered in that step, usually 0. It must not raise: its exceptions would be attributed to the model.
     """
     token = _listener.set(listener)
     try:
@@ -24,6 +24,6 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def answered(count: int) -> None:
-    """Say that a step is over, in which so many prompts were answered."""
+    """Report that a step has finished, in which this many prompts were answered."""
     if (listener := _listener.get()) is not None:
         listener(count)

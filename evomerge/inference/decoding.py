@@ -1,16 +1,17 @@
-"""Greedy decoding of many prompts at once: rows that end make room for prompts that wait.
+"""Greedy decoding of many prompts with continuous batching: rows that finish make room for waiting prompts.
 
-``model.generate`` computes a batch until its slowest row ends, copies the whole cache at every step, and computes
-few-shot examples anew for every prompt. Here the cache is one table of keys and values, written in place:
+``model.generate`` computes a batch until its slowest row finishes, copies the whole KV cache at every step, and
+computes few-shot examples again for every prompt. Here the cache is one table of keys and values, written in place:
 
-- What all prompts have in common is computed once and copied to rows.
-- A row that ended gives its place to the last row, so that only open rows are computed; places are filled again in
-  groups, by prompts of like lengths.
-- Every row ends at the same column. So each row is padded on the left and nowhere else, as in ``generate``, and
-  positions that a model derives from distances (ALiBi) are right as well.
+- The prefix that all prompts share is computed once and copied to rows.
+- A finished row is replaced by the last row, so that only open rows are computed. Free rows are filled again in groups,
+  with prompts of similar lengths.
+- Every row ends at the same column. Each row is thus padded only on the left, as in ``generate``, and positions that a
+  model derives from distances (ALiBi) are right as well.
 
-A row attends to its own tokens alone: those beside it change the order of sums, and so the last bits, and nothing else.
-So rows may even be of several models that share their modules: before a forward pass the groups of its rows are told.
+A row attends only to its own tokens. Other rows affect the order of summation and thus the last bits, nothing else.
+Rows may even belong to several models that share their modules, if these are told the groups of the rows before each
+forward pass.
 """
 
 from __future__ import annotations
@@ -28,23 +29,24 @@ from evomerge.inference.answering import answered
 from evomerge.inference.showing import ShownRows, reads_in_order
 
 _COLUMNS = 64
-"""Room for so many tokens is made at once: making it copies the table, or moves what is in use."""
+"""The table grows by this many columns at a time, since growing it means copying it or moving the used part."""
 
 _PREFILL_TOKENS, _PREFILL_TOKENS_CPU = 8192, 1024
-"""Most tokens of prompts in one forward pass: a layer's activations need far more memory than its keys and values. On a
-processor so few that they stay in its cache: a model of 135 M answered 60 prompts of 55 tokens in 6/7 of the time.
+"""The maximum number of prompt tokens in one forward pass: a layer's activations need far more memory than its keys and
+values. On a CPU the limit keeps activations in the CPU's cache: a model with 135 M parameters answered 60 prompts of 55
+tokens in 6/7 of the time.
 """
 
 _REFILL = 4
-"""Rows wait until a quarter of them is free: a forward pass of few prompts takes about as long as one of many."""
+"""Prompts wait until a quarter of the rows is free: a prefill of few prompts takes about as long as one of many."""
 
 
 class NoTableError(Exception):
-    """The model's cache is not keys and values of every token, so there is no table of it.
+    """The model's cache does not hold the keys and values of every token, so it cannot be replaced by a table.
 
     Attributes:
-        alone: whether it has no cache of either kind that transformers knows. Such a state is not kept apart by rows:
-            RWKV's mixes them, and takes padding for text.
+        alone: whether it has no cache of any kind that transformers knows. Such a state is not kept separate by row:
+            RWKV's mixes rows, and treats padding as text.
     """
 
     def __init__(self, alone: bool) -> None:
@@ -53,16 +55,16 @@ class NoTableError(Exception):
 
 
 Prefix = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values of each layer, [groups, heads, tokens, width]: the tokens that the prompts of a group begin with."""
+"""Keys and values of each layer, [groups, heads, tokens, width], for the tokens that a group's prompts begin with."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Prompts that are answered by models of their own, which differ in what one model's modules compute for a row.
+    """Groups of prompts for different models, which differ in what the shared modules compute for a row.
 
     Attributes:
         of: the group of each prompt; groups are counted from 0, and none is empty.
-        tell: is given the group of every row before each forward pass.
+        tell: called with the group of every row before each forward pass.
     """
 
     of: Sequence[int]
@@ -70,22 +72,22 @@ class Groups:
 
 
 class Decoder:
-    """Greedy answers of a model to some prompts, in a table of rows.
+    """Greedy answers of a model to prompts, in a table of rows.
 
     Args:
         model: a transformers model in eval mode.
         prompts: token ids, at least one each.
-        most: most tokens of an answer.
-        ends: tokens that end an answer; they are its last token.
-        ended: which of some answers end by their text.
-        groups: of the prompts; None where all are answered by the one model.
-        shown: pictures of the prompts; None where there are none.
+        most: the maximum number of tokens of an answer.
+        ends: end tokens; each is the last token of its answer.
+        ended: says which of some answers end because of their text.
+        groups: the groups of the prompts; None if one model answers them all.
+        shown: pictures of the prompts; None if there are none.
 
     Attributes:
-        answers: of each prompt the tokens so far.
+        answers: the tokens so far of each prompt's answer.
 
     Raises:
-        NoTableError: ``model.generate`` must do it.
+        NoTableError: ``model.generate`` must be used instead.
     """
 
     def __init__(
@@ -102,16 +104,16 @@ class Decoder:
         self._model, self._prompts, self._most, self._ends, self._ended = model, prompts, most, ends, ended
         self._groups = groups or Groups([0] * len(prompts))
         self.answers: list[list[int]] = [[] for _ in prompts]
-        # The longest first: a prompt that joins later then always fits left of the column that is written next.
+        # Longest first: a prompt that joins later then always fits left of the column that is written next.
         self._order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
         self._finished: set[int] = set()
         self._accepted = inspect.signature(model.forward).parameters
         self._prefill_tokens = _PREFILL_TOKENS_CPU if model.device.type == "cpu" else _PREFILL_TOKENS
         of = self._groups.of
         members = [[prompts[i] for i in range(len(prompts)) if of[i] == group] for group in range(max(of) + 1)]
-        self._given: int = getattr(model, "prefix_length", 0)  # of the tokens of each prompt: keys, and no text
-        self._shared = min(map(_common, members))  # of every group as many, so that one batch computes them all
-        if shown:  # all pictures have one token, whatever they show
+        self._given: int = getattr(model, "prefix_length", 0)  # length of a soft prefix, which has only keys
+        self._shared = min(map(_common, members))  # the same number for all groups, so that one batch computes them
+        if shown:  # pictures all have the same token, whatever their content
             token = model.config.image_token_id
             self._shared = min(self._shared, *(shown.text_before(i, token) for i in range(len(prompts))))
         starts = [group_prompts[0][: max(self._shared, 1)] for group_prompts in members]
@@ -119,10 +121,10 @@ class Decoder:
 
     @torch.inference_mode()
     def run(self, rows: int) -> None:
-        """Answer what is not answered yet, at most ``rows`` at a time.
+        """Answer the prompts that are still open, at most ``rows`` at a time.
 
         Raises:
-            torch.OutOfMemoryError: too many rows. It can be run again with fewer: answers that have ended stay.
+            torch.OutOfMemoryError: too many rows. It can be called again with fewer: finished answers are kept.
         """
         waiting = [i for i in self._order if i not in self._finished]
         for number in waiting:
@@ -140,15 +142,15 @@ class Decoder:
     def _group(self, waiting: Sequence[int], free: int) -> Sequence[int]:
         longest = len(self._prompts[waiting[0]])
         group = waiting[: min(free, max(1, self._prefill_tokens // max(1, longest - self._shared)))]
-        # Of a shorter prompt as many shared tokens are fed in again; those that no forward pass makes must not be.
+        # A shorter prompt recomputes that many shared tokens; a soft prefix, which no forward pass makes, cannot be.
         least = longest - (self._shared - self._given) if self._given else 0
         return [i for i in group if len(self._prompts[i]) >= least]
 
     def _admit(self, table: _Table, group: Sequence[int]) -> list[int]:
-        """Put prompts into the last rows of the table; the first token of each answer.
+        """Put prompts into the last rows of the table, and return the first token of each answer.
 
-        All prompts of a group end at the same column and are fed in from the same column on, the first one at which
-        some prompt leaves the common prefix. Left of it, rows are copies of the prefix, each from its own offset.
+        All prompts of a group end at the same column, and are computed from the first column at which one of them
+        leaves the common prefix. Left of it, rows are copies of the prefix, each from its own offset.
         """
         prompts = [self._prompts[i] for i in group]
         longest, device = len(prompts[0]), self._model.device
@@ -175,7 +177,7 @@ class Decoder:
         positions: torch.Tensor,
         pictures: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The likeliest next token of every row of the window."""
+        """The most likely next token of every row of the window."""
         table.place.window = window
         self._groups.tell([self._groups.of[i] for i in table.open[window.rows]])
         out = self._model(
@@ -190,7 +192,7 @@ class Decoder:
         return likeliest
 
     def _close(self, table: _Table, tokens: Sequence[int], count: int) -> None:
-        """Write down the tokens of the last ``count`` rows, and take out of the table those that ended."""
+        """Record the tokens of the last ``count`` rows, and remove finished rows from the table."""
         first = len(table.open) - count
         answers = [self.answers[i] for i in table.open[first:]]
         for answer, token in zip(answers, tokens, strict=True):
@@ -207,7 +209,7 @@ class Decoder:
 
     @torch.inference_mode()
     def _prefixes(self, starts: Sequence[Sequence[int]], longest: int) -> Prefix:
-        """The prefix of every group; ``starts`` are their tokens, equally many."""
+        """The prefix of every group; ``starts`` are its tokens, the same number for each."""
         step = max(1, self._prefill_tokens // len(starts[0]))
         prefixes: list[Prefix] = []
         for first in range(0, len(starts), step):
@@ -222,10 +224,11 @@ class Decoder:
         ]
 
     def _prefix_cache(self, starts: Sequence[Sequence[int]], longest: int) -> Prefix:
-        """What is in the cache that the model itself makes of some rows of tokens.
+        """The content of the model's own cache for these rows of tokens.
 
         Args:
-            longest: most tokens of a row. A window of more never moves, so that such a layer keeps every token.
+            longest: the maximum number of tokens of a row. A sliding window of more never moves, so such a layer keeps
+                every token.
         """
         tokens = torch.tensor([list(ids) for ids in starts], device=self._model.device)
         out = self._model(input_ids=tokens, use_cache=True, **self._known(logits_to_keep=1))
@@ -238,17 +241,17 @@ class Decoder:
             raise NoTableError(alone=False)
         own = type(self._model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
         if own and not reads_in_order(self._model):
-            raise NoTableError(alone=False)  # it needs other inputs than these at some step
+            raise NoTableError(alone=False)  # some step needs other inputs than these
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _known(self, **inputs: Any) -> dict[str, Any]:
-        """Those of the inputs that the model takes."""
+        """The inputs that the model accepts."""
         return {name: value for name, value in inputs.items() if name in self._accepted}
 
 
 @dataclass(frozen=True)
 class _Window:
-    """The part of the table that a forward pass sees: it reads columns from ``start`` and writes from ``at`` on."""
+    """The part of the table that a forward pass uses: it reads columns from ``start`` and writes from ``at`` on."""
 
     rows: slice
     start: int
@@ -258,8 +261,8 @@ class _Window:
 class _Place:
     """Where the next forward pass reads and writes.
 
-    A table and its layers share it, and the layers know no more of the table: in a circle of references, tables of
-    gigabytes would stay until Python's collector comes by.
+    A table and its layers share this object, and layers have no other reference to the table: a reference cycle would
+    keep tables of gigabytes alive until Python's garbage collector runs.
     """
 
     def __init__(self) -> None:
@@ -270,12 +273,12 @@ class _Table(Cache):  # type: ignore[misc]
     """Keys and values of the open rows, which are the first ones, and which all end at the same column.
 
     Attributes:
-        open: which prompt each row is of.
+        open: the prompt of each row.
         lengths: tokens of each row, prompt and answer.
-        mask: int64 [rows, columns], 1 where a row has a token.
-        place: what the next forward pass sees.
+        mask: int64 [rows, columns], 1 for columns in which a row has a token.
+        place: what the next forward pass uses.
 
-    Keys and values of a layer are on that layer's device, all else is on the model's first.
+    Keys and values of a layer are on that layer's device, everything else on the model's first device.
     """
 
     def __init__(self, prefix: Prefix, rows: int, device: torch.device) -> None:
@@ -291,9 +294,9 @@ class _Table(Cache):  # type: ignore[misc]
     def admit(
         self, numbers: Sequence[int], lengths: Sequence[int], offsets: torch.Tensor, fed: int, groups: torch.Tensor
     ) -> _Window:
-        """Rows for prompts of these lengths, the longest first; all but the ``fed`` last columns hold the prefix.
+        """Add rows for prompts of these lengths, longest first; all but the last ``fed`` columns hold the prefix.
 
-        ``offsets``: int64 [prompts], by how much each is shorter than the first; ``groups``: int64 [prompts].
+        ``offsets``: int64 [prompts], how much shorter each is than the first; ``groups``: int64 [prompts].
         """
         longest = lengths[0]
         if not self.open:
@@ -302,7 +305,7 @@ class _Table(Cache):  # type: ignore[misc]
             self._end = longest
         rows, start = slice(len(self.open), len(self.open) + len(numbers)), self._end - longest
         self.mask[rows] = 0
-        if self._several:  # one model's NaN, left where another's row has no token, would be in that one's sums
+        if self._several:  # NaN left by one model in unused columns would enter another model's sums
             for layer in self.layers:
                 layer.clear(rows)
         self.mask[rows, start : self._end] = (torch.arange(longest, device=offsets.device) >= offsets[:, None]).long()
@@ -315,7 +318,7 @@ class _Table(Cache):  # type: ignore[misc]
         return _Window(rows, start, self._end - fed)
 
     def advance(self) -> _Window:
-        """One more column for every open row."""
+        """Add one more column to every open row."""
         self._make_room(1)
         start = self._end - max(self.lengths)
         self.mask[: len(self.open), self._end] = 1
@@ -324,7 +327,7 @@ class _Table(Cache):  # type: ignore[misc]
         return _Window(slice(0, len(self.open)), start, self._end - 1)
 
     def remove(self, rows: Sequence[int]) -> None:
-        """Take out rows, in ascending order: the last ones that stay move into the places of those."""
+        """Remove rows, given in ascending order; the last remaining rows move into their places."""
         if not rows:
             return
         gone, left = set(rows), len(self.open) - len(rows)
@@ -341,7 +344,7 @@ class _Table(Cache):  # type: ignore[misc]
         del self.open[left:], self.lengths[left:]
 
     def _make_room(self, columns: int) -> None:
-        """Have so many columns right of the end: by moving what is in use to the left, or by a larger table."""
+        """Ensure this many columns right of the end, by moving the used part to the left or by enlarging the table."""
         if self._end + columns <= self.mask.shape[1]:
             return
         used = slice(self._end - max(self.lengths, default=0), self._end)
@@ -359,14 +362,14 @@ class _Table(Cache):  # type: ignore[misc]
 
 
 class _TableLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values, [rows, heads, columns, width]; the prefix's, [groups, heads, tokens, width]."""
+    """One layer's keys and values, [rows, heads, columns, width]; the prefix's are [groups, heads, tokens, width]."""
 
     is_sliding = False
 
     def __init__(self, place: _Place, prefix_keys: torch.Tensor, prefix_values: torch.Tensor, rows: int) -> None:
         super().__init__()
         self._place, self._prefix = place, (prefix_keys, prefix_values)
-        # Zeros, because nothing that is not finite may stand where no row has a token: 0 times NaN is NaN.
+        # Zeros, because unused columns must hold finite values: 0 times NaN is NaN.
         self.keys, self.values = (part.new_zeros(rows, part.shape[1], 0, part.shape[3]) for part in self._prefix)
         self.is_initialized = True
 
@@ -387,10 +390,10 @@ class _TableLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """There from the start."""
+        """Nothing to do: the tensors exist from the start."""
 
     def copy_prefix(self, rows: slice, columns: slice, source: torch.Tensor, groups: torch.Tensor) -> None:
-        """``source``: int64 [rows, columns], the token of the prefix of the row's group that goes there."""
+        """``source``: int64 [rows, columns], the index of the prefix token of the row's group for each column."""
         groups, source = groups.to(self.keys.device), source.to(self.keys.device)
         for part, prefix in zip((self.keys, self.values), self._prefix, strict=True):
             part[rows, :, columns] = prefix[groups[:, None], :, source].transpose(1, 2)
@@ -413,16 +416,16 @@ class _TableLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def _move_left(part: torch.Tensor, used: slice, dim: int) -> None:
-    """Put the columns in use first, where they are: a new table takes two to three times as long, most of it for memory
-    that the system has to clear. What lies right of them is written before it is read.
+    """Move the used columns to the front, in place: a new table takes two to three times as long, mostly because the
+    system has to clear its memory. Columns to the right of them are written before they are read.
     """
-    for at in range(used.start, used.stop, used.start):  # pieces that do not overlap where they go
+    for at in range(used.start, used.stop, used.start):  # in pieces that do not overlap their destination
         piece = part.narrow(dim, at, min(used.start, used.stop - at))
         part.narrow(dim, at - used.start, piece.shape[dim]).copy_(piece)
 
 
 def _widened(part: torch.Tensor, columns: int, used: slice, dim: int) -> torch.Tensor:
-    """Zeros, so many columns, that begin with those in use."""
+    """Zeros with this many columns, beginning with those in use."""
     width = used.stop - used.start
     shape = list(part.shape)
     shape[dim] = columns
@@ -432,14 +435,14 @@ def _widened(part: torch.Tensor, columns: int, used: slice, dim: int) -> torch.T
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all prompts share; one at least is left to each, to go on from."""
-    low, high = min(map(list, prompts)), max(map(list, prompts))  # what these two share, all that lie between share
+    """How many first tokens all prompts share, leaving at least one token of each prompt to compute."""
+    low, high = min(map(list, prompts)), max(map(list, prompts))  # all prompts share what these two do
     same = next((i for i, (one, other) in enumerate(zip(low, high, strict=False)) if one != other), len(low))
     return min(same, min(map(len, prompts)) - 1)
 
 
 def _keeps_all(layer: Any, made_of: Sequence[int], longest: int) -> bool:
-    """Whether a layer of a cache made of so many rows and tokens holds each of them, and will go on to do so."""
+    """Whether a layer of a cache for these rows and tokens holds every token, and will continue to do so."""
     if type(layer) is DynamicSlidingWindowLayer:
         if layer.sliding_window <= longest:
             return False

@@ -1,9 +1,9 @@
-"""Greedy answers of a live model to prompts, many at once.
+"""Greedy answers of a live model to many prompts at once.
 
-The answer to a prompt does not depend on the prompts beside it, but for what no batching escapes: with more rows, or
-longer ones, sums are added up in another order, and logits differ in their last bits. Where two tokens are equally
-likely but for those bits, the other one may be chosen. The same prompts always make the same batches, unless memory
-runs out.
+The answer to a prompt does not depend on the other prompts, except for an unavoidable effect of batching: with more or
+longer rows, sums are accumulated in another order, and logits differ in their last bits. If two tokens are equally
+likely up to those bits, the other one may be chosen. The same prompts always form the same batches, unless memory runs
+out.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
 _AUTO = 256
-"""Where ``auto`` starts. With more rows a forward pass takes longer, and answers become hardly more a second."""
+"""The initial value for ``auto``. With more rows a forward pass takes longer, and throughput hardly improves."""
 
 GREEDY = {
     "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "temperature": 1.0, "top_p": 1.0, "top_k": 50,
 }  # fmt: skip
-"""Over what the model's generation_config.json says. The last line has no effect, but other values are warned of."""
+"""These override the model's generation_config.json. The last line has no effect, but other values cause warnings."""
 
 _IDLE = {
     "_from_model_config", "bos_token_id", "cache_implementation", "do_sample", "early_stopping", "eos_token_id",
@@ -42,21 +42,21 @@ _IDLE = {
     "output_hidden_states", "output_logits", "output_scores", "pad_token_id", "return_dict_in_generate", "temperature",
     "top_k", "top_p", "transformers_version", "typical_p", "use_cache",
 }  # fmt: skip
-"""Settings that do not change which token is the likeliest: of sampling, of beams, of what transformers returns."""
+"""Settings that do not affect which token is the most likely: of sampling, beams, or the values returned."""
 
 _FACTORS = {"encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "num_beams", "repetition_penalty"}
-"""Settings that change nothing when they are 1. The others change nothing when they are 0, false or empty."""
+"""Settings that have no effect when they are 1. The others have no effect when they are 0, false or empty."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are decoded: prompts that differ in this are not decoded side by side.
+    """How answers are decoded: prompts that differ in this are not decoded in the same batch.
 
     Attributes:
-        max_new_tokens: most tokens of an answer.
-        stop: an answer ends before the first of these texts, and at the model's end token.
-        batch_size: most prompts in one forward pass.
-        settings: of ``model.generate``, where answers are not plainly greedy.
+        max_new_tokens: the maximum number of tokens of an answer.
+        stop: stop strings; an answer ends before the first of them, and at the model's end token.
+        batch_size: the maximum number of prompts in one forward pass.
+        settings: settings for ``model.generate``, for anything but plain greedy decoding.
     """
 
     max_new_tokens: int
@@ -66,7 +66,7 @@ class Decoding:
 
 
 def answer_tokens(live: LiveModel, prompts: Sequence[Sequence[int]], how: Decoding) -> list[str]:
-    """The model's greedy answer to each prompt of token ids, one at least, that fit the model."""
+    """The model's greedy answer to each prompt, given as token ids, at least one, that fit the model."""
     return answer_groups(live, [prompts], how, lambda rows: None)[0]
 
 
@@ -77,17 +77,17 @@ def answer_groups(
     choose: Callable[[Sequence[int]], None],
     shown: ShownRows | None = None,
 ) -> list[list[str]]:
-    """The answers to several groups of prompts of token ids, decoded in one go.
+    """The answers to several groups of prompts, given as token ids, decoded together.
 
     Args:
         live: a transformers model.
         groups: one for each of the models that ``live`` can be, row by row.
         how: the same for all.
-        choose: is told before each forward pass which group every row is of; a single number stands for all rows.
-        shown: pictures of the prompts, group after group; None where there are none.
+        choose: called before each forward pass with the group of every row; a single number applies to all rows.
+        shown: pictures of the prompts, group after group; None if there are none.
 
     Raises:
-        torch.OutOfMemoryError: there is no room for one row.
+        torch.OutOfMemoryError: not even one row fits into memory.
     """
     from evomerge.inference.decoding import Decoder, Groups, NoTableError
     from evomerge.inference.stopping import TextEnds
@@ -97,7 +97,7 @@ def answer_groups(
         return [[] for _ in groups]
     ends = live.model.generation_config.eos_token_id
     last = frozenset([ends] if isinstance(ends, int) else ends or ())
-    batch_size: BatchSize | None = None  # of transformers' own loop, where there is no table
+    batch_size: BatchSize | None = None  # for transformers' own loop, if the table cannot be used
     owners = Groups([number for number, group in enumerate(groups) for _ in group], choose)
     try:
         ended = TextEnds(live.tokenizer, how.stop)
@@ -120,7 +120,7 @@ def answer_groups(
 
 
 def shaping(own: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """The settings by which the answers would not be plainly greedy: those given, over the model's own."""
+    """The settings that deviate from plain greedy decoding: those given, over the model's own."""
     said = {**own, **settings}
     return [
         name for name, value in said.items() if name not in _IDLE and value and (name not in _FACTORS or value != 1)
@@ -128,23 +128,23 @@ def shaping(own: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
 
 
 class Room:
-    """How many rows memory has room for, found by running out of it."""
+    """How many rows fit into memory, found by running out of it."""
 
     def __init__(self) -> None:
         self._most: int | None = None
 
     def rows(self, batch_size: BatchSize) -> int:
-        """As many as are wanted, or as there was room for before."""
+        """As many as are wanted, or as fitted before."""
         rows = _AUTO if batch_size == "auto" else batch_size
         return min(rows, self._most or rows)
 
     def fit(self, batch_size: BatchSize, count: int, device: torch.device, work: Callable[[int], Found]) -> Found:
-        """What ``work`` gives for a number of rows, no more than ``count``.
+        """Call ``work`` with a number of rows, at most ``count``, and return its result.
 
-        ``work`` is called again with half of them when it runs out of memory, and has to keep what it has done.
+        If it runs out of memory, ``work`` is called again with half as many rows, and must keep what it has done.
 
         Raises:
-            torch.OutOfMemoryError: there is no room for one.
+            torch.OutOfMemoryError: not even one row fits.
         """
         import torch
 
@@ -155,7 +155,7 @@ class Room:
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
-            # Only here is the exception gone, and with it what the frames that it went through held.
+            # Only here has the exception been freed, and with it the memory held by its stack frames.
             self._most = rows = rows // 2
             log.info("no room for more than %d rows at once", rows)
             if device.type == "cuda":
@@ -166,7 +166,7 @@ _rooms: WeakKeyDictionary[Any, Room] = WeakKeyDictionary()
 
 
 def _room(model: Any) -> Room:
-    """The same for a model's life, which is that of its worker."""
+    """The limit for the lifetime of a model, which is that of its worker."""
     return _rooms.setdefault(model, Room())
 
 
@@ -177,7 +177,7 @@ def _in_batches(
     batch_size: BatchSize,
     shown: ShownRows | None,
 ) -> list[str]:
-    """Answers by transformers' own loop: a batch is done when its last row is. The longest prompts come first."""
+    """Answers from transformers' own loop: a batch is done when its last row is. The longest prompts come first."""
     answers: dict[int, str] = {}
     order = sorted(prompts, key=lambda i: (-len(prompts[i]), prompts[i]))
 
@@ -204,7 +204,7 @@ def _answer(live: LiveModel, rows: Sequence[Sequence[int]], how: Decoding, pictu
     padded = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in rows], device=live.device)
     lengths = torch.tensor([len(ids) for ids in rows], device=live.device)
     mask = torch.arange(width, device=live.device) >= width - lengths[:, None]
-    watched = how.stop and settings["num_beams"] == 1  # the rows of beams change places
+    watched = how.stop and settings["num_beams"] == 1  # beams change rows
     criterion = StopAtText(live.tokenizer, how.stop, width, len(rows)) if watched else None
     with torch.inference_mode():
         tokens = live.model.generate(
@@ -217,12 +217,12 @@ def _answer(live: LiveModel, rows: Sequence[Sequence[int]], how: Decoding, pictu
             **pictures,
         )
     ends = criterion.lengths.tolist() if criterion else [tokens.shape[1]] * len(rows)
-    # Where no token ends a sequence by itself, transformers lets ended rows run on instead of padding them.
+    # If no token ends a sequence by itself, transformers lets finished rows continue instead of padding them.
     return [text_of(live.tokenizer, ids[width:end], how.stop) for ids, end in zip(tokens.tolist(), ends, strict=True)]
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> str:
-    """The tokens as text, up to the first of the stop texts."""
+    """Decode the tokens, up to the first of the stop strings."""
     text: str = tokenizer.decode(tokens, skip_special_tokens=True)
     ends = [text.index(ending) for ending in stop if ending in text]
     return text[: min(ends, default=len(text))]

@@ -1,4 +1,4 @@
-"""What items and prompts hold beside text."""
+"""Content of items and prompts other than text."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 IMAGE = "<image>"
-"""Stands in prompts for a picture, whatever the model's own token for one is."""
+"""Stands for a picture in prompts, whatever token the model itself uses."""
 
 
 @dataclass(frozen=True)
 class Media:
-    """What an item or a prompt holds beside text.
+    """A piece of content other than text, in an item or a prompt.
 
     Attributes:
-        kind: what kind of thing it is.
-        file: where it lies; None where a data set holds it.
-        sha256: of the file's bytes, or of the pixels where there is no file, in hex; empty where nobody has looked.
-        held: the picture as PIL has it, where there is no file.
+        kind: the kind of content.
+        file: its file; None if a data set holds it.
+        sha256: hash of the file's bytes, or of the pixels if there is no file, in hex; empty if not computed.
+        held: the PIL image, if there is no file.
     """
 
     kind: Literal["image"]

@@ -1,4 +1,4 @@
-"""Nested lists of tensors, as vision towers give them: of pictures, or of layers with a list of pictures each."""
+"""Nested lists of tensors, as returned by vision towers: one per picture, or one list of pictures per layer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same lists with other tensors."""
+    """The same nested lists with every tensor replaced."""
     return [mapped(part, change) for part in value] if isinstance(value, list | tuple) else change(value)
 
 
 def joined(values: Sequence[Any]) -> Any:
-    """The outputs of several prompts as those of one batch: the pictures one after the other, layer by layer."""
+    """Join the outputs for several prompts to those of one batch: the pictures one after another, layer by layer."""
     first = values[0]
     if isinstance(first, Tensor):
         return torch.cat(list(values))
@@ -25,7 +25,7 @@ def joined(values: Sequence[Any]) -> Any:
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Mappings and lists as tensors by their paths, such as ``outputs/pooler_output/0``."""
+    """The tensors in mappings and lists, by path, such as ``outputs/pooler_output/0``."""
     if isinstance(value, Tensor):
         yield path, value
         return
@@ -34,7 +34,7 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def unflat(tensors: Mapping[str, Tensor]) -> Any:
-    """What ``flat`` was given; a mapping without a tensor is lost."""
+    """The inverse of ``flat``; mappings without a tensor are lost."""
     if list(tensors) == [""]:
         return tensors[""]
     parts: dict[str, dict[str, Tensor]] = {}

@@ -1,8 +1,8 @@
-"""Pictures as models are shown them: files that are what they say, decoded by PIL, in RGB.
+"""Decodes pictures for models: files of supported formats, decoded by PIL to RGB.
 
-What a viewer shows and a decoder gives can differ: a rotation in a camera's tag, a second frame, a colour profile, more
-than 8 bits. Where they do, a model would be asked about something that nobody has seen, so such files are refused with
-what to do.
+What a viewer shows and a decoder returns can differ: because of a rotation in an EXIF tag, a second frame, a colour
+profile, or more than 8 bits. A model would then be asked about something that nobody has seen, so such files are
+rejected with a hint how to fix them.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 64_000_000
 MAX_PIXELS = 64_000_000
-"""More than cameras give; a file of a few kilobytes can hold billions of one colour."""
+"""More than cameras produce; a file of a few kilobytes can hold billions of pixels of one colour."""
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 
 THUMBNAIL_SIDE = 192
-"""Pixels of the longer side of small copies, at most."""
+"""Maximum length of the longer side of small copies, in pixels."""
 
 _SMALL_BYTES = 6_000
 
 
 def file_media(file: Path, place: str) -> Media:
-    """A picture in a file, by what the file holds. Its header is looked at; ``decoded`` looks at the rest.
+    """A picture in a file, identified by the file's content. Only its header is checked; ``decoded`` checks the rest.
 
     Raises:
-        InputError: the file cannot be read, or is no picture that can be shown.
+        InputError: the file cannot be read, or is not a supported picture.
     """
     content = read_bytes(file, place, MAX_BYTES)
     _opened(content, file, place)
@@ -46,17 +46,17 @@ def file_media(file: Path, place: str) -> Media:
 
 
 def held_media(image: Image) -> Media:
-    """A picture that a data set holds, by its pixels."""
+    """A picture held by a data set, identified by its pixels."""
     about = f"{image.mode} {image.size} ".encode()
     return Media("image", None, hashlib.sha256(about + image.tobytes()).hexdigest(), image)
 
 
 def decoded(media: Media, place: str) -> Image:
-    """The picture in RGB; what is transparent is on white.
+    """The picture in RGB, with transparency on white.
 
     Raises:
-        InputError: the file cannot be read, has changed since it was looked at, is cut or damaged, or is no picture
-            that can be shown.
+        InputError: the file cannot be read, has changed since it was checked, is truncated or damaged, or is not a
+            supported picture.
     """
     if media.file is None:
         return _in_rgb(media.held)
@@ -71,21 +71,21 @@ def decoded(media: Media, place: str) -> Image:
 
 
 def thumbnail(media: Media, place: str) -> bytes:
-    """A small copy for people: newly encoded from the pixels, with nothing else of the file in it.
+    """A small copy for display, encoded from the pixels, without any metadata of the file.
 
-    PNG where that is small, as of drawings; else JPEG.
+    PNG if that is small, as for drawings; otherwise JPEG.
 
     Raises:
-        InputError: as ``decoded``.
+        InputError: as for ``decoded``.
     """
     return _small(decoded(media, place))
 
 
 def small_copy(content: bytes, place: str) -> bytes:
-    """The same of a picture that a program made, by the bytes of its file.
+    """The same for a picture that a program made, given the bytes of its file.
 
     Raises:
-        InputError: they are no picture that can be shown.
+        InputError: they are not a supported picture.
     """
     return _small(_in_rgb(_opened(content, Path("that was made"), place)))
 
@@ -94,7 +94,7 @@ def _small(shown: Image) -> bytes:
     from PIL import Image
 
     shown.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    image = Image.new("RGB", shown.size)  # a comment, say, would be saved again with what was read
+    image = Image.new("RGB", shown.size)  # saving the opened image would keep metadata such as comments
     image.paste(shown)
     png, jpeg = io.BytesIO(), io.BytesIO()
     image.save(png, "PNG", optimize=True)
@@ -105,17 +105,17 @@ def _small(shown: Image) -> bytes:
 
 
 def media_type(image: bytes) -> str:
-    """Which of the two a small copy is."""
+    """The media type of a small copy: PNG or JPEG."""
     return "image/png" if image.startswith(b"\x89PNG") else "image/jpeg"
 
 
 def data_url(image: bytes) -> str:
-    """A small copy as text that a page can hold."""
+    """A small copy as a data URL for a page."""
     return f"data:{media_type(image)};base64,{base64.b64encode(image).decode()}"
 
 
 def _opened(content: bytes, file: Path, place: str) -> Image:
-    """The picture with its header read and looked at."""
+    """The picture, after reading and checking its header."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -132,17 +132,17 @@ def _opened(content: bytes, file: Path, place: str) -> Image:
 
 
 def _damaged(file: Path, place: str, error: Exception) -> InputError:
-    """What a decoder did on bytes that are not its own: there is no telling what they raise."""
+    """The error for an exception in a decoder: decoders may raise anything on malformed data."""
     said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return InputError(place, f"the picture {file} is cut or damaged ({said})", "Copy it again, or leave the item out.")
 
 
 def _fault(image: Image) -> tuple[str, str] | None:
-    """Why a picture is not to be shown, and what to do; None where it is."""
+    """Why a picture is not supported, and what to do; None if it is."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         return f"has {width:,} by {height:,} pixels; there may be {MAX_PIXELS:,}", "Save a smaller copy."
-    if image.format != "MPO" and getattr(image, "is_animated", False):  # what MPO adds to a photo is another view of it
+    if image.format != "MPO" and getattr(image, "is_animated", False):  # in MPO, another view of the same photo
         return "is animated or has several pages", "Save the one that is meant."
     if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
         return f"is in {image.mode}, whose colours depend on a profile", "Save it in RGB."
@@ -154,7 +154,7 @@ def _fault(image: Image) -> tuple[str, str] | None:
 
 
 def _raw_mode(tile: Any) -> object:
-    """How a decoder is told to read a part of a file, such as ``RGB;16B``."""
+    """The raw mode with which a decoder reads a part of a file, such as ``RGB;16B``."""
     return tile[3]
 
 

@@ -1,4 +1,4 @@
-"""How likely a model finds given texts after given prompts: one prefill for a pair, and nothing is decoded."""
+"""Log-likelihoods of given texts after given prompts: one prefill per pair, without decoding."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ if TYPE_CHECKING:
     from evomerge.inference.showing import ImageTokens
 
 _MIN_STEP = 16
-"""Rows are padded to a multiple of so many tokens, and of an eighth of the power of two below their length."""
+"""Rows are padded to a multiple of this many tokens, and of an eighth of the power of two below their length."""
 
 _MIN_ROWS = 16
-"""The head's matrix multiplies as many rows at least: products of one to three rows round otherwise in float32."""
+"""The head's matrix multiplication gets at least this many rows: with one to three, float32 rounds differently."""
 
 _LOGITS_BYTES = 1 << 28
-"""Most bytes of logits in one forward pass, unless a single item has more."""
+"""The maximum bytes of logits in one forward pass, unless a single item needs more."""
 
 
 def log_likelihoods(
     live: LiveModel, requests: Sequence[Likelihood], tokens: ImageTokens | None = None
 ) -> list[LogLikelihood]:
-    """log p(answer | prompt) of every request, in order; ``tokens`` are those of pictures, where prompts have any.
+    """log p(answer | prompt) of every request, in order; ``tokens`` provides image tokens, if prompts have pictures.
 
-    On a processor a request's number is the same bit for bit whatever requests are beside it: its width does not depend
-    on them, and a matrix times a row rounds alike among any rows, if only they are not fewer than a few.
+    On a CPU a request's result is the same bit for bit whatever other requests are in its batch: its width does not
+    depend on them, and a matrix multiplication rounds a row the same way among any other rows, given a minimum number
+    of rows.
     """
     by_number: dict[int, LogLikelihood] = {}
     for most in dict.fromkeys(request.batch_tokens for request in requests):
@@ -49,23 +50,23 @@ def log_likelihoods(
 
 @dataclass(frozen=True)
 class Tokens:
-    """A pair as the model sees it: the token ids, of which the last ``scored`` are the answer's."""
+    """A pair in the form the model sees: token ids, of which the last ``scored`` are the answer's."""
 
     ids: Sequence[int]
     scored: int
 
 
 def _size(prompt: Prompt) -> int:
-    # Spaces at the end of a prompt count as the answer's, as in lm-eval.
+    # Trailing spaces of a prompt count as part of the answer, as in lm-eval.
     answer = prompt.text[len(prompt.text.rstrip()) :] + prompt.answer
     return len(answer.encode("utf-8", "surrogatepass"))
 
 
 def _width(fed: int, context: int | None) -> int:
-    """How wide an item of so many tokens is padded, whatever items are beside it; an eighth more at most, from 128 on.
+    """The padded width of an item with this many tokens, whatever the other items; at most an eighth more from 128 on.
 
-    There is padding but where the context has no room for it: without any, transformers computes without a mask, by
-    another kernel, which rounds otherwise.
+    There is always padding unless the context has no room for it: without padding, transformers computes without a
+    mask, with another kernel, which rounds differently.
     """
     step = max(_MIN_STEP, 1 << max(0, fed.bit_length() - 4))
     width = (fed // step + 1) * step
@@ -73,11 +74,11 @@ def _width(fed: int, context: int | None) -> int:
 
 
 def _batches(items: Sequence[Tokens], most: int, context: int | None, row_logits: int) -> Iterator[list[int]]:
-    """Positions of the items in batches of one width, the widest first: too large a one fails at once.
+    """Positions of the items in batches of equal width, the widest first, so that one that is too large fails early.
 
     Args:
-        most: tokens in a batch of several items.
-        row_logits: bytes of the logits of a token.
+        most: the maximum number of tokens in a batch of several items.
+        row_logits: bytes of the logits of one token.
     """
     alike: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for position, item in enumerate(items):
@@ -97,14 +98,14 @@ def _batches(items: Sequence[Tokens], most: int, context: int | None, row_logits
 
 
 def kept_columns(width: int, item: Tokens) -> int:
-    """Of how many last columns an item needs the logits, its row padded to ``width``."""
+    """How many of the last columns an item needs logits for if its row is padded to ``width``."""
     return width - (len(item.ids) - 1 - item.scored)
 
 
 def padded(items: Sequence[Tokens], width: int) -> tuple[Tensor, Tensor]:
-    """What a model is fed of items and where that is: int64 [items, width] each.
+    """The token ids of items as model input, and the attention mask: int64 [items, width] each.
 
-    Padded on the right, where nothing looks back at it.
+    Padded on the right, which no earlier token attends to.
     """
     import torch
 
@@ -116,10 +117,10 @@ def padded(items: Sequence[Tokens], width: int) -> tuple[Tensor, Tensor]:
 
 
 def answer_logs(logits: Tensor, first: int, item: Tokens, dtype: torch.dtype) -> Tensor:
-    """The logarithms of what each token of an item's answer was given: [tokens], computed in ``dtype``.
+    """The log-probability of each token of an item's answer: [tokens], computed in ``dtype``.
 
     Args:
-        logits: of the item's row [columns, vocabulary]; those of the answer begin at column ``first``.
+        logits: the logits of the item's row [columns, vocabulary]; those of the answer begin at column ``first``.
     """
     import torch
 
@@ -147,7 +148,7 @@ def _sums(live: LiveModel, items: Sequence[Tokens], most: int, shown: ShownRows)
                 use_cache=False,
                 logits_to_keep=kept,
                 **shown.inputs(live.model, batch, width, right=True),
-            ).logits  # [rows, kept, vocabulary]: of the last columns
+            ).logits  # [rows, kept, vocabulary], for the last columns
             for row, i in zip(logits, batch, strict=True):
                 logs = answer_logs(row, kept - kept_columns(width, items[i]), items[i], torch.float32)
                 sums.append(logs.sum(dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""What a processor makes of a text and its pictures: tokens, and what the pictures go into a model as."""
+"""Processes a text and its pictures with a model's processor: tokens, and the model inputs for the pictures."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TYPES = ("token_type_ids", "mm_token_type_ids")
-"""What kind each token is, for models that ask."""
+"""The kind of each token, for models with such an input."""
 
 _TEXTS = ("input_ids", "attention_mask", *TYPES)
 
 
 @dataclass(frozen=True)
 class Processed:
-    """What a processor makes of a text and its pictures.
+    """A text and its pictures after processing.
 
     Attributes:
-        ids: the tokens; each picture has as many as the model gives it.
-        types: what kind each token is, for models that ask, by the name of that input.
+        ids: the tokens; each picture has as many as the model uses for it.
+        types: the kind of each token, for models that need it, by the name of that input.
         pictures: all other inputs, by name: pixels, sizes, grids.
     """
 
@@ -35,14 +35,14 @@ class Processed:
 
 
 def processed(processor: Any, text: str, media: Sequence[Media], start: Sequence[int], place: str) -> Processed:
-    """Text and pictures as a model's own processor has them.
+    """Process text and pictures with a model's own processor.
 
     Args:
-        processor: as transformers loads it; None of a model of texts.
-        start: the tokens that every text begins with; some processors put them behind the pictures.
+        processor: as loaded by transformers; None for a text model.
+        start: the tokens that every text begins with; some processors put them after the pictures.
 
     Raises:
-        InputError: the model reads no pictures, ``IMAGE`` does not stand once for each, or one cannot be read.
+        InputError: the model cannot read pictures, ``IMAGE`` does not occur once per picture, or one cannot be read.
     """
     if processor is None:
         problem = "shows the model a picture, and this model reads text alone"
@@ -55,7 +55,7 @@ def processed(processor: Any, text: str, media: Sequence[Media], start: Sequence
     images = [decoded(one, place) for one in media]
     try:
         made = processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")
-    except Exception as error:  # a processor is code of a model's authors
+    except Exception as error:  # a processor may be custom code and raise anything
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise InputError(place, f"the model's processor cannot take its pictures ({said})") from error
     ids: list[int] = made["input_ids"][0].tolist()
@@ -66,5 +66,5 @@ def processed(processor: Any, text: str, media: Sequence[Media], start: Sequence
 
 
 def placeholder(processor: Any) -> str:
-    """What stands for a picture in the texts that a processor takes."""
+    """The placeholder for a picture in texts for a processor."""
     return str(getattr(processor, "image_token", None) or IMAGE)

@@ -1,8 +1,8 @@
-"""A smooth proxy of how good a model is, to be differentiated: how unlikely right answers are, the mean over items.
+"""A smooth, differentiable proxy of a model's quality: how unlikely right answers are, averaged over items.
 
-Of an item whose right answer has the chance p it is log(1 - log p): as -log p for answers that are nearly certain, and
-its logarithm for answers that are far from likely. The mean of -log p itself is ruled by the items that are furthest
-from right, whose scores do not change; those count here by as much as they change in proportion.
+For an item whose right answer has probability p it is log(1 - log p): similar to -log p for answers that are nearly
+certain, and to its logarithm for answers that are far from likely. The mean of -log p itself is dominated by the items
+that are furthest from right, whose scores do not change; with the logarithm, these count by their relative change.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 MAX_TOKENS = 2048
-"""In one forward and backward pass, unless a single item has more: of many more, what a pass costs beside its tokens
-(a look at every weight of the sources) no longer counts."""
+"""The maximum number of tokens in one forward and backward pass, unless a single item has more: with this many, the
+cost of a pass that does not depend on tokens (reading every weight of the sources) no longer matters."""
 
 _LOGITS_BYTES = 1 << 27
-"""Most bytes of logits in one pass, unless a single item has more; what follows from them takes several times that."""
+"""The maximum bytes of logits in one pass, unless a single item has more; what is computed from them needs more."""
 
 SHARE_OF_FREE = 0.25
-"""Of the free memory: what may be kept of a forward pass for the backward pass. Where a pass would need more, each
-layer keeps what it was given alone and is computed again, which costs another forward pass."""
+"""The share of free memory that activations kept for the backward pass may use. If a pass would need more, each layer
+keeps only its input and is computed again, which costs another forward pass."""
 
 _KEPT_FACTOR = 34
-"""About how many numbers of the width of the hidden state a layer keeps for each token (Korthikanti et al., "Reducing
-activation recomputation in large transformer models", arXiv 2205.05198, section 4, in numbers of 16 bits)."""
+"""About how many numbers, in units of the width of the hidden state, a layer keeps for each token (Korthikanti et al.,
+"Reducing activation recomputation in large transformer models", arXiv 2205.05198, section 4, for 16-bit numbers)."""
 
 Loss = Callable[[Tensor], Tensor]
-"""(log p of a whole answer, a natural logarithm) -> what it adds to the loss: scalars, of which the loss is a mean."""
+"""(log p of a whole answer, a natural logarithm) -> its contribution to the loss, which is a mean of these scalars."""
 
 
 def saturating(log: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def saturating(log: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Item(Tokens):
-    """An item as the model sees it, its weight in the mean, and which of the prompts it is."""
+    """An item in the form the model sees, its weight in the mean, and the position of its prompt."""
 
     weight: float
     number: int
@@ -62,10 +62,10 @@ def differentiate_proxy(
     """Compute the proxy, and run backward passes through the model.
 
     Args:
-        as of ``loss_parts``; each pass adds its share to the gradient.
+        as for ``loss_parts``; each pass adds its share to the gradient.
 
     Returns:
-        The proxy, of whole answers; logarithms are natural ones.
+        The proxy, computed over whole answers with natural logarithms.
     """
     proxy = 0.0
     with closing(loss_parts(live, prompts, weights, listening)) as parts:
@@ -83,19 +83,19 @@ def loss_parts(
     loss: Loss = saturating,
     told: Callable[[Sequence[int]], None] = lambda rows: None,
 ) -> Generator[Tensor]:
-    """A loss of right answers, in parts that sum to it: each to be run backward before the next is asked for.
+    """A loss of right answers, in parts that sum to it; run backward on each before requesting the next.
 
-    Items are scored as ``log_likelihoods`` scores them, but for rounding: they are batched to be few passes.
+    Items are scored like in ``log_likelihoods``, except for rounding: they are batched into as few passes as possible.
 
     Args:
         prompts: each with its answer.
-        weights: how much each counts; the loss is their weighted mean.
-        listening: open around the forward pass of a part, and until the next is asked for.
-        loss: of one answer.
-        told: before a part, which of the prompts its rows are of, by position.
+        weights: the weight of each prompt; the loss is their weighted mean.
+        listening: a context that is open during the forward pass of a part, and until the next is requested.
+        loss: the loss of one answer.
+        told: called before a part with the positions of the prompts of its rows.
 
     Yields:
-        scalars in float32 at least, with a graph.
+        scalars with a graph, in float32 or higher precision.
     """
     total = sum(weights)
     pairs = enumerate(zip(prompts, weights, strict=True))
@@ -110,7 +110,7 @@ def loss_parts(
 
 
 def _batches(items: Sequence[_Item], live: LiveModel) -> Iterator[list[_Item]]:
-    """The items in batches of like lengths, the longest first: too large a one fails at once."""
+    """The items in batches of similar lengths, the longest first, so that one that is too large fails early."""
     row_logits = live.model.get_input_embeddings().weight.shape[0] * live.model.dtype.itemsize
     batch: list[_Item] = []
     for item in sorted(items, key=lambda item: len(item.ids), reverse=True):
@@ -125,18 +125,18 @@ def _batches(items: Sequence[_Item], live: LiveModel) -> Iterator[list[_Item]]:
 
 
 def _kept(batch: Sequence[_Item]) -> int:
-    """Of how many last columns logits are needed, rows being padded on the right to the width of the first."""
+    """How many of the last columns need logits if rows are padded on the right to the width of the first."""
     width = len(batch[0].ids) - 1
     return max(kept_columns(width, item) for item in batch)
 
 
 def kept_bytes(tokens: int, width: int, layers: int, itemsize: int) -> int:
-    """About how many bytes layers keep of a forward pass of so many tokens, with hidden states of that width."""
+    """About how many bytes layers keep during a forward pass of this many tokens, with hidden states of that width."""
     return tokens * width * _KEPT_FACTOR * itemsize * layers
 
 
 def _is_large(batch: Sequence[_Item], live: LiveModel) -> bool:
-    """Whether what a forward pass would keep is more than there should be."""
+    """Whether a forward pass would keep more than it may."""
     model, tokens = live.model, len(batch) * (len(batch[0].ids) - 1)
     width = model.get_input_embeddings().weight.shape[1]
     needed = kept_bytes(tokens, width, len(live.stack.path if live.stack else ()), model.dtype.itemsize)
@@ -148,12 +148,12 @@ def _is_large(batch: Sequence[_Item], live: LiveModel) -> bool:
 
 
 def _part(live: LiveModel, batch: Sequence[_Item], loss: Loss) -> Tensor:
-    """sum_i w_i loss(log p(answer_i | prompt_i)), with a graph: a scalar, in float32 at least."""
+    """sum_i w_i loss(log p(answer_i | prompt_i)), with a graph: a scalar, in float32 or higher precision."""
     width, kept = len(batch[0].ids) - 1, _kept(batch)
     ids, mask = padded(batch, width)
     logits = live.model(
         input_ids=ids.to(live.device), attention_mask=mask.to(live.device), use_cache=False, logits_to_keep=kept
-    ).logits  # [rows, kept, vocabulary]: of the last columns
+    ).logits  # [rows, kept, vocabulary], for the last columns
     total: Tensor = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
     for row, item in zip(logits, batch, strict=True):
         logs = answer_logs(row, kept - kept_columns(width, item), item, total.dtype)

@@ -1,8 +1,8 @@
-"""How a model reads: from a text to the token ids that it is given. All evaluators and engines use this.
+"""Converts texts to the token ids that a model is given. All evaluators and engines use this.
 
-Special tokens are decided on here and nowhere else. A text begins with the tokens that the tokenizer puts at the start
-of texts, once: a text that says them itself, as every rendered chat prompt of Llama 3 or Gemma does, gets no second
-ones. What the tokenizer would put at the end of a text is left out, because the model is to go on from there.
+Special tokens are handled only here. A text begins with the tokens that the tokenizer puts at the start of texts, once:
+if the text already contains them, as every rendered chat prompt of Llama 3 or Gemma does, they are not added again.
+Tokens that the tokenizer would put at the end of a text are omitted, because the model is to continue from there.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _PROBES = ("a", "0", "the", ".")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is given, for it to write an answer or to have one scored.
+    """An input of a model, which then writes an answer or has a given answer scored.
 
     Attributes:
         text: the prompt, rendered.
-        answer: what is scored after it; empty where the model writes the answer.
-        ids: all tokens, also those that have no room.
-        scored: how many of the last are the answer's.
+        answer: what is scored after it; empty if the model writes the answer.
+        ids: all tokens, including those that do not fit.
+        scored: how many of the last tokens belong to the answer.
         room: how many of the last tokens the model can be given; None for all.
-        place: where the item was read, for people.
-        media: what the model is shown beside the text, in the order in which ``IMAGE`` stands there. Among the tokens
-            each picture has as many places as the model gives it.
+        place: where the item was read, for messages.
+        media: the pictures, in the order of ``IMAGE`` in the text. Each picture takes up as many tokens as the model
+            uses for it.
     """
 
     text: str
@@ -50,32 +50,31 @@ class Prompt:
 
     @property
     def unread(self) -> int:
-        """How many tokens at the end the model is not given: after the last of an answer nothing is predicted."""
+        """How many tokens at the end are not fed in: nothing is predicted after the last token of an answer."""
         return 1 if self.scored else 0
 
     @property
     def lost(self) -> int:
-        """How many tokens at the beginning have no room."""
+        """How many tokens at the beginning do not fit."""
         return 0 if self.room is None else max(0, len(self.ids) - self.room)
 
     @property
     def fed(self) -> Sequence[int]:
-        """The tokens that have room: a prompt that is too long loses its beginning."""
+        """The tokens that fit: a prompt that is too long is truncated at the beginning."""
         return self.ids[self.lost :]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What of a model decides on how it reads texts.
+    """The properties of a model that determine how it reads texts.
 
     Attributes:
-        tokenizer: as transformers loads it; None of a table of tensors.
-        context: most tokens of prompt and answer; None for no bound.
-        embeddings: how many tokens it knows; None where that is not known yet.
-        generation: its generation settings that are not transformers' own; None where there is no model yet.
-        device: where it computes; None where there is no model yet.
-        processor_of: opens what makes a model's inputs of text and pictures, once; None of a model that reads text
-            alone.
+        tokenizer: as loaded by transformers; None for a table of tensors.
+        context: the maximum number of tokens of prompt and answer; None if unlimited.
+        embeddings: the size of its embedding, in tokens; None if not known yet.
+        generation: its generation settings that differ from transformers' defaults; None before there is a model.
+        device: the device that it runs on; None before there is a model.
+        processor_of: loads the processor for text and pictures, once; None for a text model.
     """
 
     tokenizer: Any
@@ -87,7 +86,7 @@ class Reader:
 
     @classmethod
     def of(cls, live: LiveModel) -> Reader:
-        """That of a live model; a table of tensors reads nothing."""
+        """The reader of a live model; a table of tensors reads nothing."""
         if live.tokenizer is None:
             return cls(None, None, device=live.device)
         rows: int = live.model.get_input_embeddings().weight.shape[0]
@@ -97,16 +96,16 @@ class Reader:
 
     @property
     def processor(self) -> Any:
-        """What makes a model's inputs of text and pictures, as transformers loads it; None of a model of texts.
+        """The processor for text and pictures, as loaded by transformers; None for a text model.
 
         Raises:
-            InputError: there is none in the model's folder, or none that can be loaded.
+            InputError: the model's folder has none, or it cannot be loaded.
         """
         return None if self.processor_of is None else self.processor_of()
 
     @property
     def templates(self) -> Any:
-        """What has the chat template: the processor, where it has one of its own. Raises as ``processor``."""
+        """The object with the chat template: the processor, if it has its own. Raises like ``processor``."""
         return self.tokenizer if getattr(self.processor, "chat_template", None) is None else self.processor
 
     def prompt(self, text: str, most: int, place: str, media: tuple[Media, ...] = ()) -> Prompt:
@@ -116,8 +115,8 @@ class Reader:
             media: the pictures that ``IMAGE`` stands for in the text, in order.
 
         Raises:
-            InputError: it has no tokens, the context has no room for the answer, or a token is none of the model's; the
-                model reads no pictures, one cannot be read, or they do not fit.
+            InputError: it has no tokens, the context has no room for the answer, or the model lacks one of its tokens;
+                the model cannot read pictures, one cannot be read, or they do not fit.
         """
         ids = self._encoded(text, media, place)
         if not ids:
@@ -134,14 +133,14 @@ class Reader:
         """A text and an answer that is scored after it.
 
         Args:
-            media: as of ``prompt``.
+            media: as for ``prompt``.
 
         Raises:
-            InputError: the answer has no tokens or more than the context, or a token is none of the model's; the model
-                reads no pictures, one cannot be read, or they do not fit.
+            InputError: the answer has no tokens or more than the context, or the model lacks one of its tokens; the
+                model cannot read pictures, one cannot be read, or they do not fit.
         """
         before, after = encode_pair(self.tokenizer, text, answer)
-        if media:  # the tokens of the border are the same, however many tokens a picture has
+        if media:  # the tokens at the boundary do not depend on the number of tokens of a picture
             before = self._encoded(text.rstrip(), media, place)
         if not after:
             raise InputError(place, f"its answer {answer!r} adds no token to those of its prompt", "Leave it out.")
@@ -160,7 +159,7 @@ class Reader:
         return processed(self.processor, text, media, start, place).ids
 
     def check_known(self, ids: Sequence[int], place: str) -> None:
-        """Refuse tokens that the model has no embedding for."""
+        """Reject tokens that the model has no embedding for."""
         if self.embeddings is not None and (highest := max(ids, default=0)) >= self.embeddings:
             shown = self.tokenizer.decode([highest])
             problem = f"the tokenizer gives token {highest} ({shown!r}), and the model has {self.embeddings} embeddings"
@@ -168,7 +167,7 @@ class Reader:
 
 
 def _whole(prompt: Prompt) -> Prompt:
-    """The prompt, refused where it would lose a part of a picture at its beginning."""
+    """The prompt; rejected if truncation would remove a part of a picture."""
     if prompt.media and prompt.lost:
         tokens, room = len(prompt.ids) - prompt.unread, (prompt.room or 0) - prompt.unread
         problem = f"has {tokens:,} tokens with its pictures, and there is room for {room:,}"
@@ -183,36 +182,36 @@ _added: WeakKeyDictionary[Any, _Added] = WeakKeyDictionary()
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that the model goes on from: the tokenizer's start tokens once, and no end token."""
+    """The tokens of a text that the model continues: the tokenizer's start tokens once, and no end token."""
     start, _ = special_tokens(tokenizer)
     ids = encode_plain(tokenizer, text)
     return ids if ids[: len(start)] == start else [*start, *ids]
 
 
 def encode_whole(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that is complete: also the tokenizer's end tokens, once."""
+    """The tokens of a complete text: also with the tokenizer's end tokens, once."""
     _, end = special_tokens(tokenizer)
     ids = encode(tokenizer, text)
     return ids if not end or ids[-len(end) :] == end else [*ids, *end]
 
 
 def encode_plain(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text with no special tokens but those that it spells."""
+    """The tokens of a text, with no special tokens except those written in it."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     return ids
 
 
 def first_token(tokenizer: Any) -> int:
-    """What comes before the first token of a text after nothing, as in lm-eval."""
+    """The token before the first token of a text without a prompt, as in lm-eval."""
     token: int = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return token
 
 
 def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt and of what comes after it, cut as lm-eval does.
+    """The tokens of a prompt and of its continuation, split as in lm-eval.
 
-    Spaces at the end of a prompt go to the answer, whose tokens are those that the whole has more. A token that reaches
-    over the border counts as the prompt's.
+    Trailing spaces of a prompt move to the answer, whose tokens are those that the whole text has in addition. A token
+    that spans the boundary counts as the prompt's.
     """
     before = prompt.rstrip()
     after = prompt[len(before) :] + answer
@@ -220,13 +219,13 @@ def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
         start = encode(tokenizer, before)
         return start, encode(tokenizer, before + after)[len(start) :]
     first, (start, _) = first_token(tokenizer), special_tokens(tokenizer)
-    start = start if start[-1:] == [first] else [first]  # with the prompt that stands before it
+    start = start if start[-1:] == [first] else [first]  # as if after an empty prompt
     ids = encode_plain(tokenizer, after)
     return start, ids[1:] if ids[:1] == [first] else ids
 
 
 def special_tokens(tokenizer: Any) -> _Added:
-    """The tokens that a tokenizer puts before and behind every text."""
+    """The tokens that a tokenizer puts before and after every text."""
     if tokenizer not in _added:
         _added[tokenizer] = _probe(tokenizer)
     return _added[tokenizer]

@@ -1,4 +1,4 @@
-"""What evaluators ask of a model, and the one protocol of everything that answers."""
+"""The requests that evaluators make, and the protocol of every engine that answers them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from evomerge.errors import InputError
 from evomerge.inference.reading import Prompt
 
 BatchSize = Annotated[int, Field(ge=1)] | Literal["auto"]
-"""Most prompts in one forward pass. Where memory runs out on a GPU, half as many are from then on."""
+"""The maximum number of prompts in one forward pass. If a GPU runs out of memory, it is halved from then on."""
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Have the model answer a prompt, greedily unless it is said otherwise.
+    """Let the model answer a prompt; decoding is greedy unless specified otherwise.
 
     Attributes:
-        prompt: what it is given.
-        max_new_tokens: most tokens of the answer.
-        stop: the answer ends before the first of these texts, and at the model's end token.
-        batch_size: most prompts in one forward pass.
-        num_beams: of beam search; with 1 there is none.
-        repetition_penalty: by which the scores of tokens that prompt or answer have are divided, or multiplied where
-            they are negative (Keskar et al., CTRL, arXiv 1909.05858, section 4.1); 1 changes nothing.
+        prompt: the prompt.
+        max_new_tokens: the maximum number of tokens of the answer.
+        stop: stop strings; the answer ends before the first of them, and at the model's end token.
+        batch_size: the maximum number of prompts in one forward pass.
+        num_beams: the number of beams for beam search; 1 means no beam search.
+        repetition_penalty: the scores of tokens in the prompt or answer are divided by it, or multiplied if they are
+            negative (Keskar et al., CTRL, arXiv 1909.05858, section 4.1); 1 has no effect.
     """
 
     prompt: Prompt
@@ -38,18 +38,18 @@ class Generate:
 
     @property
     def shaping(self) -> tuple[tuple[str, float], ...]:
-        """What makes the answer another than the greedy one, by transformers' names."""
+        """The settings that make the answer differ from a greedy one, by their names in transformers."""
         wanted: dict[str, float] = {"num_beams": self.num_beams, "repetition_penalty": self.repetition_penalty}
         return tuple((name, value) for name, value in wanted.items() if value != 1)
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Ask how likely the model finds the answer of a prompt that has one.
+    """Ask for the log-likelihood of the answer of a prompt that has one.
 
     Attributes:
-        prompt: with its answer, of one token at least.
-        batch_tokens: most tokens in one forward pass, padding counted, unless a single prompt has more.
+        prompt: with its answer of at least one token.
+        batch_tokens: the maximum number of tokens in one forward pass, including padding, unless one prompt has more.
     """
 
     prompt: Prompt
@@ -61,19 +61,19 @@ Request = Generate | Likelihood
 
 @dataclass(frozen=True)
 class Text:
-    """What the model wrote to a ``Generate``."""
+    """The response to a ``Generate``: the text that the model wrote."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """What a ``Likelihood`` came to.
+    """The response to a ``Likelihood``.
 
     Attributes:
         log: log p(answer | prompt), a natural logarithm.
-        tokens: how many tokens the answer has.
-        size: how many bytes it has in UTF-8; spaces at the end of the prompt count as the answer's.
+        tokens: the number of tokens of the answer.
+        size: its number of bytes in UTF-8; trailing spaces of the prompt count as part of the answer.
     """
 
     log: float
@@ -86,15 +86,15 @@ Response = Text | LogLikelihood
 
 @dataclass(frozen=True)
 class Batch:
-    """What one objective asks of one model.
+    """The requests of one objective to one model.
 
-    On transformers, requests of different objectives are not in one forward pass: the last bits of logits hang on the
-    rows of a batch, and a score must not hang on which other objectives there are.
+    On transformers, requests of different objectives are never in the same forward pass: the last bits of logits depend
+    on the rows of a batch, and a score must not depend on which other objectives there are.
 
     Attributes:
-        requests: of any kinds.
-        objective: what is the same for the batches of the same objective and split.
-        model: which model is asked, of an engine that has several.
+        requests: requests of any kinds.
+        objective: identifies batches of the same objective and split.
+        model: the index of the model, for an engine with several.
     """
 
     requests: Sequence[Request]
@@ -103,31 +103,31 @@ class Batch:
 
 
 class Engine(Protocol):
-    """Answers requests with the weights of a model that is there."""
+    """Answers requests with the weights of an existing model."""
 
     @property
     def greedy_only(self) -> bool:
-        """Whether the model itself is not to be asked for answers that are not plainly greedy."""
+        """Whether the engine supports only plain greedy decoding, with no fallback to the model itself."""
         ...
 
     def respond(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Response]]]:
-        """The number of each batch with the response to each of its requests, as soon as the batch is answered.
+        """Yield the index of each batch with the responses to its requests, as soon as the batch is answered.
 
         Raises:
-            InputError: a prompt holds what the model cannot see.
-            torch.OutOfMemoryError: there is no room for one prompt.
+            InputError: a prompt contains something that the model cannot read.
+            torch.OutOfMemoryError: not even one prompt fits into memory.
         """
         ...
 
 
 def respond_to(engine: Engine, requests: Sequence[Request]) -> list[Response]:
-    """The response to each request of one batch."""
+    """The responses to the requests of one batch."""
     ((_, responses),) = engine.respond([Batch(requests)])
     return responses
 
 
 def refuse_media(batches: Sequence[Batch], reads_text: str) -> None:
-    """Refuse prompts with pictures; ``reads_text`` says what gives the model text alone."""
+    """Reject prompts with pictures; ``reads_text`` names what restricts the model to text."""
     for prompt in (request.prompt for batch in batches for request in batch.requests):
         if prompt.media:
             problem = f"shows the model an {prompt.media[0].kind}, and {reads_text} text alone"
@@ -135,7 +135,7 @@ def refuse_media(batches: Sequence[Batch], reads_text: str) -> None:
 
 
 def refuse_shaping(batches: Sequence[Batch], engine: str) -> None:
-    """Refuse answers that are not plainly greedy, for an engine that gives no others."""
+    """Reject requests other than plain greedy decoding, for an engine that supports nothing else."""
     for request in (request for batch in batches for request in batch.requests):
         if isinstance(request, Generate) and request.shaping:
             problem = f"the engine {engine} gives plainly greedy answers alone, and {request.shaping[0][0]} is set"

@@ -1,10 +1,10 @@
-"""Pictures among a model's tokens: from files to what its text decoder is given for them, computed once an item.
+"""Pictures among a model's tokens: computes the text decoder's input for them from files, once per item.
 
-A vision model makes of every picture some vectors of the text decoder's width, its image tokens, by a tower and a
-projector. While a search merges language models alone, both are the same for every candidate, and so are the tokens:
-they are computed when an item is first seen, one item at a time, so that they do not hang on which items are beside it.
-What transformers calls ``mm_encoder_outputs`` takes them instead of pixels, so that positions, masks and what is added
-in later layers are the model's own affair.
+A vision model turns every picture into vectors of the text decoder's width, its image tokens, with a tower and a
+projector. While a search merges only language models, both are the same for every candidate, and so are the tokens:
+they are computed when an item is first used, one item at a time, so that they do not depend on other items in a batch.
+They are passed in place of pixels as what transformers calls ``mm_encoder_outputs``, so that positions, masks and
+additions in later layers are left to the model itself.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 _TEXT_KIND = {"paligemma": 1}
-"""Of tokens that see only those before them, where it is not 0: there 0 is a prompt that sees itself whole."""
+"""The kind of tokens that attend only to earlier ones, if not 0: here 0 is a prompt that attends to its whole self."""
 
 MAX_BYTES = 1 << 30
-"""Of image tokens that a process keeps in memory."""
+"""The maximum bytes of image tokens that a process keeps in memory."""
 
 _OUTPUTS = ("pooler_output", "deepstack_features")
-"""What forward passes take of a tower's output; hidden states would be far more."""
+"""The part of a tower's output that forward passes use; hidden states would be far larger."""
 
 
 class Kept(Protocol):
-    """Where image tokens are kept for all processes of a search: ``evomerge.merging.measured.evidence.Evidence``."""
+    """The cache of image tokens for all processes of a search: ``evomerge.merging.measured.evidence.Evidence``."""
 
     def get(
         self, kind: str, follows_from: tuple[Any, ...], compute: Callable[[], Mapping[str, Tensor]]
@@ -45,17 +45,17 @@ class Kept(Protocol):
     def recurs(self, kind: str, place: Any, follows_from: tuple[Any, ...]) -> bool: ...
 
 
-# ---- what the decoder is given -------------------------------------------------------------------------------------
+# ---- decoder inputs ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What a model is given for the pictures of one prompt.
+    """The inputs of a model for the pictures of one prompt.
 
     Attributes:
-        outputs: of tower and projector, by name: nested lists of tensors, or one tensor, as the model has them.
-        beside: other inputs of the pictures that a forward pass takes, such as grids.
-        types: what kind each token is, int64 [tokens], for models that ask, by the name of that input.
+        outputs: outputs of tower and projector, by name: nested lists of tensors, or one tensor, as the model has them.
+        beside: other inputs for the pictures in a forward pass, such as grids.
+        types: the kind of each token, int64 [tokens], for models that need it, by the name of that input.
     """
 
     outputs: Mapping[str, Any]
@@ -67,23 +67,23 @@ class Shown:
         return sum(tensor.nbytes for _, tensor in flat(self.outputs))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it as tensors by name."""
+        """All tensors, by name."""
         parts = {"outputs": self.outputs, "beside": self.beside, "types": self.types}
         return {name: tensor.contiguous() for name, tensor in flat(parts)}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Shown:
-        """What ``tensors`` gave."""
+        """The inverse of ``tensors``."""
         parts = unflat(tensors)
         return cls(parts["outputs"], parts.get("beside", {}), parts.get("types", {}))
 
 
 class ImageTokens:
-    """The image tokens of prompts on one live model, kept while its tower and projector are what they were.
+    """The image tokens of prompts for one live model, cached while its tower and projector are unchanged.
 
     Args:
-        live: whose weights are asked.
-        kept: where they go when memory has no room for more; None for nowhere.
+        live: the live model.
+        kept: where they are stored when memory is full; None for nowhere.
     """
 
     def __init__(self, live: LiveModel, kept: Kept | None = None) -> None:
@@ -91,10 +91,10 @@ class ImageTokens:
         self._tower: str | None = None
         self._shown: dict[object, Shown] = {}
         self._bytes, self._is_lasting = 0, False
-        self.computed = 0  # how often the tower ran: for tests and benchmarks
+        self.computed = 0  # number of tower runs, for tests and benchmarks
 
     def refresh(self, kept: Kept | None) -> None:
-        """Look at tower and projector, and forget what was computed with others."""
+        """Check tower and projector, and discard what was computed with different ones."""
         tower = fingerprint(self._model)
         self._kept = kept
         self._is_lasting = tower is not None and kept is not None and kept.recurs("image tokens", "tower", (tower,))
@@ -104,12 +104,12 @@ class ImageTokens:
         self._tower = tower
 
     def of(self, prompt: Prompt) -> Shown:
-        """Those of one prompt.
+        """The inputs for one prompt.
 
         Raises:
             InputError: a picture has changed since its prompt was made.
         """
-        if self._tower is None or not all(media.sha256 for media in prompt.media):  # nobody knows what those show
+        if self._tower is None or not all(media.sha256 for media in prompt.media):  # the content is unknown
             return self._compute(prompt)
         key = _key(prompt)
         if key in self._shown:
@@ -121,7 +121,7 @@ class ImageTokens:
         return shown
 
     def _spilled(self, prompt: Prompt) -> Shown:
-        """The same through the search's evidence, once the same tower was met before: others would fill a disk."""
+        """The same from the search's evidence, but only if the same tower was used before, to save disk space."""
         if self._kept is None or not self._is_lasting:
             return self._compute(prompt)
         follows_from = (self._tower, repr(self._reader.processor), *_key(prompt))
@@ -158,7 +158,7 @@ _tokens: WeakKeyDictionary[Any, ImageTokens] = WeakKeyDictionary()
 
 
 def image_tokens(live: LiveModel, kept: Kept | None) -> ImageTokens:
-    """Those of a live model, for its life, as its tower and projector are now."""
+    """The image tokens of a live model, which exist as long as it does, for its current tower and projector."""
     if live.model not in _tokens:
         _tokens[live.model] = ImageTokens(live)
     tokens = _tokens[live.model]
@@ -178,7 +178,7 @@ def _key(prompt: Prompt) -> tuple[str, ...]:
 
 
 class ShownRows:
-    """What the rows of batches are shown: of each prompt its pictures, or nothing."""
+    """The pictures in the rows of batches: for each prompt its pictures, or nothing."""
 
     def __init__(self, tokens: ImageTokens | None, prompts: Sequence[Prompt]) -> None:
         self._tokens, self._prompts = tokens, prompts
@@ -187,17 +187,17 @@ class ShownRows:
         return self._tokens is not None and any(prompt.media for prompt in self._prompts)
 
     def text_before(self, number: int, image_token: int) -> int:
-        """How many tokens of a prompt stand before its first picture; all of one without."""
+        """How many tokens of a prompt precede its first picture; all of them if there is none."""
         ids = self._prompts[number].fed
         if not self._prompts[number].media:
             return len(ids)
         return next((place for place, token in enumerate(ids) if token == image_token), 0)
 
     def inputs(self, model: Any, numbers: Sequence[int], width: int, *, right: bool = False) -> dict[str, Any]:
-        """What a forward pass over the rows of these prompts is given beside their tokens.
+        """The inputs of a forward pass over the rows of these prompts, in addition to their tokens.
 
         Args:
-            width: of the batch, in tokens; what says of each token which kind it is is padded to it.
+            width: the width of the batch in tokens, to which the kinds of tokens are padded.
             right: padding is on the right.
         """
         import torch
@@ -221,9 +221,9 @@ class ShownRows:
 
 
 def reads_in_order(model: Any) -> bool:
-    """Whether image tokens are to the decoder as any others: each at the place after the last, and seen by later ones.
+    """Whether the decoder treats image tokens like any others, each at the next position, with causal attention.
 
-    Not so where pictures have positions in a plane (Qwen-VL) or see themselves whole (Gemma, PaliGemma).
+    This is not so if pictures have two-dimensional positions (Qwen-VL) or attend to themselves (Gemma, PaliGemma).
     """
     taken = inspect.signature(model.forward).parameters
     base = model.base_model
@@ -232,7 +232,7 @@ def reads_in_order(model: Any) -> bool:
 
 
 def _padded(kinds: Tensor | None, text: int, width: int, right: bool) -> Tensor:
-    """int64 [width]: the kinds of a prompt's tokens among others of kind ``text``, as those of an answer are."""
+    """int64 [width]: the kinds of a prompt's tokens, padded with kind ``text``, as for the tokens of an answer."""
     import torch
 
     row = torch.full((width,), text)

@@ -1,4 +1,4 @@
-"""Ending the answers of a batch, each at its own stop text."""
+"""Stops each answer of a batch at its own stop string."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 
 class StopAtText(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row of a batch at the first of some texts.
+    """Stops each row of a batch at the first of several stop strings.
 
-    lm-eval's own criterion ends a batch only when one and the same text has ended every row. Rows that end by different
-    texts then run to the token limit, and what follows a special token (which decoding leaves out) becomes part of the
-    answer, so that an item's score depends on its neighbours in the batch.
+    lm-eval's own criterion ends a batch only once the same string has ended every row. Rows that end with different
+    strings then run to the token limit, and what follows a special token (which decoding omits) becomes part of the
+    answer, so that an item's score depends on the other items in the batch.
 
     Attributes:
-        lengths: int64 [rows], tokens of prompt and answer when the row ended; the most there can be until it does.
+        lengths: int64 [rows], tokens of prompt and answer when the row ended; until then the maximum.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prompt: int, rows: int) -> None:
         self._tokenizer = tokenizer
         self._texts = texts
         self._prompt = prompt
-        # As lm-eval: two tokens more than the text's own, because a model may spell it with others.
+        # As in lm-eval: two more tokens than the string itself, because a model may tokenize it differently.
         self._window = 2 + max(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
         self._open = list(range(rows))
         self._done = torch.zeros(rows, dtype=torch.bool)
@@ -43,30 +43,30 @@ class StopAtText(StoppingCriteria):  # type: ignore[misc]
 
 
 _MAX_TAILS = 100_000
-"""Remembered of a tokenizer and its texts: some 20 MB."""
+"""How many tails are remembered per tokenizer and strings: about 20 MB."""
 
 _Tails = dict[tuple[int, ...], bool]
 _tails: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, ...], _Tails]] = WeakKeyDictionary()
 
 
 class TextEnds:
-    """Tells of growing answers which have come to the first of some texts.
+    """Checks which of several growing answers have reached a stop string.
 
-    A text of n bytes is spelled by n tokens at most, but for tokens that say nothing, so only the last few tokens of an
-    answer are decoded at each step, and each such tail once in a tokenizer's life: answers to the items of a task end
-    alike, and so do those of one candidate after another.
+    A string of n bytes is spelled by at most n tokens, except for tokens without text, so only the last few tokens of
+    an answer are decoded at each step, and each such tail only once per tokenizer: answers to the items of a task end
+    in similar ways, and so do those of successive candidates.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._texts = [text for text in texts if text]
-        # One token more, because a tokenizer may take a space from the first one that it decodes; and one that began
-        # in the midst of a character.
+        # One more token, because a tokenizer may strip a space from the first one that it decodes, and another because
+        # that one may begin in the middle of a character.
         self._window = 2 + max((len(text.encode()) for text in self._texts), default=0)
         self._known = _tails.setdefault(tokenizer, {}).setdefault(tuple(self._texts), {})
 
     def __call__(self, answers: Sequence[Sequence[int]]) -> list[bool]:
-        """Whether each answer ends; the answers of one step, all their tokens so far."""
+        """Whether each answer has ended; called at every step, with all tokens of each answer so far."""
         if not self._texts:
             return [False] * len(answers)
         tails = [tuple(answer[-self._window :]) for answer in answers]
@@ -76,7 +76,7 @@ class TextEnds:
             for tail, text in zip(new, self._tokenizer.batch_decode([list(tail) for tail in new]), strict=True):
                 self._known[tail] = self._says_one(text)
         return [
-            # Decoders write some first tokens otherwise than later ones, so the whole answer has the last word.
+            # Decoders treat some first tokens differently from later ones, so the whole answer is checked as well.
             self._known[tail] and self._says_one(self._tokenizer.decode(answer))
             for tail, answer in zip(tails, answers, strict=True)
         ]

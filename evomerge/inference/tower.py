@@ -1,4 +1,4 @@
-"""Whether pictures still go through the weights that they went through before."""
+"""Detects whether the weights that process pictures have changed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _CHUNK = 1 << 20
 
 
 def fingerprint(model: Any) -> str | None:
-    """A hash of all weights that pictures go through; None where adapters compute beside them.
+    """A hash of all weights that process pictures; None if adapters compute beside them.
 
-    Sums of the elements' bits and of their products with places, modulo 2^64: quick on any device, and never the same
-    after a merge that touched one element.
+    It consists of sums of the elements' bits and of their products with positions, modulo 2^64: fast on any device, and
+    always different after a merge that changed a single element.
     """
     import torch
 
@@ -33,12 +33,12 @@ def fingerprint(model: Any) -> str | None:
 
 
 def _is_foreign(hook: Any) -> bool:
-    """Whether a hook may compute: transformers has some that only collect what modules give."""
+    """Whether a hook may compute something: transformers has some that only collect outputs of modules."""
     return not str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("transformers.")
 
 
 def _outside(model: Any, text: set[int]) -> Iterator[tuple[str, Any]]:
-    """Modules by name, but for those of the text model."""
+    """Modules by name, except those of the text model."""
     stack: list[tuple[str, Any]] = [("", model)]
     while stack:
         name, module = stack.pop()

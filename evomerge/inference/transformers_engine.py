@@ -1,4 +1,4 @@
-"""Answers by transformers, on a live model whose weights are written in place."""
+"""Answers with transformers, on a live model whose weights are written in place."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 
 def _one_model(rows: Sequence[int]) -> None:
-    """There is nothing to choose."""
+    """Does nothing, since there is only one model."""
 
 
 class TransformersEngine:
     """An engine on a live model.
 
-    Likelihoods come first, batch by batch. Then come answers, objective by objective, those of all models in the same
+    Likelihoods come first, batch by batch. Then come answers, objective by objective, with all models in the same
     forward passes.
 
     Args:
-        live: it holds the weights that are asked.
-        choose: is told before each forward pass which model every row is of, where the live model can be several, row
-            by row; a single number stands for all rows.
-        kept: where image tokens go that memory has no room for; None for nowhere.
+        live: the live model, which holds the weights.
+        choose: called before each forward pass with the model of every row, if the live model can be several, row by
+            row; a single number applies to all rows.
+        kept: where image tokens are stored when memory is full; None for nowhere.
     """
 
     greedy_only = False
@@ -59,7 +59,7 @@ class TransformersEngine:
             yield from self._whole(batches, responses, left)
         decoded: dict[
             tuple[Hashable, Decoding], dict[int, list[int]]
-        ] = {}  # of each batch its requests, by their places
+        ] = {}  # for each batch the positions of its requests
         for number, batch in enumerate(batches):
             for place, request in enumerate(batch.requests):
                 if isinstance(request, Generate):
@@ -70,14 +70,14 @@ class TransformersEngine:
             yield from self._whole(batches, responses, left)
 
     def _look(self, batches: Sequence[Batch]) -> None:
-        """Where pictures are asked about, see whether the tower is the one whose image tokens are kept."""
+        """If there are pictures, check whether the tower is still the one whose image tokens are cached."""
         if self._live.processor_of is None:
             refuse_media(batches, "this model reads")
         has_pictures = any(request.prompt.media for batch in batches for request in batch.requests)
         self._tokens = image_tokens(self._live, self._kept) if has_pictures else None
 
     def _likelihoods(self, batch: Batch, responses: dict[int, Response]) -> None:
-        """Answer the requests of one batch that are for likelihoods."""
+        """Answer the likelihood requests of one batch."""
         asked = {place: request for place, request in enumerate(batch.requests) if isinstance(request, Likelihood)}
         if asked:
             self._choose([batch.model])
@@ -90,7 +90,7 @@ class TransformersEngine:
         places: dict[int, list[int]],
         responses: Sequence[dict[int, Response]],
     ) -> None:
-        """Answer requests to generate that are decoded alike: of each batch those at these places."""
+        """Answer requests to generate with the same decoding settings: for each batch those at these positions."""
         models = [batches[number].model for number in places]
         prompts = [[batches[number].requests[place].prompt for place in own] for number, own in places.items()]
         groups = [[prompt.fed for prompt in group] for group in prompts]
@@ -104,7 +104,7 @@ class TransformersEngine:
     def _whole(
         batches: Sequence[Batch], responses: Sequence[dict[int, Response]], left: set[int]
     ) -> Iterator[tuple[int, list[Response]]]:
-        """The batches that are answered by now, and no longer in ``left``."""
+        """Yield the batches that are completely answered, and remove them from ``left``."""
         for number in sorted(left):
             count = len(batches[number].requests)
             if len(responses[number]) == count:
@@ -113,13 +113,13 @@ class TransformersEngine:
 
 
 def engine_of(live: LiveModel, kept: Kept | None = None) -> Engine:
-    """What answers with a live model: its serving engine, or transformers.
+    """The engine of a live model: its serving engine, or transformers.
 
     Args:
-        kept: as of ``TransformersEngine``.
+        kept: as for ``TransformersEngine``.
     """
     if live.engine is not None:
-        return cast(Engine, live.engine)  # a lower layer knows `load`
+        return cast(Engine, live.engine)  # a lower layer only knows `load`
     return TransformersEngine(live, kept=kept)
 
 
@@ -131,12 +131,12 @@ def generate(
     batch_size: BatchSize = "auto",
     engine: Engine | None = None,
 ) -> list[str]:
-    """The model's greedy answer to each text, in order, without the text.
+    """The model's greedy answer to each text, in order, without the text itself.
 
-    A text that leaves no room for an answer in the model's context loses its beginning.
+    A text that leaves no room for an answer in the model's context is truncated at the beginning.
 
     Args:
-        engine: answers with the model; its own when None.
+        engine: answers with the model; the model's own engine if None.
 
     Raises:
         InputError: the context has no room for ``max_new_tokens``, or the model lacks a token of its tokenizer.

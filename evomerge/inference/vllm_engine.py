@@ -1,12 +1,12 @@
-"""vLLM in place of transformers for generated answers: one engine for a worker's life, its weights replaced in place.
+"""vLLM in place of transformers for generated answers: one engine per worker, its weights replaced in place.
 
-Written against vLLM 0.32. All that hangs on vLLM's insides is in this file: the weights go through its own
-``reload_weights`` (which packs them anew where its kernels want another layout), what that leaves behind is fixed, and
-the prefix cache, which knows prompts and not weights, is emptied.
+Written against vLLM 0.32. Everything that depends on vLLM's internals is in this file: the weights go through its own
+``reload_weights`` (which repacks them if its kernels need another layout), what that leaves undone is fixed, and the
+prefix cache, which is keyed by prompts and not by weights, is cleared.
 
-Its model has as many layers as the longest path of the search. Behind the layers of a shorter path come layers that
-write zero to the residual stream, and so change nothing: one engine serves paths of every length, where another engine
-for every length would take longer to start than dozens of candidates to score.
+Its model has as many layers as the longest path of the search. For a shorter path, the remaining layers write zero to
+the residual stream, and so change nothing. One engine thus serves paths of every length; another engine for every
+length would take longer to start than dozens of candidates take to score.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from evomerge.inference.vllm_worker import SharedWeights, hide_from_scans, place
 from evomerge.recipes.stack import renumber
 
 ENVIRONMENT = {
-    # The engine in this very process, where it can be handed the live model's own tensors instead of copies of them.
+    # Run the engine in this process, so that it can be given the live model's own tensors instead of copies.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",  # it writes to the screen, that of the search, and warns of every reload
+    "VLLM_LOGGING_LEVEL": "ERROR",  # it logs to the screen of the search, and warns about every reload
     "VLLM_NO_USAGE_STATS": "1",
-    # Its workers, where there are several: a fork of a process with threads may hang.
+    # How workers are started, if there are several: a fork of a process with threads may hang.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
-"""What vLLM reads when it is imported; what the user has set counts, but for the first."""
+"""Variables that vLLM reads when it is imported; values set by the user take precedence, except over the first."""
 
-_GPU_SHARE = 0.5  # of what is free beside the live model: the other half is for sources kept on the device, and merging
-_HOST_CACHE = 1 << 30  # bytes of keys and values on a CPU, which are touched at once; VLLM_CPU_KVCACHE_SPACE overrides
+_GPU_SHARE = 0.5  # of what the live model leaves free: the other half is for cached sources and merging
+_HOST_CACHE = 1 << 30  # KV cache on a CPU, which is allocated immediately; VLLM_CPU_KVCACHE_SPACE overrides it
 _PROBES, _PROBE_TOKENS = 32, 8
-# Rounding decides between tokens that are equally likely, which few are; with other weights hardly a probe agrees.
+# Rounding decides between equally likely tokens, which are rare; with different weights hardly any probe agrees.
 _AGREEING = 0.75
 
 
 def import_vllm() -> Any:
-    """The module ``vllm``, set up for an engine in this process.
+    """The module ``vllm``, configured for an engine in this process.
 
     Raises:
         InputError: it is not installed, or cannot be imported.
@@ -68,16 +68,16 @@ def import_vllm() -> Any:
 
 
 class VllmEngine:
-    """An ``Engine`` that answers with vLLM. Likelihoods are asked of the live model, by transformers.
+    """An ``Engine`` that answers with vLLM. Likelihoods are computed by the live model, with transformers.
 
-    Where several devices share out the live model's layers, they also divide the engine's model by tensor parallelism
-    (see ``vllm_worker``). Memory, beside the live model's: on a GPU half of what is free when the engine starts, for
-    its weights, activations and cache; on a CPU its weights and 1 GiB of cache.
+    If the live model's layers are spread over several devices, these also divide the engine's model by tensor
+    parallelism (see ``vllm_worker``). Memory, in addition to the live model's: on a GPU half of what is free when the
+    engine starts, for its weights, activations and KV cache; on a CPU its weights and 1 GiB of KV cache.
 
     Args:
-        source: gives configuration and tokenizer.
-        live: the built model that will be loaded: its dtype, devices and context are the engine's as well.
-        hops: the longest path that will be loaded; as many layers as the source has when None.
+        source: provides configuration and tokenizer.
+        live: the live model that will be loaded: the engine shares its dtype, devices and context.
+        hops: the length of the longest path that will be loaded; None for the number of layers of the source.
 
     Raises:
         InputError: vLLM is not installed, or cannot serve this model here.
@@ -102,25 +102,25 @@ class VllmEngine:
                     load_format="dummy",
                     dtype=str(live.model.dtype).removeprefix("torch."),
                     max_model_len=getattr(live.model.config, "max_position_embeddings", None),
-                    generation_config="vllm",  # none: `_settings` says everything itself
+                    generation_config="vllm",  # do not read the model's: `_settings` sets everything
                     enable_prefix_caching=True,
                     **_layout(self._devices),
                     **_memory(self._devices),
                 )
-        except Exception as error:  # whatever a model that it does not know does inside vLLM
+        except Exception as error:  # an unsupported model may raise anything inside vLLM
             problem = f"vLLM cannot serve {source.name}: {first_line(error)}"
             raise InputError("engine", problem, "Leave `engine` out.") from error
 
     @torch.inference_mode()
     def load(self, live: LiveModel) -> None:
-        """Write the live model's weights into the engine's, in place, and empty the prefix cache.
+        """Write the live model's weights into the engine's, in place, and clear the prefix cache.
 
-        The first time, the likeliest tokens after some probes are compared, so that a model which vLLM computes
-        otherwise, or whose weights it does not take, is refused instead of scored.
+        The first time, the most likely tokens after some probes are compared, so that a model that vLLM computes
+        differently, or whose weights it does not load, is rejected instead of scored.
 
         Raises:
             InputError: the tokens differ.
-            RuntimeError: the prefix cache cannot be emptied.
+            RuntimeError: the prefix cache cannot be cleared.
         """
         self._transformers = TransformersEngine(live)
         self._hand_over(live)
@@ -131,7 +131,7 @@ class VllmEngine:
             self._compared = True
 
     def respond(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Response]]]:
-        """See ``Engine``. Requests of all objectives go in one call, for vLLM fills its own batches."""
+        """See ``Engine``. Requests of all objectives go into one call, because vLLM forms its own batches."""
         refuse_media(batches, "the engine vllm gives models")
         refuse_shaping(batches, "vllm")
         likelihoods = [[r for r in batch.requests if isinstance(r, Likelihood)] for batch in batches]
@@ -142,18 +142,18 @@ class VllmEngine:
             yield number, [next(texts) if isinstance(r, Generate) else next(logs) for r in batch.requests]
 
     def _hand_over(self, live: LiveModel) -> None:
-        """Have vLLM's loader take every tensor, in this process or in those of its workers."""
+        """Let vLLM's loader take every tensor, in this process or in those of its workers."""
         if len(self._devices) == 1:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(live)})
             self._llm.apply_model(repack_head)
             return
-        weights = list(self._weights(live))  # what is made for this alone stays until it is taken
+        weights = list(self._weights(live))  # keeps temporary tensors alive until they are loaded
         for device in {device for device in self._devices if device.type != "cpu"}:
             torch.accelerator.synchronize(device)
         self._llm.collective_rpc("take_weights", args=(places_of(weights, len(self._devices)),))
 
     def _weights(self, live: LiveModel) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the engine's model by its name: scales are folded in, and what is left over writes zero."""
+        """Every tensor of the engine's model by name: scales are folded in, and surplus layers write zero."""
         if live.stack is None or (self._hops == live.stack.depth and _is_plain(live.stack)):
             yield from live.tensors.items()
             return
@@ -164,12 +164,12 @@ class VllmEngine:
             yield from _scaled(self._source, live.stack, number, step, factor)
 
     def _answers(self, requests: Sequence[Generate]) -> list[Text]:
-        """The greedy answer to each prompt, in order, up to the first of its stop texts."""
+        """The greedy answer to each prompt, in order, up to the first of its stop strings."""
         if not requests:
             return []
         asked = [self._vllm.TokensPrompt(prompt_token_ids=list(request.prompt.fed)) for request in requests]
         outputs = self._llm.generate(asked, [self._settings(request) for request in requests], use_tqdm=False)
-        # Decoded here and not by vLLM, which keeps a leading space that decoding an answer by itself leaves out.
+        # Decoded here and not by vLLM, which keeps a leading space that decoding an answer on its own omits.
         return [
             Text(text_of(self._tokenizer, list(output.outputs[0].token_ids), request.stop))
             for request, output in zip(requests, outputs, strict=True)
@@ -180,14 +180,14 @@ class VllmEngine:
             temperature=0.0,
             max_tokens=request.max_new_tokens,
             stop=list(request.stop),
-            skip_special_tokens=False,  # a special token may be a stop text, as it may in transformers
-            # Exactly the ends that transformers knows: vLLM would add the tokenizer's own.
+            skip_special_tokens=False,  # a special token may be a stop string, as in transformers
+            # Exactly the end tokens of transformers: vLLM would add the tokenizer's own.
             ignore_eos=True,
             stop_token_ids=self._ends,
         )
 
     def _compare(self, live: LiveModel) -> None:
-        """Refuse an engine that goes on from probes otherwise than the live model."""
+        """Reject an engine whose continuations of probes differ from the live model's."""
         count = _PROBES * _PROBE_TOKENS
         probes = torch.arange(count, device=live.device) % live.model.config.get_text_config().vocab_size
         probes = probes.view(_PROBES, _PROBE_TOKENS)
@@ -202,19 +202,19 @@ class VllmEngine:
 
 
 def _layout(devices: Sequence[torch.device]) -> dict[str, Any]:
-    """How the engine divides its model: a process for each of several devices, on this very node."""
+    """How the engine divides its model: one process for each of several devices, all on this node."""
     if len(devices) == 1:
         return {}
     return {
         "tensor_parallel_size": len(devices),
-        "distributed_executor_backend": "mp",  # also within a worker of Ray, whose GPUs these are
+        "distributed_executor_backend": "mp",  # even in a Ray worker, since these GPUs belong to it
         "worker_extension_cls": f"{SharedWeights.__module__}.{SharedWeights.__name__}",
     }
 
 
 def _memory(devices: Sequence[torch.device]) -> dict[str, Any]:
-    """What the engine asks for of each device: as much as the fullest can give. On a CPU without compilation, which
-    would keep the weights that it was compiled for."""
+    """The engine's memory settings for each device: as much as the fullest one can provide. On a CPU also no
+    compilation, which would retain the weights that it was compiled for."""
     if devices[0].type == "cpu":
         return {"kv_cache_memory_bytes": _HOST_CACHE, "enforce_eager": True}
     shares = [free / total for free, total in map(torch.cuda.mem_get_info, devices)]
@@ -222,10 +222,10 @@ def _memory(devices: Sequence[torch.device]) -> dict[str, Any]:
 
 
 def check_paths(sources: Mapping[str, Source], tokenizer: str) -> None:
-    """Refuse models of whose layers vLLM cannot have a path: it builds every layer for its place.
+    """Reject models whose layers cannot form a path in vLLM, which builds every layer for its position.
 
     Raises:
-        InputError: naming what differs from layer to layer, or that nobody knows where layers write.
+        InputError: naming what differs from layer to layer, or that it is unknown where layers write.
     """
     model = sources[tokenizer]
     hint = "Leave `engine` out: transformers can."
@@ -242,7 +242,7 @@ def check_paths(sources: Mapping[str, Source], tokenizer: str) -> None:
 
 
 def _of_depth(source: Source, hops: int) -> dict[str, Any]:
-    """What is otherwise in the configuration of a model of so many layers, all like the first."""
+    """The configuration changes for a model with this many layers, all like the first."""
     if hops == source.layers:
         return {}
     first = {key: setting.values[0] for key, setting in source.layered.items()}
@@ -250,12 +250,12 @@ def _of_depth(source: Source, hops: int) -> dict[str, Any]:
 
 
 def _is_plain(stack: Stack) -> bool:
-    """The layers are those of the configuration, each once, in order and unscaled."""
+    """Whether the layers are those of the configuration, each once, in order and unscaled."""
     return [(step.like, step.factor) for step in stack.path] == [(layer, 1.0) for layer in range(stack.depth)]
 
 
 def _scaled(source: Source, stack: Stack, number: int, step: Step, factor: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a layer as layer ``number``, which adds ``factor`` times as much to the residual stream."""
+    """The tensors of a layer as layer ``number``, adding ``factor`` times its output to the residual stream."""
     roles = source.roles
     folds = {renumber(n, roles[n], number): fold for n, fold in source.folds.items() if roles[n].layer == step.like}
     for name, tensor in stack.tensors_of(number, step):

@@ -1,7 +1,7 @@
-"""What runs inside vLLM's own worker processes, of which there are as many as devices where it divides a model.
+"""Code that runs inside vLLM's own worker processes, one per device if the model is divided.
 
-The live model's tensors are not sent: a worker is told where each lies, maps that memory, and has vLLM's loader copy
-its share of one after the other. So no device ever holds more of the model than its layers and its share.
+The live model's tensors are not sent: a worker is told where each one is, maps that memory, and lets vLLM's loader copy
+its share of one after another. No device thus ever holds more of the model than its layers and its share.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
-import torch.multiprocessing  # which has tensors pickled as the places where they lie
+import torch.multiprocessing  # makes tensors pickle as references to their memory
 
 
 class SharedWeights:
-    """What vLLM's worker can do beside its own (``worker_extension_cls``)."""
+    """Additional methods of vLLM's workers (``worker_extension_cls``)."""
 
     rank: int
     reload_weights: Any
     get_model: Any
 
     def take_weights(self, messages: Sequence[bytes]) -> None:
-        """Load the weights that ``places_of`` has written down; the message with this worker's number is its own."""
+        """Load the weights described by ``places_of``; a worker uses the message with its own index."""
         weights = pickle.loads(messages[self.rank])
         self.reload_weights(weights_iterator=iter(weights))
         repack_head(self.get_model())
-        if torch.accelerator.is_available():  # before the other process writes the next candidate there
+        if torch.accelerator.is_available():  # finish before the other process writes the next candidate there
             torch.accelerator.synchronize()
 
 
 def places_of(weights: Iterable[tuple[str, torch.Tensor]], workers: int) -> list[bytes]:
-    """Where weights lie, a message for each worker: memory of a device is counted by who was told of it.
+    """Where weights are, one message per worker, because device memory is reference-counted per recipient.
 
-    On a CPU they are moved to memory that processes share, the first time.
+    On a CPU they are moved to shared memory the first time.
     """
     named = [(name, tensor.detach()) for name, tensor in weights]
     before = torch.multiprocessing.get_sharing_strategy()  # type: ignore[no-untyped-call]
-    # By a name, which any process may open.
+    # By name, which any process can open.
     torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
     try:
         return [bytes(ForkingPickler.dumps(named)) for _ in range(workers)]
@@ -49,10 +49,10 @@ def places_of(weights: Iterable[tuple[str, torch.Tensor]], workers: int) -> list
 
 
 def repack_head(model: Any) -> None:
-    """Have vLLM's head take its weights again.
+    """Let vLLM's head load its weights again.
 
-    A head that is the embedding gets no weights of its own, so vLLM's reload passes it by. On a CPU it computes with a
-    packed copy, which would stay the one of the first candidate. Elsewhere, and for other heads, this changes nothing.
+    A tied head has no weights of its own, so vLLM's reload skips it. On a CPU it computes with a packed copy, which
+    would remain that of the first candidate. Elsewhere, and for other heads, this changes nothing.
     """
     kind = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding").ParallelLMHead
     for module in model.modules():
@@ -62,10 +62,10 @@ def repack_head(model: Any) -> None:
 
 @cache
 def hide_from_scans() -> None:
-    """Have llvmlite's library object answer that it has no ``__dict__``, as is the case.
+    """Make llvmlite's library object report that it has no ``__dict__``, which is the case.
 
-    It answers to any name with a function of that name. On a CPU, vLLM looks into the ``__dict__`` of everything that
-    any module holds, and falls over that function.
+    It answers to any name with a function of that name. On a CPU, vLLM inspects the ``__dict__`` of everything in any
+    module, and fails on that function.
     """
     from llvmlite.binding import ffi
 
@@ -80,4 +80,4 @@ def hide_from_scans() -> None:
     kind.__getattr__ = only_functions
 
 
-hide_from_scans()  # before a worker's process, which imports this first, looks
+hide_from_scans()  # a worker's process imports this first
