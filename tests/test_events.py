@@ -64,7 +64,7 @@ def test_only_what_was_given_is_written(event: events.Event, payload: dict[str, 
 
 def test_what_was_decided_of_a_race_is_told_or_not() -> None:
     assert events.Dispatch(worker="").decided is None
-    decided = events.Decided(reached=0, out="", rung=1)
+    decided = events.RaceDecision(reached=0, out="", rung=1)
     assert events.Dispatch(worker="", **decided.model_dump()).decided == decided
 
 

@@ -41,7 +41,7 @@ from evomerge.service.client import Client
 from evomerge.service.summary import sparkline
 from evomerge.store import Store, acquire, reading, summaries
 from evomerge.store.engine import begin, connect
-from evomerge.store.events import CopyingNews
+from evomerge.store.events import CopyingState
 from evomerge.testing.store_fixtures import content
 
 API = "/api/v1"
@@ -344,7 +344,7 @@ def test_what_happens_later_comes_too(tmp_path: Path) -> None:
         with Store.open(folder / "search.db") as store, acquire(store):
             newest = store.events()[-1].seq
             reading = asyncio.create_task(read_events(app, 1, last_event_id=str(newest)))
-            store.record_event(CopyingNews(state="ended", why="a thing"))
+            store.record_event(CopyingState(state="ended", why="a thing"))
             return await reading
 
     (event, *_) = asyncio.run(run())

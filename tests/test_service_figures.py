@@ -42,7 +42,7 @@ from evomerge.service.projection import MAX_PARAMETERS, genes_of, projection_of
 from evomerge.service.reading import PerState, columns_of, confirmed_values, thinned
 from evomerge.service.root import Root
 from evomerge.store import CandidateRow, Estimate, EventRow, NewCandidate, Store, acquire, tables
-from evomerge.store.events import CopyingNews, TeamChosen, event_rows
+from evomerge.store.events import CopyingState, TeamChosen, event_rows
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -683,7 +683,7 @@ def test_what_is_kept_of_a_store_is_read_again_when_something_happens(tmp_path: 
     kept = PerState(compute)
     with Store.open(folder / "search.db") as store, acquire(store):
         assert [kept(store), kept(store)] == [1, 1]
-        store.record_event(CopyingNews(state="ended", why=""))
+        store.record_event(CopyingState(state="ended", why=""))
         assert [kept(store), kept(store)] == [2, 2]
         assert len(columns_of(store).numbers) == 0
     setup = make_setup(candidates=10)

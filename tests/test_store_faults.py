@@ -21,7 +21,7 @@ import sqlalchemy
 from evomerge.errors import InputError
 from evomerge.search.settings.folder import open_store
 from evomerge.store import engine, tables
-from evomerge.store.columns import Real, WholeNumber, Words
+from evomerge.store.columns import PlainText, Real, WholeNumber
 from evomerge.store.engine import StoreFullError
 from evomerge.store.lease import acquire
 from evomerge.store.rows import Answers, NewCandidate, Scores
@@ -168,7 +168,7 @@ ODD: dict[type, list[object]] = {int: ["x", 0.5, b"\xff"], float: ["x", b"\xff",
 
 def typed() -> list[tuple[str, str, object]]:
     """Values that their column never holds, for every plain column that is looked at below."""
-    kinds = {WholeNumber: int, Real: float, Words: str}
+    kinds = {WholeNumber: int, Real: float, PlainText: str}
     return [
         (table.name, column.name, value)
         for table in (tables.search, tables.candidate, tables.objective)

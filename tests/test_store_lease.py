@@ -26,14 +26,14 @@ from evomerge.testing.store_fixtures import create, expire
 DRIVER = """
 import sys
 from evomerge.errors import InputError
-from evomerge.store.events import CopyingNews
+from evomerge.store.events import CopyingState
 from evomerge.store.lease import acquire
 from evomerge.store.store import Store
 with Store.open(sys.argv[1]) as store, acquire(store, expiry_s=float(sys.argv[2])):
     print("driving", flush=True)
     for line in sys.stdin:
         try:
-            store.record_event(CopyingNews(state="ended", why=""))
+            store.record_event(CopyingState(state="ended", why=""))
             print("wrote", flush=True)
         except InputError as error:
             print(type(error).__name__, error.problem, flush=True)

@@ -23,7 +23,7 @@ from sqlalchemy import select, update
 from evomerge.errors import InputError
 from evomerge.store import engine, outage, tables
 from evomerge.store.engine import ServerAwayError
-from evomerge.store.events import CopyingNews
+from evomerge.store.events import CopyingState
 from evomerge.store.lease import Lease, acquire, current_holder
 from evomerge.store.rows import RaceEnd
 from evomerge.store.store import Store
@@ -57,7 +57,7 @@ def drive(store: Store) -> list[object]:
     outcome = RaceEnd(2, "eliminated", {"acc": estimate(0.1)}, eligible=False)
     store.record_tell(0, {0: [-0.5], 2: [-0.1]}, front=(0,), spent_s=1.5, outcomes=[outcome])
     store.update_settings({"budget": 9})
-    store.record_event(CopyingNews(state="ended", why="end"))
+    store.record_event(CopyingState(state="ended", why="end"))
     return answers
 
 
@@ -242,7 +242,7 @@ def test_a_transaction_that_hangs_is_ended_by_the_server(server: Server, monkeyp
     def hang(store: Store, lease: Lease) -> None:
         with store.writing() as connection:
             lease.renew()  # on another connection: waits for the row until the server has ended this one
-            store.append_event(connection, CopyingNews(state="ended", why=""))
+            store.append_event(connection, CopyingState(state="ended", why=""))
 
     with Store.open(server.url("search"), name="hangs") as store, acquire(store) as lease:
         with pytest.raises(ServerAwayError):
@@ -280,7 +280,7 @@ def test_every_method_that_asks_the_database_rides_out_an_outage() -> None:
     asking = [
         method
         for name, method in inspect.getmembers(Store, inspect.isfunction)
-        if name not in ("writing", "transaction", "_find", "come_up_to_date")
+        if name not in ("writing", "transaction", "_find", "ensure_current_format")
         and any(f"self.{kind}(" in inspect.getsource(method) for kind in ("transaction", "writing"))
     ]
     assert len(asking) > 15

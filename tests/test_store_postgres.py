@@ -23,7 +23,7 @@ from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
 from evomerge.store import ItemTexts, tables
 from evomerge.store import lease as leases
-from evomerge.store.events import CopyingNews
+from evomerge.store.events import CopyingState
 from evomerge.store.lease import Holder, acquire, current_holder
 from evomerge.store.listing import searches
 from evomerge.store.store import Store
@@ -158,7 +158,7 @@ def test_many_queries_of_one_read_see_one_state(url: str) -> None:
         with reader.transaction() as connection:
             count = text("SELECT count(*) FROM event")
             before = connection.execute(count).scalar_one()
-            store.record_event(CopyingNews(state="ended", why=""))
+            store.record_event(CopyingState(state="ended", why=""))
             assert connection.execute(count).scalar_one() == before
         assert len(reader.events()) == before + 1
 
@@ -203,7 +203,7 @@ def test_a_schema_of_ones_own_is_found(url: str) -> None:
 
 def test_no_password_reaches_the_database(url: str) -> None:
     with create(url.replace("evomerge@", "evomerge:secret@")) as store, acquire(store):
-        store.record_event(CopyingNews(state="ended", why=store.place))
+        store.record_event(CopyingState(state="ended", why=store.place))
         with store.transaction() as connection:
             for table in tables.metadata.sorted_tables:
                 rows = [tuple(row) for row in connection.execute(text(f'SELECT * FROM "{table.name}"'))]

@@ -17,7 +17,7 @@ from evomerge.search.estimation.preference import Preference
 from evomerge.search.estimation.statistics import Matrix, paired_difference, sign_test
 from evomerge.store import SearchRow, Store
 from evomerge.store.record import Measure
-from evomerge.store.rows import Known
+from evomerge.store.rows import NullableFloat
 
 Split = Literal["search", "held_out"]
 
@@ -44,11 +44,11 @@ class Comparison(BaseModel):
     b: float
     difference: float
     confidence: float
-    low: Known
-    high: Known
+    low: NullableFloat
+    high: NullableFloat
     better_a: int | None
     better_b: int | None
-    p: Known
+    p: NullableFloat
 
 
 def compared(store: Store, a: int, b: int) -> list[Comparison]:

@@ -24,7 +24,7 @@ from evomerge.search.estimation.statistics import Matrix, kendall_tau, sum_inter
 from evomerge.store import CandidateRow, SearchRow, Store
 from evomerge.store.events import Shortlist
 from evomerge.store.record import Measure
-from evomerge.store.rows import Estimate, Known
+from evomerge.store.rows import Estimate, NullableFloat
 
 _MIN_POINTS = 3  # of fewer no line and no rank correlation says anything
 
@@ -48,8 +48,8 @@ class Fall(BaseModel):
     """By how much a mean is better on search items than on held-out ones, with its interval, None of one item."""
 
     mean: float
-    low: Known
-    high: Known
+    low: NullableFloat
+    high: NullableFloat
 
 
 class Curse(BaseModel):

@@ -13,7 +13,7 @@ from evomerge.report.parameters import parameters_of
 from evomerge.search.preparing.setup import violation
 from evomerge.store import CandidateRow, Estimate, SearchRecord
 from evomerge.store.record import Measure
-from evomerge.store.rows import Known, ListedCandidate
+from evomerge.store.rows import ListedCandidate, NullableFloat
 
 SOURCE = "source"
 """The origin of a model that a search began with and did not merge."""
@@ -31,9 +31,9 @@ class Gap(BaseModel):
 
     to: str
     mean: float
-    low: Known
-    high: Known
-    p: Known
+    low: NullableFloat
+    high: NullableFloat
+    p: NullableFloat
 
 
 class ConfirmedEstimate(Estimate):

@@ -1,4 +1,4 @@
-"""The results store: everything a search asked, dispatched, measured and told."""
+"""The results store: everything that a search asked for, dispatched, measured and told its optimizer."""
 
 from evomerge.store.lease import Lease, LeaseLostError, acquire, current_holder
 from evomerge.store.listing import ListedSearch, searches

@@ -1,7 +1,7 @@
-"""Column types of the store, which take and give Python's values: JSON with infinities, arrays, packed text, and plain
-values, which SQLite would give in whatever type it was handed.
+"""Column types of the store: JSON with infinities, arrays, compressed text, and plain values with a checked type,
+because SQLite returns a value in whatever type was written.
 
-What comes back of another type than is kept there was written by no program of ours: ``DamagedValueError``.
+A value of a wrong type was not written by this program and raises ``DamagedValueError``.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON, of a pair or alone
-_FLOAT = "$float"  # {"$float": "inf"} stands for what JSON cannot say; no text of ours has this key
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON, as part of a pair or alone
+_FLOAT = "$float"  # {"$float": "inf"} encodes a float that JSON cannot represent; we use this key for nothing else
 
 
 class DamagedValueError(ValueError):
-    """A value of the database is not one that this program has written."""
+    """A value in the database was not written by this program."""
 
 
 class Json(TypeDecorator[Any]):
-    """JSON text. Floats keep their bits, and inf, -inf and nan are allowed; tuples come back as lists.
+    """JSON text. Floats are exact, and inf, -inf and nan are allowed; tuples come back as lists.
 
     Args:
-        whole: what it is of, a dict or a list.
-        parts: what the values in it are of.
+        whole: the required type of the value, dict or list.
+        parts: the required type of the values in it.
     """
 
     impl = Text
@@ -50,13 +50,13 @@ class Json(TypeDecorator[Any]):
             return None
         try:
             return _dump(value)
-        except ValueError:  # a float that JSON has no word for: rare, so only then is the value walked
+        except ValueError:  # a float that JSON cannot represent: rare, so the value is walked only then
             return _dump(_spell(value))
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
         if value is None:
             return None
-        with damage_said("JSON"):
+        with decoding("JSON"):
             content = parse_json(value)
             if not isinstance(content, self.whole) or not self._has_its_parts(content):
                 raise ValueError(f"it is no {self.whole.__name__} of its kind")
@@ -70,7 +70,7 @@ class Json(TypeDecorator[Any]):
 
 
 class Array(TypeDecorator[NDArray[Any]]):
-    """A flat array of one dtype, as its bytes. Comes back read-only; shapes are the reader's business."""
+    """A flat array of one dtype, stored as bytes. It comes back read-only; the reader must know its shape."""
 
     impl = LargeBinary
     cache_ok = True
@@ -83,12 +83,12 @@ class Array(TypeDecorator[NDArray[Any]]):
         return None if value is None else np.asarray(value, dtype=self.dtype).tobytes()
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> NDArray[Any] | None:
-        with damage_said("an array"):
+        with decoding("an array"):
             return None if value is None else np.frombuffer(value, dtype=self.dtype)
 
 
 class PackedText(TypeDecorator[str]):
-    """Text, compressed by zlib: a recipe of 20 KB takes about 3."""
+    """Text compressed with zlib: a recipe of 20 KB takes about 3 KB."""
 
     impl = LargeBinary
     cache_ok = True
@@ -97,12 +97,12 @@ class PackedText(TypeDecorator[str]):
         return None if value is None else zlib.compress(value.encode())
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> str | None:
-        with damage_said("packed text"):
+        with decoding("packed text"):
             return None if value is None else zlib.decompress(value).decode()
 
 
 class _Plain(TypeDecorator[Any]):
-    """A value of one of the types in ``kinds``, or none."""
+    """A value of one of the types in ``kinds``, or None."""
 
     impl: Any = Text
     cache_ok = True
@@ -135,7 +135,7 @@ class Real(_Plain):
     kinds = (float, int)
 
 
-class Words(_Plain):
+class PlainText(_Plain):
     """a text"""
 
     impl = String
@@ -144,9 +144,9 @@ class Words(_Plain):
 
 
 def parse_json(text: str) -> Any:
-    """What JSON text says, with the floats that JSON has no words for.
+    """Parse JSON text, including the floats that JSON cannot represent.
 
-    Half of a surrogate pair, which JSON can hold and no file or page can, comes back spelled out: ``\\ud800``.
+    A lone surrogate, which JSON can contain but no file or page can, comes back escaped: ``\\ud800``.
     """
     value = _DECODER.decode(text)
     return _without_surrogates(value) if _ESCAPED_SURROGATE.search(text) else value
@@ -160,17 +160,17 @@ def _without_surrogates(value: Any) -> Any:
     return [_without_surrogates(inner) for inner in value] if isinstance(value, list) else value
 
 
-def damage_said(what: str) -> _DamageSaid:
-    """Within it, a value that cannot be read is named as what it is kept as.
+def decoding(what: str) -> _Decoding:
+    """A context in which a value is decoded; errors say what the value should be.
 
     Raises:
-        DamagedValueError: for whatever is raised because of it.
+        DamagedValueError: in place of any exception raised inside.
     """
-    return _DamageSaid(what)
+    return _Decoding(what)
 
 
-class _DamageSaid:
-    """A class, because thousands of values are read for a page: a generator here takes as long as the reading."""
+class _Decoding:
+    """A class, because a page reads thousands of values, and a generator would take as long as the decoding."""
 
     __slots__ = ("_what",)
 
@@ -192,7 +192,7 @@ def _dump(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):  # the mean of float32 scores is a numpy float32, which json does not know
+    if isinstance(value, np.generic):  # the mean of float32 scores is a numpy float32, which json does not accept
         return _spell(value.item())
     raise TypeError(f"{type(value).__name__} cannot be stored as JSON")
 
@@ -211,4 +211,4 @@ def _read_float(value: dict[str, Any]) -> Any:
     return float(value[_FLOAT]) if value.keys() == {_FLOAT} else value
 
 
-_DECODER = json.JSONDecoder(object_hook=_read_float)  # made once: thousands of small texts are read for a page
+_DECODER = json.JSONDecoder(object_hook=_read_float)  # created once, because a page reads thousands of small texts

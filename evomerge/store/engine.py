@@ -1,4 +1,4 @@
-"""Opening the database: all that is particular to SQLite or PostgreSQL, and errors in words that a person can use."""
+"""Opening the database: everything specific to SQLite or PostgreSQL, and error messages that people can act on."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from evomerge.errors import InputError
 PASSWORD_HINT = "Keep it in ~/.pgpass, or give the whole URL in the environment variable EVOMERGE_STORE."
 
 BUSY_S = 30
-"""How long a statement waits for another process's lock before it is an error."""
+"""How long a statement waits for another process's lock before it fails."""
 
 CACHE_KB = 64 * 1024
-"""Of an SQLite file, in the memory of a connection that needs so much: most pages of the indices of a hundred thousand
-candidates, which each write would otherwise read again."""
+"""The maximum page cache of a connection to an SQLite file. It holds most index pages of a hundred thousand candidates,
+which every write would otherwise read again."""
 
 IDLE_S = 15
-"""How long a server keeps a transaction of which it hears nothing, and its locks. Ours take milliseconds; one that is
-silent for so long belongs to a connection that was cut, or to a process that was stopped."""
+"""After how long a server aborts an idle transaction and releases its locks. Ours take milliseconds; one that is idle
+for this long belongs to a lost connection or a suspended process."""
 
-# What libpq is told unless the URL says otherwise: a host that vanishes must not hang a driver for hours.
+# Options for libpq unless the URL sets them: a host that vanishes must not hang a driver for hours.
 _LIBPQ = {
     "application_name": "evomerge",
     "connect_timeout": "10",
@@ -46,7 +46,7 @@ _LIBPQ = {
 
 # By SQLite's primary result code (https://www.sqlite.org/rescode.html) and PostgreSQL's SQLSTATE.
 _FULL = {13, "53100"}
-_DAMAGE = re.compile("no such (table|column)|Could not decode to UTF-8")  # which have no codes of their own
+_DAMAGE = re.compile("no such (table|column)|Could not decode to UTF-8")  # these have no codes of their own
 _EXPLANATIONS: dict[int | str, tuple[str, str]] = {
     5: (f"has been locked by another process for {BUSY_S} s", "End the backup or program that holds it."),
     8: ("may not be written", "Check the permissions of the file and its folder."),
@@ -62,7 +62,7 @@ _EXPLANATIONS: dict[int | str, tuple[str, str]] = {
 
 
 class StoreFullError(InputError):
-    """The disk under the store is full. Nothing that was acknowledged is lost, and the store can be used again."""
+    """The store's disk is full. Nothing that was acknowledged is lost, and the store remains usable."""
 
 
 class ServerAwayError(InputError):
@@ -70,10 +70,10 @@ class ServerAwayError(InputError):
 
 
 def parse_place(place: str | Path) -> URL:
-    """A path is an SQLite file, anything with ``://`` a database URL of SQLAlchemy's.
+    """Parse the place of a store: a path is an SQLite file, anything with ``://`` is an SQLAlchemy database URL.
 
     Raises:
-        InputError: not a URL, a password where it would be shown, or an SQLite database that is no file.
+        InputError: an invalid URL, a password where it would be shown, or an SQLite database in memory.
     """
     if isinstance(place, Path) or "://" not in place:
         return URL.create("sqlite", database=str(place))
@@ -91,14 +91,14 @@ def parse_place(place: str | Path) -> URL:
 
 
 def without_password(url: URL) -> URL:
-    """The URL as it may be written down: files and events never hold a password."""
+    """The URL without its password, because files and events must never contain one."""
     return URL.create(url.drivername, url.username, None, url.host, url.port, url.database, url.query)
 
 
 class _SQLite(SQLiteDialect_pysqlite):
-    """SQLite's dialect, equal for all files, so that what was compiled for one store is used by every other.
+    """SQLite's dialect, equal for all files, so that all stores share compiled statements.
 
-    A server opens a store anew for each request; to compile its statements each time took longer than to run them.
+    The service opens a store for each request, and compiling the statements each time took longer than running them.
     """
 
     supports_statement_cache = True
@@ -111,14 +111,14 @@ class _SQLite(SQLiteDialect_pysqlite):
 
 
 registry.register("sqlite.evomerge", __name__, _SQLite.__name__)
-_COMPILED: LRUCache[Any, Any] = LRUCache(500)  # statements; SQLAlchemy keeps as many for an engine
+_COMPILED: LRUCache[Any, Any] = LRUCache(500)  # statements, the same as SQLAlchemy's default for an engine
 
 
 def connect(url: URL) -> Engine:
-    """An engine whose transactions read, or write when the execution option ``writes`` is set (also ``synced``).
+    """An engine whose transactions read by default, and write with the execution option ``writes`` (or ``synced``).
 
     Raises:
-        InputError: a kind of database that is not known here, or one without its driver.
+        InputError: the kind of database is not supported, or its driver is not installed.
     """
     kind = url.get_backend_name()
     place = url.render_as_string(hide_password=True)
@@ -139,9 +139,9 @@ def connect(url: URL) -> Engine:
         raise InputError(place, "needs a database driver that Evomerge does not support", "Use SQLite or PostgreSQL.")
     options = {name: value for name, value in _LIBPQ.items() if name not in url.query}
     try:
-        # psycopg whatever the URL says: what errors mean is read from its attributes.
+        # Always psycopg, whatever the URL says: errors are interpreted by its attributes.
         url = url.set(drivername="postgresql+psycopg")
-        engine = create_engine(url, connect_args=options, use_native_hstore=False)  # whose type costs a query
+        engine = create_engine(url, connect_args=options, use_native_hstore=False)  # looking up its type costs a query
     except ModuleNotFoundError as error:
         raise InputError(place, f"needs a database driver ({error})", "pip install 'evomerge[postgresql]'") from error
     event.listen(engine, "connect", _set_up_postgresql)
@@ -151,7 +151,7 @@ def connect(url: URL) -> Engine:
 def _connect_to_read(path: Path) -> sqlite3.Connection:
     """A connection to a file that this process may only read.
 
-    SQLite shares a log with whoever writes; where there is none, nobody does, and it must not try to make one.
+    SQLite shares a log with writers. If there is no log, nobody is writing, and SQLite must not try to create one.
     """
     mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"
     uri = f"file:{quote(str(path.absolute()))}?{mode}"
@@ -159,9 +159,9 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
 
 
 def for_reading(engine: Engine) -> Engine:
-    """The engine with transactions that see one consistent state, however many queries they make."""
+    """The engine with transactions that see one consistent state, even over several queries."""
     if engine.dialect.name == "sqlite":
-        return engine  # where every transaction does
+        return engine  # every transaction does so
     return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
 
@@ -174,40 +174,40 @@ def _set_up_postgresql(connection: Any, _: ConnectionPoolEntry) -> None:
 
 def _set_up_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode = WAL")  # readers never wait for the writer, nor it for them
+    cursor.execute("PRAGMA journal_mode = WAL")  # readers never wait for the writer, nor the writer for them
     cursor.execute(f"PRAGMA cache_size = -{CACHE_KB}")
     cursor.close()
 
 
 def begin(connection: Connection) -> None:
-    """Begin a transaction. As a listener to the engine's it would make a driver 6% slower, whatever it does."""
+    """Begin a transaction. As an event listener of the engine, this would make a driver 6% slower."""
     connection.begin()
     if connection.dialect.name == "sqlite":
         _begin_sqlite(connection)
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # Python's driver would begin only before the first INSERT or UPDATE, after what was read to decide on it.
+    # Python's driver would begin only before the first INSERT or UPDATE, after the reads that the write depends on.
     options = connection.get_execution_options()
     if not options.get("writes"):
         connection.exec_driver_sql("BEGIN")
         return
-    # A killed process loses nothing under NORMAL. FULL also outlives a power cut, with all that was written before it,
-    # but waits for the disk (0.4 ms on an idle one, 8 ms on a busy one): once a second is enough.
+    # With NORMAL, a killed process loses nothing. FULL also survives a power failure, including all earlier writes, but
+    # waits for the disk (0.4 ms on an idle one, 8 ms on a busy one): once a second is enough.
     synchronous = "FULL" if options.get("synced") else "NORMAL"
     if connection.info.get("synchronous") != synchronous:
         connection.exec_driver_sql(f"PRAGMA synchronous = {synchronous}")
         connection.info["synchronous"] = synchronous
-    # A transaction that reads first and writes later fails at once when another has written in between: take the
+    # A transaction that reads first and writes later fails at once if another one has written in between: take the
     # write lock at the start, where waiting for it is possible.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def check_intact(connection: Connection, place: str) -> None:
-    """Look through an SQLite file for damage (0.4 ms a megabyte); database servers do so themselves.
+    """Check an SQLite file for damage (0.4 ms per megabyte); database servers do so themselves.
 
     Raises:
-        InputError: it is damaged; says where.
+        InputError: it is damaged; the message says where.
     """
     if connection.dialect.name == "sqlite":
         finding = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
@@ -216,18 +216,18 @@ def check_intact(connection: Connection, place: str) -> None:
 
 
 def damaged(place: str, what: str) -> InputError:
-    """The error for a database that does not hold what was written to it."""
+    """The error for a database that does not contain what was written to it."""
     return InputError(place, f"is damaged ({what})", _EXPLANATIONS[11][1])
 
 
 @contextmanager
 def plain_errors(place: str) -> Iterator[None]:
-    """Turn the database errors that a person can fix into InputErrors; let others through.
+    """Turn database errors that a user can fix into InputErrors; others pass through.
 
     Raises:
         ServerAwayError: the connection to the server was lost, or cannot be made.
         StoreFullError: the disk is full.
-        InputError: the database is locked, damaged, read-only or not there.
+        InputError: the database is locked, damaged, read-only or missing.
     """
     try:
         yield
@@ -249,13 +249,13 @@ def plain_errors(place: str) -> Iterator[None]:
 def _code(error: DBAPIError) -> int | str | None:
     sqlite_code = getattr(error.orig, "sqlite_errorcode", None)
     if sqlite_code is not None:
-        return int(sqlite_code) & 0xFF  # the upper bits say which kind of I/O error, and the like
+        return int(sqlite_code) & 0xFF  # the upper bits have details, such as the kind of I/O error
     state = getattr(error.orig, "sqlstate", None)
     return None if state is None else str(state)
 
 
 def is_lost(error: DBAPIError) -> bool:
-    """Whether the connection is gone, or could not be made. A server that refuses it gives no SQLSTATE to libpq."""
+    """Whether the connection was lost or could not be made. If a server refuses it, libpq gets no SQLSTATE."""
     if isinstance(error.orig, sqlite3.Error):
         return False
     return error.connection_invalidated or (isinstance(error, OperationalError) and _code(error) is None)

@@ -1,8 +1,8 @@
-"""The events of a search: a class for each kind, whose fields are what it says beside the moment and the candidate.
+"""The events of a search: a class for each kind, whose fields are its content besides the time and the candidate.
 
-They are written from these classes and read into them (``EventRow.read``); in the store they are JSON. What happens to
-nodes and workers has one class for all, in ``search.work.jobs``. An event of a kind that is not here, as a newer
-program may write, is still an ``EventRow``.
+Events are written from these classes and read back into them (``EventRow.read``); in the store they are JSON. Events
+about nodes and workers share one class in ``search.work.jobs``. An event of an unknown kind, written by a newer
+program, is still an ``EventRow``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from evomerge.store.rows import Estimate, EventRow, Scores
 Whole = Annotated[StrictInt, Field(ge=0)]
 
 
-class Happened(Protocol):
-    """What can be written down as an event."""
+class Recordable(Protocol):
+    """Anything that can be recorded as an event."""
 
     @property
     def kind(self) -> str: ...
@@ -49,7 +49,7 @@ class Event(BaseModel):
 
     @property
     def payload(self) -> Mapping[str, Any]:
-        """What it says, as the store keeps it: only what was given."""
+        """The content as it is stored: only the fields that were set."""
         return self.model_dump(exclude_unset=True)
 
 
@@ -61,13 +61,13 @@ class Created(Event):
 
 
 class BeganAgain(Event):
-    """What was asked and told is gone."""
+    """The search was started over: all earlier asks and tells were deleted."""
 
     kind: ClassVar[str] = "began again"
 
 
 class LeaseTaken(Event):
-    """Another driver is at work."""
+    """A new driver has taken the lease."""
 
     kind: ClassVar[str] = "lease"
     epoch: int
@@ -76,7 +76,7 @@ class LeaseTaken(Event):
 
 
 class Reconnected(Event):
-    """The database was away for so long."""
+    """The connection to the database was lost for this long."""
 
     kind: ClassVar[str] = "reconnected"
     seconds: float
@@ -84,7 +84,7 @@ class Reconnected(Event):
 
 
 class State(Event):
-    """What the search is doing from now on."""
+    """The new state of the search."""
 
     kind: ClassVar[str] = "state"
     state: StrictStr
@@ -92,7 +92,7 @@ class State(Event):
 
 
 class SettingsChanged(Event):
-    """The search file is another; this is the one before."""
+    """The search file was changed; this is the previous one."""
 
     kind: ClassVar[str] = "settings"
     before: Mapping[str, Any]
@@ -104,7 +104,7 @@ class SettingsRefused(Event):
 
 
 class EvaluatorsChanged(Event):
-    """Evaluators, by name and new version, that have changed and score as recorded; ``scored`` has shown it."""
+    """Evaluators, by name and new version, that have changed but score as recorded, as ``scored`` has shown."""
 
     kind: ClassVar[str] = "evaluators changed"
     evaluators: Sequence[Mapping[str, str]]
@@ -119,7 +119,7 @@ class Calibrated(Event):
 
 
 class TextLoss(Event):
-    """How unlikely the mean of some sources, or one alone, finds the calibration texts: nats for a token."""
+    """The loss of one source, or of the mean of several, on the calibration texts, in nats per token."""
 
     kind: ClassVar[str] = "text loss"
     sources: list[StrictStr]
@@ -127,7 +127,7 @@ class TextLoss(Event):
 
 
 class Fitted(Event):
-    """Numbers of models are fitted to items, for so many of the baselines."""
+    """Numbers of models were fitted to items, for this many baselines."""
 
     kind: ClassVar[str] = "fitted"
     digest: str
@@ -137,7 +137,7 @@ class Fitted(Event):
 
 
 class ScoredItems(BaseModel):
-    """Scores by metric of the items at some positions of the search split, by an evaluator's version."""
+    """Scores by metric for some positions of the search split, by one version of an evaluator."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -147,7 +147,7 @@ class ScoredItems(BaseModel):
 
 
 class SelectScored(Event):
-    """A source, or a merge that decides on some, is scored on some items before the search."""
+    """A source, or a merge that decides about sources, was scored on some items before the search."""
 
     kind: ClassVar[str] = "select scored"
     model: StrictStr
@@ -155,7 +155,7 @@ class SelectScored(Event):
 
 
 class Compared(BaseModel):
-    """The mean of paired differences over all items of all objectives, with the interval of 95%."""
+    """The mean of paired differences over all items of all objectives, with its 95% interval."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -168,17 +168,17 @@ Fate = Literal["base", "kept", "rest", "dropped", "worse"]
 
 
 class SelectedSource(BaseModel):
-    """A source that was chosen from, or the base.
+    """One of the sources of a selection, or the base.
 
     Attributes:
-        fate: "base", "kept", "rest" (it is part of the average of these), "dropped", or "worse": than the base or than
-            others, surely and in every objective.
-        estimates: by objective.
-        items: that it was scored on, of all objectives.
-        place: among those kept, from 1; with ``gain`` what it solves more than those before it, as a share of the items
-            of all objectives, and ``error``, the standard error of that.
-        norm: of its change, relative to the base's weights.
-        scale: what its change is multiplied by in the search.
+        fate: "base", "kept", "rest" (it is part of the average of the rest), "dropped", or "worse": surely worse than
+            the base or other sources in every objective.
+        estimates: estimates by objective.
+        items: how many items of all objectives it was scored on.
+        place: its rank among the kept ones, from 1. ``gain`` is the share of the items of all objectives that it solves
+            and those before it do not, and ``error`` its standard error.
+        norm: the norm of its change, relative to the base's weights.
+        scale: the factor of its change in the search.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -195,15 +195,15 @@ class SelectedSource(BaseModel):
 
 
 class Selected(Event):
-    """Sources are chosen: these are searched.
+    """The sources to search over were selected.
 
     Attributes:
-        sources: all of them, those kept first in their order.
-        scored: item scores that the choice took; ``full`` is how many all of them in full would have taken.
+        sources: all sources, starting with the kept ones in their order.
+        scored: how many item scores the selection took; ``full`` is how many scoring everything would have taken.
         merges: the mean over objectives of each merge that was scored on the items of the last rung.
-        others: how much better the average of those kept is than the first of them among random directions of the same
-            lengths, which is the control: whether the others are worth more than noise.
-        rest: how much better that average is with the rest in it; None without a rest.
+        others: how much better the average of the kept sources is than a control, in which all but the first of them
+            are replaced by random directions of the same lengths: whether the others are worth more than noise.
+        rest: how much better that average is if it includes the rest; None without a rest.
     """
 
     kind: ClassVar[str] = "selected"
@@ -216,14 +216,14 @@ class Selected(Event):
 
 
 class Command(Event):
-    """The driver has taken a verb."""
+    """The driver has taken a command."""
 
     kind: ClassVar[str] = "command"
     verb: str
 
 
-class CopyingNews(Event):
-    """What befell the copying to object storage."""
+class CopyingState(Event):
+    """The state of copying to object storage has changed."""
 
     kind: ClassVar[str] = "artifacts"
     state: str
@@ -233,30 +233,30 @@ class CopyingNews(Event):
 # ---- candidates ------------------------------------------------------------------------------------------------------
 
 
-class Stepped(Event):
-    """A step of the optimizer with candidates, in the order that it gave them or was told of them."""
+class StepEvent(Event):
+    """A step of the optimizer with its candidates, in the order in which they were asked for or told."""
 
     step: Whole
     candidates: list[Whole]
 
 
-class Ask(Stepped):
+class Ask(StepEvent):
     kind: ClassVar[str] = "ask"
 
 
-class Tell(Stepped):
+class Tell(StepEvent):
     kind: ClassVar[str] = "tell"
 
 
 class Front(Event):
-    """These candidates form the Pareto front now."""
+    """The Pareto front has changed to these candidates."""
 
     kind: ClassVar[str] = "front"
     candidates: list[Whole]
 
 
-class Decided(BaseModel):
-    """What was decided of a candidate's race: the rung it reached, why it left, and the rung that it goes on to."""
+class RaceDecision(BaseModel):
+    """A decision in a candidate's race: the rung that it reached, why it left, and the rung that it continues to."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -266,7 +266,7 @@ class Decided(BaseModel):
 
 
 class Dispatch(Event):
-    """An attempt begins. Without a barrier it says what was decided of the candidate's race."""
+    """An attempt begins. In races without barriers, the event includes the decision about the candidate."""
 
     kind: ClassVar[str] = "dispatch"
     worker: StrictStr
@@ -281,15 +281,15 @@ class Dispatch(Event):
         return self
 
     @property
-    def decided(self) -> Decided | None:
-        """What was decided of the race, where that was written down."""
+    def decided(self) -> RaceDecision | None:
+        """The decision in the race, if it was recorded."""
         if self.reached is None or self.out is None or self.rung is None:
             return None
-        return Decided(reached=self.reached, out=self.out, rung=self.rung)
+        return RaceDecision(reached=self.reached, out=self.out, rung=self.rung)
 
 
 class AttemptEnded(Event):
-    """An attempt ended at a worker."""
+    """An attempt ended on a worker."""
 
     worker: StrictStr = ""
 
@@ -301,14 +301,14 @@ class Result(AttemptEnded):
 
 
 class Rung(AttemptEnded):
-    """An attempt ended with the scores of a rung: so many items in all by each evaluator's version."""
+    """An attempt ended with the scores of a rung; ``items`` counts all items so far by evaluator version."""
 
     kind: ClassVar[str] = "rung"
     items: Annotated[dict[StrictStr, Whole], Field(min_length=1)]
 
 
 class Failure(AttemptEnded):
-    """An attempt failed, for good where ``final``. ``log`` is a file in the folder of the search."""
+    """An attempt failed; there is no retry if ``final``. ``log`` is a file in the folder of the search."""
 
     kind: ClassVar[str] = "failure"
     reason: StrictStr
@@ -318,7 +318,7 @@ class Failure(AttemptEnded):
 
 
 class Cached(Event):
-    """A candidate is answered by the scores of another, or ended its race so, with so many items."""
+    """A candidate reuses the scores of another, at once or at the end of its race, with this many items."""
 
     kind: ClassVar[str] = "cached"
     same_as: int | None = None
@@ -326,7 +326,7 @@ class Cached(Event):
 
 
 class RaceEnded(Event):
-    """A candidate's race ended with so many items."""
+    """A candidate's race ended with this many items."""
 
     items: Whole
 
@@ -340,14 +340,14 @@ class Eliminated(RaceEnded):
 
 
 class ExpertsUsed(Event):
-    """How a model of experts used them in an attempt, by the evaluator's name."""
+    """How a model with experts used them in an attempt, by evaluator name."""
 
     kind: ClassVar[str] = "experts"
     tasks: dict[StrictStr, ExpertUse]
 
 
 class Stale(Event):
-    """An attempt ended that nobody waited for any more: what it brought, or whose it was."""
+    """An outdated attempt ended and was ignored: its outcome, or its worker."""
 
     kind: ClassVar[str] = "stale"
     what: str | None = None
@@ -356,7 +356,7 @@ class Stale(Event):
 
 
 class ScoresAdded(Event):
-    """A finished candidate has more scores: evaluator's version, split and number of items of each."""
+    """A finished candidate has additional scores: evaluator version, split and number of items of each."""
 
     kind: ClassVar[str] = "scores"
 
@@ -368,7 +368,7 @@ class ScoresAdded(Event):
 
 
 class Screening(Event):
-    """What is known of the screen: Kendall's tau over so many pairs of scores, and whether it decides."""
+    """The state of the screen: Kendall's tau over this many pairs of scores, and whether the screen is in use."""
 
     kind: ClassVar[str] = "screen"
     pairs: Whole
@@ -379,9 +379,9 @@ class Screening(Event):
 class Descent(Event):
     """Steps down the gradient of the proxy.
 
-    ``passes`` counts items run forward and backward. ``proxy`` is its value before the first and the last step, on
-    items of their own; ``at`` is about what it is at each point that was given back (old searches do not tell);
-    ``gradient`` is that at the start by each parameter, None where it has none.
+    ``passes`` counts items run forward and backward. ``proxy`` is its value before the first and the last step, each on
+    its own items; ``at`` is its approximate value at each returned point (not recorded by old versions); ``gradient``
+    is the gradient at the start by parameter, None for parameters without one.
     """
 
     kind: ClassVar[str] = "descent"
@@ -397,8 +397,8 @@ class Descent(Event):
 
 
 class Agreed(Event):
-    """What is known of the proxy: Kendall's tau with the objectives over so many points that it led to, and whether it
-    is followed on.
+    """The state of the proxy: Kendall's tau with the objectives over this many points from descents, and whether it is
+    still followed.
     """
 
     kind: ClassVar[str] = "proxy"
@@ -408,7 +408,7 @@ class Agreed(Event):
 
 
 class DescentFailed(Event):
-    """No points came of a descent. ``log`` is a file in the folder of the search."""
+    """A descent produced no points. ``log`` is a file in the folder of the search."""
 
     kind: ClassVar[str] = "descent failed"
     step: Whole
@@ -417,7 +417,7 @@ class DescentFailed(Event):
 
 
 class Refined(Event):
-    """In a search from coarse to fine, places of the model have come apart: so many of its numbers are free now."""
+    """In a coarse-to-fine search, groups of layers were split: this many numbers are free now."""
 
     kind: ClassVar[str] = "refined"
     told: Whole
@@ -427,13 +427,13 @@ class Refined(Event):
 
     @property
     def text(self) -> str:
-        """What it says, to people."""
+        """The event as a sentence for people."""
         places = ", ".join(self.places)
         return f"{places} came apart after {self.told} candidates: {self.numbers} of {self.finest} numbers"
 
 
 class ItemErrors(BaseModel):
-    """Mean absolute errors of a measure's estimates, and whether item response is used for it."""
+    """Mean absolute errors of a measure's estimates, and whether item response theory is used for it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -444,7 +444,7 @@ class ItemErrors(BaseModel):
 
 
 class ItemResponse(RootModel[dict[StrictStr, ItemErrors]]):
-    """What is known of item response, by measure."""
+    """The state of item response theory, by measure."""
 
     kind: ClassVar[str] = "item response"
 
@@ -458,7 +458,7 @@ class ItemResponse(RootModel[dict[StrictStr, ItemErrors]]):
 
 
 class Shortlist(Event):
-    """What will be confirmed, and what is only scored for the pictures, before any of it is scored."""
+    """The candidates to confirm, and those scored only for figures. Recorded before any of them is scored."""
 
     kind: ClassVar[str] = "shortlist"
     candidates: list[Whole]
@@ -466,10 +466,10 @@ class Shortlist(Event):
 
 
 class TeamChosen(Event):
-    """Candidates that together solve most items of the search split, before any of them is scored on others for it.
+    """The candidates that together solve most items of the search split. Recorded before any held-out scores for it.
 
-    ``curve`` has what the first candidates offer on these items, as the search went on: how many there are, what a team
-    of as many members covers, and what the best of them solves.
+    ``curve`` shows the growth during the search: a number of first candidates, what the best team of the same size
+    among them covers, and what the best of them solves.
     """
 
     kind: ClassVar[str] = "team"
@@ -491,7 +491,7 @@ class ConfirmFailed(Failure):
 
 
 class Winner(Event):
-    """The best on the held-out split, and whether it keeps the constraints there."""
+    """The best candidate on the held-out split, and whether it satisfies the constraints there."""
 
     kind: ClassVar[str] = "winner"
     candidate: Whole
@@ -499,13 +499,13 @@ class Winner(Event):
 
 
 class WinnerControlled(Event):
-    """The winner was scored again with random directions as long as they are in the place of some of its sources.
+    """The winner was compared with a control, in which some sources are replaced by random directions of equal length.
 
     Attributes:
-        kept: the source that it takes most of, which stayed; empty where it is no mix of sources.
-        replaced: all others; none where it is one source alone.
-        better: how much better the winner is than that, on the held-out split, in the mean of the objectives; None
-            where nothing is replaced.
+        kept: the source with the largest share, which was not replaced; empty if the winner is not a mix of sources.
+        replaced: all other sources; empty if the winner is a single source.
+        better: how much better the winner is than the control on the held-out split, in the mean of the objectives;
+            None if nothing was replaced.
     """
 
     kind: ClassVar[str] = "winner controlled"
@@ -516,7 +516,7 @@ class WinnerControlled(Event):
 
 
 class Chosen(Event):
-    """Where there is no one winner: the candidate in each role."""
+    """The candidate in each role, if there is no single winner."""
 
     kind: ClassVar[str] = "confirmed"
     chosen: dict[StrictStr, Whole]
@@ -534,19 +534,19 @@ READ: dict[str, type[Event | ItemResponse]] = {
         ConfirmFailed, Winner, WinnerControlled, Chosen, SelectScored, Selected, TextLoss,
     )
 }  # fmt: skip
-"""The events that are read again, by kind; the others are for people."""
+"""The events that programs read back, by kind; the others are for people."""
 
 _OF_A_CANDIDATE = frozenset({"dispatch", "result", "failure"})
 
 
 def event_rows(rows: Iterable[Sequence[Any]]) -> list[EventRow]:
-    """Events from rows of their table. What another program wrote into one is noticed here, and not where it is used.
+    """Events from rows of their table. Invalid content is detected here, instead of where it is used.
 
     Args:
-        rows: with the columns of ``EventRow``, in its order.
+        rows: rows with the columns of ``EventRow``, in its order.
 
     Raises:
-        DamagedValueError: one is of no candidate though it should be, or says something else than its kind does.
+        DamagedValueError: an event lacks its candidate, or its content does not match its kind.
     """
     return [_event_row(row) for row in rows]
 

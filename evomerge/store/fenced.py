@@ -1,4 +1,4 @@
-"""Transactions of the driver: refused to whoever no longer holds the lease, and told of in events."""
+"""Transactions of the driver: refused if it no longer holds the lease, and recorded in events."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 from sqlalchemy import Connection
 
 from evomerge.store import events, statements
-from evomerge.store.events import Happened
+from evomerge.store.events import Recordable
 from evomerge.store.lease import check_fence, last_write
-from evomerge.store.outage import repeated
+from evomerge.store.outage import retrying
 from evomerge.store.reading import ReadStore
 
 Write = Callable[[Connection], bool]
-"""A part of a transaction; whether it was done."""
+"""A part of a transaction; returns whether it was applied."""
 
 
 class FencedStore(ReadStore):
     """A store that one driver writes to."""
 
-    _gathered: list[Write] | None = None  # writes that wait for the end of ``gathering`` or ``at_once``
-    _group_begins: int | None = None  # where in them the writes of ``at_once`` begin
-    _gathers = 0  # the thread that does
-    _new_events: list[dict[str, Any]] | None = None  # of the transaction that is open
-    _front: tuple[int | None, set[int]] | None = None  # the epoch that read it, and what has been written since
+    _batched: list[Write] | None = None  # writes that wait for the end of ``batching`` or ``atomically``
+    _group_start: int | None = None  # the position of the first write of ``atomically``
+    _batching_thread = 0  # the thread whose writes are batched
+    _new_events: list[dict[str, Any]] | None = None  # events of the open transaction
+    _front: tuple[int | None, set[int]] | None = None  # the epoch, and the front as it was last read or written
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """One transaction of the driver, refused when it no longer holds the lease; one thread at a time.
+        """One transaction of the driver, refused if it no longer holds the lease; one thread at a time.
 
-        The first one after the connection was lost also says so, in an event "reconnected".
+        The first transaction after a lost connection also records an event "reconnected".
         """
         with self._turn:
             number = self.writes + 1
@@ -58,89 +58,87 @@ class FencedStore(ReadStore):
                 self._new_events = None
             self.writes = number
 
-    @repeated
+    @retrying
     def _was_last(self, number: int) -> bool:
-        """Whether the driver's last write that was committed is that of this number."""
+        """Whether the last committed write of the driver has this number."""
         with self.transaction(writes=True) as connection:
             return last_write(connection, self.search_id, self.epoch, self.place) == number
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """How attempts end that are recorded within is written in one transaction, when all of them are known.
-
-        An exception within leaves nothing of them.
+    def atomically(self) -> Iterator[None]:
+        """Write all ends of attempts that are recorded inside in one transaction, or nothing if there is an exception.
 
         Raises:
-            ValueError: at the end, where one of the attempts was not the one that runs.
+            ValueError: at the end, if one of the attempts was not the running one.
         """
-        outer = self._gathered
-        gathered = [] if outer is None else outer
-        self._gathered, self._group_begins, self._gathers = gathered, len(gathered), get_ident()
+        outer = self._batched
+        batched = [] if outer is None else outer
+        self._batched, self._group_start, self._batching_thread = batched, len(batched), get_ident()
         try:
             yield
         except BaseException:
-            del gathered[self._group_begins :]
+            del batched[self._group_start :]
             raise
         finally:
-            self._gathered, self._group_begins = outer, None
-        if outer is None and gathered:
-            self._write_all(gathered)
+            self._batched, self._group_start = outer, None
+        if outer is None and batched:
+            self._write_all(batched)
 
     @contextmanager
-    def gathering(self) -> Iterator[None]:
-        """What is recorded within is written in one transaction at the end, or before anything is read; in its order.
+    def batching(self) -> Iterator[None]:
+        """Collect what is recorded inside, and write it in order in one transaction at the end or before any read.
 
-        An error that ends it early takes nothing of it away; what ends the process does.
+        An exception does not discard what was recorded before it; the end of the process does.
 
         Raises:
-            ValueError: at the end, where one of the attempts was not the one that runs.
+            ValueError: at the end, if one of the attempts was not the running one.
         """
-        gathered: list[Write] = []
-        self._gathered, self._gathers = gathered, get_ident()
+        batched: list[Write] = []
+        self._batched, self._batching_thread = batched, get_ident()
         try:
             yield
         except Exception:
-            self._gathered = None
-            if gathered:
-                self._write_all(gathered)
+            self._batched = None
+            if batched:
+                self._write_all(batched)
             raise
         finally:
-            self._gathered = None
-        if gathered:
-            self._write_all(gathered)
+            self._batched = None
+        if batched:
+            self._write_all(batched)
 
     @contextmanager
     def transaction(
         self, *, writes: bool = False, was_committed: Callable[[], bool] = lambda: False
     ) -> Iterator[Connection]:
-        if not writes and self._gathered and self._gathers == get_ident():
-            self._write_gathered(self._gathered)
+        if not writes and self._batched and self._batching_thread == get_ident():
+            self._write_batched(self._batched)
         with super().transaction(writes=writes, was_committed=was_committed) as connection:
             yield connection
 
-    def _write_gathered(self, gathered: list[Write]) -> None:
-        """Write what was gathered so far, so that it can be read; but for what is written with others or not at all."""
-        begins = len(gathered) if self._group_begins is None else self._group_begins
-        ready = gathered[:begins]
-        del gathered[:begins]
-        if self._group_begins is not None:
-            self._group_begins = 0
+    def _write_batched(self, batched: list[Write]) -> None:
+        """Write the batch so far, so that it can be read, except for the writes of ``atomically``."""
+        begins = len(batched) if self._group_start is None else self._group_start
+        ready = batched[:begins]
+        del batched[:begins]
+        if self._group_start is not None:
+            self._group_start = 0
         if ready:
             self._write_all(ready)
 
-    @repeated
+    @retrying
     def _write_all(self, writes: Sequence[Write]) -> None:
         with self.writing() as connection:
             if not all(write(connection) for write in writes):
                 raise ValueError("an attempt had ended before")
 
-    @repeated
+    @retrying
     def _write(self, write: Write) -> bool:
-        """Write in a transaction of its own, or later in one with others (``gathering``, ``at_once``); whether it was
-        done.
+        """Write in a separate transaction, or later with others (``batching``, ``atomically``). Returns whether it was
+        applied.
         """
-        if self._gathered is not None and self._gathers == get_ident():
-            self._gathered.append(write)
+        if self._batched is not None and self._batching_thread == get_ident():
+            self._batched.append(write)
             return True
         with self.writing() as connection:
             return write(connection)
@@ -148,7 +146,7 @@ class FencedStore(ReadStore):
     def append_event(
         self,
         connection: Connection,
-        event: Happened,
+        event: Recordable,
         candidate: int | None = None,
         attempt: int | None = None,
     ) -> None:
@@ -157,4 +155,4 @@ class FencedStore(ReadStore):
         if self._new_events is None:
             connection.execute(statements.NEW_EVENT, row)
         else:
-            self._new_events.append(row)  # all of a transaction are one statement
+            self._new_events.append(row)  # a transaction writes all its events in one statement

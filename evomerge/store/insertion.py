@@ -1,4 +1,4 @@
-"""Rows about a candidate, or about items, put into an open transaction of the driver's."""
+"""Inserting rows about candidates or items within an open transaction of the driver."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from evomerge.store.rows import Answers, Estimate, ItemTexts, Scores
 
 
 def drop_undriven(connection: Connection, name: str) -> None:
-    """Delete the search of a name, with all that belongs to it, if no driver ever held it."""
+    """Delete the search with this name and everything that belongs to it, if no driver ever held its lease."""
     ours = (tables.search.c.name == name) & (tables.lease.c.search_id == tables.search.c.id)
     query = select(tables.search.c.id).where(ours, tables.lease.c.epoch == 0)
     if (search_id := connection.execute(query).scalar_one_or_none()) is not None:
@@ -25,14 +25,14 @@ def drop_undriven(connection: Connection, name: str) -> None:
 
 
 def drop_contents(connection: Connection, search_id: int) -> None:
-    """Delete all that belongs to a search, but for its own row and its lease."""
+    """Delete everything that belongs to a search, except its own row and its lease."""
     for table in tables.metadata.sorted_tables:
         if "search_id" in table.c and table is not tables.lease:
             connection.execute(delete(table).where(table.c.search_id == search_id))
 
 
 def insert_items(connection: Connection, search_id: int, items: Sequence[ItemTexts]) -> None:
-    """Texts replace older ones of the same evaluator and split."""
+    """Insert texts, replacing older ones of the same evaluator and split."""
     for one in items:
         row = {"search_id": search_id, "evaluator": one.evaluator, "split": one.split}
         connection.execute(delete(tables.item).where(*(tables.item.c[name] == value for name, value in row.items())))
@@ -44,7 +44,7 @@ def insert_items(connection: Connection, search_id: int, items: Sequence[ItemTex
 
 
 def _insert_thumbnails(connection: Connection, search_id: int, thumbnails: Mapping[str, bytes]) -> None:
-    """Those that are not there yet: splits may share none, and evaluators may share all."""
+    """Insert those thumbnails that are not there yet, because evaluators may share pictures."""
     columns = tables.thumbnail.c
     there = set(connection.execute(select(columns.picture).where(columns.search_id == search_id)).scalars())
     rows = [
@@ -73,7 +73,7 @@ def insert_objectives(connection: Connection, search_id: int, number: int, objec
 
 
 def insert_scores(connection: Connection, search_id: int, number: int, scores: Sequence[Scores]) -> None:
-    """Scores replace older ones of the same evaluator on the same split."""
+    """Insert scores, replacing older ones of the same evaluator on the same split."""
     for one in scores:
         key = {"search_id": search_id, "candidate": number, "evaluator": one.evaluator, "split": one.split}
         values = np.stack([np.asarray(array, dtype=np.float32) for array in one.metrics.values()])
@@ -86,7 +86,7 @@ def insert_scores(connection: Connection, search_id: int, number: int, scores: S
 def insert_answers(
     connection: Connection, search_id: int, number: int, attempt: int, answers: Sequence[Answers]
 ) -> None:
-    """Answers replace older ones of the same attempt, drawings older ones of the same items."""
+    """Insert answers, replacing those of the same attempt, and drawings, replacing those of the same items."""
     for one in answers:
         if len(one.items) != len(one.texts):
             raise ValueError(f"{one.evaluator}: {len(one.items)} items, but {len(one.texts)} answers")

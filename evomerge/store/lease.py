@@ -1,11 +1,11 @@
-"""One driver a search: the lease in the store, its heartbeat, and the fence that keeps a former driver from writing.
+"""One driver per search: the lease in the store, its heartbeat, and the fence that stops a former driver from writing.
 
-Every take-over raises the lease's epoch, and every write of a driver checks, in its own transaction, that the epoch is
-still its own. So a driver that was stopped, slept or was cut off does no harm when it wakes (Gray and Cheriton,
-"Leases", SOSP 1989; the epoch is what is now called a fencing token).
+Every take-over increments the lease's epoch, and every write of a driver checks in the same transaction that the epoch
+is still its own. So a driver that was suspended or disconnected does no harm when it comes back (Gray and Cheriton,
+"Leases", SOSP 1989; the epoch is now called a fencing token).
 
-How long a holder has been silent is told by a clock that it and the observer share: on one machine the seconds since
-its start, which nobody can set; between machines the clock of the database. No host's own clock is ever compared.
+Expiry is measured by a clock that the holder and the observer share: on one machine the seconds since boot, which
+nobody can set; between machines the clock of the database. The wall clocks of hosts are never compared.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from evomerge.errors import InputError
 from evomerge.store import tables
 from evomerge.store.engine import check_intact, damaged
 from evomerge.store.events import LeaseTaken
-from evomerge.store.outage import ride_out
+from evomerge.store.outage import with_retries
 from evomerge.store.statements import CHANGE_LEASE
 
 if TYPE_CHECKING:
     from evomerge.store.store import Store
 
 EXPIRY_S = 60.0
-"""How long a driver on another host may be silent before its search may be taken over."""
+"""After how long without a heartbeat a driver on another host may be replaced."""
 
 MISSED_S = 1.0
-"""When a heartbeat that failed is tried again."""
+"""The delay before a failed heartbeat is retried."""
 
 
 class LeaseLostError(InputError):
-    """This process may not write to the store: another driver has taken the search over, or it never held the lease."""
+    """This process may not write to the store: another driver has taken over the search, or it never held the lease."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
     """A process that drives a search.
 
-    ``namespace`` tells containers on one host apart, where equal pids are different processes. ``started`` is in
-    seconds after the host's start, so that setting the clock does not change it.
+    ``namespace`` distinguishes containers on one host, in which equal pids are different processes. ``started`` is in
+    seconds since the host's boot, so setting the clock does not change it.
     """
 
     host: str
@@ -65,12 +65,12 @@ class Holder:
         return cls(host=socket.gethostname(), namespace=_pid_namespace(), pid=os.getpid(), started=started)
 
     def is_dead(self) -> bool:
-        """Whether it is known to be dead: never so for a process of another host or container."""
+        """Whether it is known to be dead. Never the case for a process on another host or in another container."""
         if (self.host, self.namespace) != (socket.gethostname(), _pid_namespace()):
             return False
         try:
             process = psutil.Process(self.pid)
-            # A pid may have been given to a new process. A zombie runs no more, though its pid is not free yet.
+            # The pid may have been reused. A zombie is dead, although its pid is not free yet.
             return process.status() == psutil.STATUS_ZOMBIE or abs(_started(process) - self.started) > 1
         except psutil.NoSuchProcess:
             return True
@@ -82,7 +82,7 @@ class Holder:
 
 
 class Lease:
-    """The right to write to a search, renewed by a thread of its own until it is released. Made by ``acquire``."""
+    """The right to write to a search, renewed by its own thread until it is released. Created by ``acquire``."""
 
     def __init__(self, store: Store, epoch: int, expiry_s: float) -> None:
         self.epoch = epoch
@@ -93,17 +93,17 @@ class Lease:
         self._heart.start()
 
     def renew(self) -> None:
-        """Promise to be back within ``expiry_s``. Raises LeaseLostError when the search has been taken over."""
+        """Extend the lease by ``expiry_s``. Raises LeaseLostError if the search has been taken over."""
         store = self._store
         with store.transaction(writes=True) as connection:
             longer = CHANGE_LEASE.values(**_until(connection, self._expiry_s))
             check_fence(connection, store.search_id, self.epoch, store.place, longer)
 
     def release(self) -> None:
-        """Let another driver in at once, and write no more."""
+        """Give up the lease, so that another driver can start at once. This process can no longer write."""
         self._released.set()
         self._heart.join()
-        # On a full disk the lease stays: this process ends soon, and a dead holder bars nobody.
+        # On a full disk the lease stays: this process ends soon, and a dead holder blocks nobody.
         with suppress(InputError), self._store.transaction(writes=True) as connection:
             connection.execute(update(tables.lease).where(self._is_ours()).values(host=None))
         self._store.epoch = None
@@ -126,27 +126,27 @@ class Lease:
             try:
                 self.renew()
             except LeaseLostError:
-                return  # the driver hears of it at its next write
-            except Exception:  # a full disk, a lock, a server that is away: the driver meets it too
+                return  # the driver will notice at its next write
+            except Exception:  # a full disk, a lock, a lost connection: the driver will get the same error
                 pause = min(pause, MISSED_S)
 
 
 def acquire(store: Store, *, expiry_s: float = EXPIRY_S) -> Lease:
     """Make this process the driver of the search: from now on ``store`` may write.
 
-    A holder that released its lease, is dead (seen at once on the same host), or has been silent for ``expiry_s`` by
-    the database's clock is followed; one that lives is not. Commands that were meant for it are dropped.
+    The lease can be taken if its holder released it, is dead (noticed at once on the same host), or sent no heartbeat
+    for ``expiry_s`` by the database's clock. Commands that were meant for the former driver are dropped.
 
     Raises:
-        InputError: another driver is at work (names its process, host and since when), or the file is damaged.
+        InputError: another driver is running (names its process, its host and its start), or the file is damaged.
     """
-    store.epoch = ride_out(_Taking(store, expiry_s))
+    store.epoch = with_retries(_Acquisition(store, expiry_s))
     store.writes = 0
     return Lease(store, store.epoch, expiry_s)
 
 
-class _Taking:
-    """Takes a lease; called again when the connection was lost, it sees whether it had it already."""
+class _Acquisition:
+    """Acquires a lease. If it is called again after a lost connection, it checks whether it already has it."""
 
     def __init__(self, store: Store, expiry_s: float) -> None:
         self._store = store
@@ -156,7 +156,7 @@ class _Taking:
     def __call__(self) -> int:
         store = self._store
         with store.transaction() as connection:
-            check_intact(connection, store.place)  # a resumed search builds on all that is there
+            check_intact(connection, store.place)  # a resumed search relies on everything in it
         with store.transaction(writes=True) as connection:
             row = _lease_row(connection, store.search_id, lock=True)
             if self._tried and all(row._mapping[name] == value for name, value in self._tried.items()):
@@ -177,27 +177,27 @@ class _Taking:
 
 
 def current_holder(store: Store) -> Holder | None:
-    """The process that drives the search now; None when there is none, or it is dead or silent for too long."""
+    """The process that is driving the search; None if there is none, it is dead, or its lease has expired."""
 
     def look() -> Holder | None:
         with store.transaction() as connection:
             return live_holder(connection, _lease_row(connection, store.search_id))
 
-    return ride_out(look)
+    return with_retries(look)
 
 
 def current_epoch(store: Store) -> int:
-    """How often the lease of a search was taken; it grows with each driver, whatever becomes of the events."""
+    """How often the lease of a search was taken; it grows with each driver, even if events are deleted."""
 
     def look() -> int:
         with store.transaction() as connection:
             return int(_lease_row(connection, store.search_id).epoch)
 
-    return ride_out(look)
+    return with_retries(look)
 
 
 def living_holders(connection: Connection) -> list[Holder]:
-    """The drivers of all searches of a database, in a store of any format: it asks for columns that all have."""
+    """The drivers of all searches in a database of any format; reads only columns that every format has."""
     columns = tables.lease.c
     query = select(columns.host, columns.namespace, columns.pid, columns.started)
     rows = connection.execute(query.where(columns.host.is_not(None), columns.expires_at > _now(connection)))
@@ -207,13 +207,13 @@ def living_holders(connection: Connection) -> list[Holder]:
 def check_fence(
     connection: Connection, search_id: int, epoch: int | None, place: str, changing: Update, **values: Any
 ) -> None:
-    """Change the lease, and refuse the write of a process that is not, or no longer, the driver.
+    """Update the lease, and refuse the write if this process is not, or is no longer, the driver.
 
     Args:
-        changing: CHANGE_LEASE, or what is made of it; ``values`` are the columns to change.
+        changing: CHANGE_LEASE or a statement derived from it; ``values`` are the columns to change.
 
     Raises:
-        LeaseLostError: says who the driver is now.
+        LeaseLostError: names the current driver.
     """
     if epoch is None:
         raise LeaseLostError(place, "was opened for reading", "Acquire its lease before writing.")
@@ -223,10 +223,10 @@ def check_fence(
 
 
 def last_write(connection: Connection, search_id: int, epoch: int | None, place: str) -> int:
-    """The number of the driver's last write that was committed, once one that is still under way has ended.
+    """The number of the driver's last committed write, after waiting for one that is still in progress.
 
     Raises:
-        LeaseLostError: another driver writes now.
+        LeaseLostError: another driver has taken over.
     """
     row = _lease_row(connection, search_id, lock=True)
     if row.epoch != epoch:
@@ -240,7 +240,7 @@ def _taken_over(row: Row[Any], place: str) -> LeaseLostError:
 
 
 def lock_search(connection: Connection, search_id: int) -> None:
-    """Wait until no other transaction writes to the search, and keep others out until this one ends."""
+    """Lock the search: wait for other writing transactions, and block further ones until this one ends."""
     _lease_row(connection, search_id, lock=True)
 
 
@@ -253,7 +253,7 @@ def _lease_row(connection: Connection, search_id: int, *, lock: bool = False) ->
 
 
 def live_holder(connection: Connection, row: Row[Any]) -> Holder | None:
-    """The process that a row of ``lease`` names, unless it released the lease, is dead, or silent for too long."""
+    """The process in a row of ``lease``, unless it has released the lease, is dead, or the lease has expired."""
     if row.host is None:
         return None
     if row.boot is not None and row.boot == boot_id():
@@ -267,21 +267,21 @@ def live_holder(connection: Connection, row: Row[Any]) -> Holder | None:
 
 
 def _until(connection: Connection, expiry_s: float) -> dict[str, Any]:
-    """The columns that say until when a lease holds, by either clock."""
+    """The columns with the expiry of a lease, by both clocks."""
     boot = boot_id()
     since_start = None if boot is None else since_boot() + expiry_s
     return {"expires_at": _now(connection) + expiry_s, "boot": boot, "expires_since_boot": since_start}
 
 
 def _now(connection: Connection) -> float:
-    """Seconds since 1970 by the database's clock, which drivers on two hosts share."""
+    """Seconds since 1970 by the database's clock, which drivers on different hosts share."""
     now: datetime = connection.execute(select(func.now())).scalar_one()
     return (now if now.tzinfo else now.replace(tzinfo=UTC)).timestamp()
 
 
 @cache
 def boot_id() -> str | None:
-    """Which start of which machine this is: containers of one machine share it, and its clock. None outside Linux."""
+    """An id of the current boot of this machine, which its containers share, like its clock. None outside Linux."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -289,7 +289,7 @@ def boot_id() -> str | None:
 
 
 def since_boot() -> float:
-    """Seconds since the machine started, asleep ones included; setting the clock does not change it. Linux only."""
+    """Seconds since boot, including sleep; setting the clock does not change it. Linux only."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 

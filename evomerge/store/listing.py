@@ -1,4 +1,4 @@
-"""The searches of a database: what a list of them shows."""
+"""Listing the searches of a database."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from evomerge.store import tables
 from evomerge.store.lease import Holder, live_holder
 from evomerge.store.reading import ReadStore
 
-_SHOWN = ("name", "state", "why", "created_at", "spent_s")  # no JSON: one that is damaged must not hide the others
+# No JSON columns, so that a damaged search does not hide the others.
+_SHOWN = ("name", "state", "why", "created_at", "spent_s")
 
 
 @dataclass(frozen=True, slots=True)
 class ListedSearch:
-    """A search in a list. ``state`` and ``why`` are what its driver wrote last; ``driver`` says whether one lives.
+    """A search in a list. ``state`` and ``why`` were last written by its driver; ``driver`` says whether it runs.
 
-    ``created_at`` is in seconds since 1970, ``spent_s`` the seconds in which a driver was at work, ``asked`` the number
-    of candidates so far.
+    ``created_at`` is in seconds since 1970, ``spent_s`` is how long drivers were running in seconds, and ``asked`` is
+    the number of candidates so far.
     """
 
     name: str
@@ -34,10 +35,10 @@ class ListedSearch:
 
 
 def searches(place: str | Path) -> list[ListedSearch]:
-    """The searches in a database, the newest first; none in one that is empty.
+    """The searches in a database, newest first; an empty list for an empty database.
 
     Raises:
-        InputError: no file or server there, or a newer program's store.
+        InputError: there is no file or server, or the store was written by a newer program.
     """
     asked = (
         select(tables.candidate.c.search_id, func.count().label("asked"))
@@ -57,7 +58,7 @@ def searches(place: str | Path) -> list[ListedSearch]:
             if not inspect(connection).has_table("search"):
                 return []
             formats = list(connection.execute(select(tables.search.c.schema_version)).scalars())
-        store.come_up_to_date(max(formats, default=tables.SCHEMA_VERSION))
+        store.ensure_current_format(max(formats, default=tables.SCHEMA_VERSION))
         with store.transaction() as connection:
             rows: Sequence[Any] = connection.execute(query).all()
             return [

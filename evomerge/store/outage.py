@@ -1,10 +1,10 @@
-"""A database server that is away for a while: a restart, a fail-over, a network cut.
+"""Retries while a database server is unavailable: a restart, a fail-over, a network failure.
 
-Every method of a store is one transaction. One that the server did not commit is run again from its start, for a
-bounded time. Where the answer to a commit was lost on the way, the driver looks whether it was done: each of its writes
-counts up ``lease.writes`` in the same transaction, so that row says which was the last (``Store.writing``). So nothing
-is written twice, whatever a method writes, and no method needs to know of it. PostgreSQL's own ``pg_xact_status`` does
-not do: after a crash it may give the number of a transaction that was lost to another one.
+Every method of a store is one transaction. A transaction that was not committed is retried from its start for a limited
+time. If the response to a commit was lost, the driver finds out whether it was applied: each of its writes increments
+``lease.writes`` in the same transaction, so that row identifies the last one (``Store.writing``). So nothing is ever
+written twice, and methods need no code for this. PostgreSQL's ``pg_xact_status`` is not sufficient: after a crash, the
+number of a lost transaction may be given to another one.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from evomerge.errors import InputError
 from evomerge.store.engine import ServerAwayError
 
 OUTAGE_S = 60.0
-"""How long a server is waited for. A restart after a crash takes seconds; what lasts longer needs a person."""
+"""How long to wait for a server. A restart after a crash takes seconds; anything longer needs a person."""
 
-FIRST_PAUSE_S = 0.05  # a single connection that was cut is replaced at once
-LONGEST_PAUSE_S = 2.0  # between two tries, so that hundreds of clients do not keep a starting server from starting
+FIRST_PAUSE_S = 0.05  # a single lost connection can be replaced at once
+LONGEST_PAUSE_S = 2.0  # between retries, so that hundreds of clients do not overload a server that is starting
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
-def ride_out(work: Callable[[], Result]) -> Result:
-    """Do ``work``, again and again while the database server is away.
+def with_retries(work: Callable[[], Result]) -> Result:
+    """Call ``work``, and retry it while the database server is unavailable.
 
     Raises:
-        InputError: it was away for OUTAGE_S. What was acknowledged before is in the store.
+        InputError: the server was unavailable for OUTAGE_S. Everything acknowledged before is in the store.
     """
     try:
         return work()
@@ -49,11 +49,11 @@ def ride_out(work: Callable[[], Result]) -> Result:
     raise InputError(lost.place, f"{lost.problem} for more than {OUTAGE_S:.0f} s", hint) from lost
 
 
-def repeated(method: Callable[Given, Result]) -> Callable[Given, Result]:
-    """A method that rides out an outage. It may write in its last transaction only: it runs again from its start."""
+def retrying(method: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Add retries to a method. Only its last transaction may write, because a retry starts from the beginning."""
 
     @wraps(method)
     def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-        return ride_out(lambda: method(*args, **kwargs))
+        return with_retries(lambda: method(*args, **kwargs))
 
     return run

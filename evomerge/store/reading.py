@@ -1,6 +1,6 @@
 """Opening and reading a store, which any number of processes may do while the driver writes.
 
-Counts, the front and the best are short queries on indices, so a status page costs the same however long the search.
+Counts, the front and the best are short index queries, so the cost of a status page does not grow with the search.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 
 from evomerge.errors import InputError
 from evomerge.store import tables
-from evomerge.store.columns import DamagedValueError, damage_said, parse_json
+from evomerge.store.columns import DamagedValueError, decoding, parse_json
 from evomerge.store.engine import (
     ServerAwayError,
     begin,
@@ -32,8 +32,8 @@ from evomerge.store.engine import (
     parse_place,
     plain_errors,
 )
-from evomerge.store.events import SelectScored, Stepped, event_rows
-from evomerge.store.outage import repeated, ride_out
+from evomerge.store.events import SelectScored, StepEvent, event_rows
+from evomerge.store.outage import retrying, with_retries
 from evomerge.store.rows import (
     STATUSES,
     AnyCandidate,
@@ -47,51 +47,51 @@ from evomerge.store.rows import (
 )
 
 SYNC_EVERY_S = 1.0
-"""A write waits for the disk if none has for so long."""
+"""A write is synced to disk if this much time has passed since the last sync."""
 
-_PAGE = 10_000  # events that are read at once of a search that may have millions
+_PAGE = 10_000  # events per query, because a search may have millions
 
 
 class NoSearchError(InputError):
-    """A database holds no search, or none of this name."""
+    """The database has no search, or none with this name."""
 
 
 @dataclass
 class _Snapshot:
-    """A transaction that all is read in, and the search as it is there, once it was asked for."""
+    """The transaction of a snapshot, and the search as read in it, once requested."""
 
     connection: Connection
     search: SearchRow | None = None
 
 
 class ReadStore:
-    """What may be done with a store without being its driver. Use it through ``Store``.
+    """Everything that can be done with a store without being its driver. Use it through ``Store``.
 
-    Every method reads one consistent state, waits for a database server that is away (``outage``), and raises
-    InputError when the database is locked, damaged or gone for too long.
+    Every method reads one consistent state, retries while the database server is unavailable (``outage``), and raises
+    InputError if the database is locked, damaged or unavailable for too long.
     """
 
     def __init__(self, engine: Engine, place: str, search_id: int) -> None:
         self.place = place
         self.search_id = search_id
-        self.epoch: int | None = None  # of the lease, while this process holds it
-        self.writes = 0  # of the driver, in this epoch
+        self.epoch: int | None = None  # the epoch of the lease, while this process holds it
+        self.writes = 0  # the driver's writes in this epoch
         self._turn = threading.Lock()
         self._engine = engine
         self._reader = for_reading(engine)
         self._writer = engine.execution_options(writes=True)
         self._synced_writer = engine.execution_options(writes=True, synced=True)
         self._synced_at = -math.inf
-        self._file: int | None = None  # a descriptor of the file, to see whether it is still there
+        self._file: int | None = None  # a descriptor of the file, to notice if it is deleted or replaced
         self._lost: tuple[float, str] | None = None  # when the connection was lost, and why, until an event says so
         self._snapshot: _Snapshot | None = None
 
     @classmethod
     def open(cls, place: str | Path, *, name: str | None = None) -> Self:
-        """Open a search for reading. ``name`` says which one where a database server holds several.
+        """Open a search for reading. ``name`` selects one if a database server has several.
 
         Raises:
-            InputError: no search there, several and no name, a newer program's store, a damaged file.
+            InputError: there is no search, there are several and no name, a newer format, or a damaged file.
         """
         store = cls.connect_existing(place)
         try:
@@ -103,13 +103,13 @@ class ReadStore:
 
     @classmethod
     def connect_existing(cls, place: str | Path) -> Self:
-        """A database with no search chosen yet. Raises InputError where its file is missing."""
+        """Connect to a database without selecting a search. Raises InputError if its file is missing."""
         url = parse_place(place)
         if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-            raise InputError(str(place), "holds no search", "Check the folder.")  # connecting would make the file
+            raise InputError(str(place), "holds no search", "Check the folder.")  # connecting would create the file
         store = cls._connect(place)
         if url.get_backend_name() == "sqlite" and hasattr(os, "O_PATH"):
-            # Closing any other descriptor of the file would let go of SQLite's locks on it.
+            # Closing any other descriptor of the file would release SQLite's locks on it.
             store._file = os.open(url.database or "", os.O_PATH)
         return store
 
@@ -120,7 +120,7 @@ class ReadStore:
         return cls(connect(url), str(shown), search_id=0)
 
     def _find(self, name: str | None) -> int:
-        # Columns by name: a newer program's table may have others.
+        # Columns by name, because the table of a newer program may have others.
         query = select(tables.search.c.id, tables.search.c.name, tables.search.c.schema_version)
         with self.transaction() as connection:
             searches = connection.execute(query).all() if inspect(connection).has_table("search") else []
@@ -129,16 +129,16 @@ class ReadStore:
             raise NoSearchError(self.place, f"holds no search{f' named {name!r}' if name else ''}", "Check the folder.")
         if len(rows) > 1:
             raise InputError(self.place, f"holds {len(rows)} searches", "Name the one that you mean.")
-        self.come_up_to_date(rows[0].schema_version)
+        self.ensure_current_format(rows[0].schema_version)
         return int(rows[0].id)
 
-    def come_up_to_date(self, version: int) -> None:
-        """Refuse the format of a newer program, and migrate that of an older one."""
+    def ensure_current_format(self, version: int) -> None:
+        """Refuse the format of a newer program, and migrate an older one."""
         if version > tables.SCHEMA_VERSION:
             problem = f"was written by a newer Evomerge (format {version}; this one reads {tables.SCHEMA_VERSION})"
             raise InputError(self.place, problem, "Update Evomerge to open it.")
         if version < tables.SCHEMA_VERSION:
-            from evomerge.store.schema import migrate  # which takes a second to import, and is rarely wanted
+            from evomerge.store.schema import migrate  # takes a second to import and is rarely needed
 
             with self.transaction(writes=True) as connection:
                 migrate(connection, self.place)
@@ -162,12 +162,11 @@ class ReadStore:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """All that is read within is of one state, in one transaction: a page asks a dozen things.
+        """Read everything inside from one consistent state, in one transaction: a page needs a dozen queries.
 
-        A write ends it, as does a connection that is lost: what is read after that is as new as can be.
-        One thread at a time.
+        A write or a lost connection ends the snapshot; later reads see the newest state. One thread at a time.
         """
-        ride_out(self._begin_snapshot)
+        with_retries(self._begin_snapshot)
         try:
             yield
         finally:
@@ -181,7 +180,7 @@ class ReadStore:
 
     def _end_snapshot(self) -> None:
         if self._snapshot is not None:
-            with suppress(DBAPIError):  # what was read is known, whatever has become of the connection
+            with suppress(DBAPIError):  # everything was already read, so a lost connection does not matter
                 self._snapshot.connection.close()
             self._snapshot = None
 
@@ -192,11 +191,11 @@ class ReadStore:
         """One transaction: committed at the end, rolled back by an exception.
 
         Args:
-            was_committed: finds out what became of it when the answer to the commit was lost.
+            was_committed: finds out whether it was committed if the response to the commit was lost.
 
         Raises:
-            ServerAwayError: the connection was lost, and it was not committed as far as is known.
-            InputError: the file was deleted, and what is written to it is seen by nobody.
+            ServerAwayError: the connection was lost, and the transaction was not committed as far as is known.
+            InputError: the file was deleted, so nobody would see what is written to it.
         """
         if self._file is not None and os.fstat(self._file).st_nlink == 0:
             raise InputError(self.place, "was deleted or replaced while it was in use", "Put it back from a backup.")
@@ -244,7 +243,7 @@ class ReadStore:
             snapshot.search = row
         return row
 
-    @repeated
+    @retrying
     def _search(self) -> SearchRow:
         columns = tables.search.c
         with self.transaction() as connection:
@@ -254,7 +253,7 @@ class ReadStore:
         values = {name: value for name, value in row._mapping.items() if name != "id"}
         return SearchRow(place=self.place, **values)
 
-    @repeated
+    @retrying
     def events(
         self,
         *,
@@ -264,8 +263,8 @@ class ReadStore:
         oldest: int | None = None,
         candidate: int | None = None,
     ) -> list[EventRow]:
-        """Events after the one with seq ``since``, oldest first; of all kinds, or of these; of all or of one candidate;
-        at most so many of the ``newest`` or of the ``oldest`` of them.
+        """Events after the seq ``since``, oldest first, optionally of some kinds or one candidate only, and at most
+        this many of the ``newest`` or ``oldest``.
         """
         columns = tables.event.c
         query = select(columns.seq, columns.time, columns.kind, columns.candidate, columns.attempt, columns.payload)
@@ -281,40 +280,40 @@ class ReadStore:
             return event_rows(reversed(rows))
 
     def steps(self) -> Iterator[OptimizerStep]:
-        """Every ask and tell, in the order they happened: what replays an optimizer. Few are in memory at once."""
+        """Every ask and tell in order, for replaying an optimizer. They are read page by page to limit memory."""
         since = 0
         while page := self.events(since=since, kinds=("ask", "tell"), oldest=_PAGE):
             since = page[-1].seq
             for event in page:
-                content = event.read(Stepped)
+                content = event.read(StepEvent)
                 kind: Literal["ask", "tell"] = "ask" if event.kind == "ask" else "tell"
                 yield OptimizerStep(kind, event.seq, content.step, tuple(content.candidates))
 
-    @repeated
+    @retrying
     def counts(self) -> dict[Status, int]:
-        """How many candidates are in each status; a candidate is in exactly one."""
+        """The number of candidates in each status; each candidate has exactly one."""
         columns = tables.candidate.c
         query = select(columns.status, func.count()).where(columns.search_id == self.search_id)
         with self.transaction() as connection:
             rows = connection.execute(query.group_by(columns.status)).all()
         return dict.fromkeys(STATUSES, 0) | dict(row._tuple() for row in rows)
 
-    @repeated
+    @retrying
     def items_scored(self, objectives: Collection[str]) -> int:
-        """How many item scores the values of these objectives rest on, over all candidates with scores of their own."""
+        """The number of item scores behind the values of these objectives, over all candidates with their own scores."""
         columns, measured = tables.candidate.c, tables.objective.c
         answered = select(columns.number).where(columns.search_id == self.search_id, columns.same_as.is_not(None))
         query = select(func.coalesce(func.sum(measured.n), 0)).where(
             measured.search_id == self.search_id,
             measured.name.in_(list(objectives)),
-            measured.candidate.not_in(answered),  # twice as quick as a join
+            measured.candidate.not_in(answered),  # twice as fast as a join
         )
         with self.transaction() as connection:
             return int(connection.execute(query).scalar_one())
 
-    @repeated
+    @retrying
     def eliminated_without(self, objective: str) -> int:
-        """How many candidates were eliminated before they had a value of this objective."""
+        """The number of candidates that were eliminated before they had a value of this objective."""
         columns, measured = tables.candidate.c, tables.objective.c
         its = (measured.search_id == columns.search_id) & (measured.candidate == columns.number)
         value = exists().where(its, measured.name == objective)
@@ -322,9 +321,9 @@ class ReadStore:
         with self.transaction() as connection:
             return int(connection.execute(query).scalar_one())
 
-    @repeated
+    @retrying
     def has_scores(self) -> bool:
-        """Whether any candidate, or a source that may be chosen, has been scored on any item."""
+        """Whether any candidate, or any source in a selection, has been scored on any item."""
         query = select(tables.score.c.candidate).where(tables.score.c.search_id == self.search_id).limit(1)
         with self.transaction() as connection:
             if connection.execute(query).first() is not None:
@@ -340,10 +339,10 @@ class ReadStore:
         step: int | None = None,
         newest: int | None = None,
     ) -> list[CandidateRow]:
-        """Candidates by number: all, or those that fit.
+        """Candidates by number: all, or those that match.
 
         Args:
-            newest: at most so many, those with the highest numbers.
+            newest: only this many, those with the highest numbers.
         """
         columns = tables.candidate.c
         query = self._select()
@@ -356,7 +355,7 @@ class ReadStore:
         return self._rows(query.order_by(columns.number))
 
     def candidate(self, number: int) -> CandidateRow:
-        """Raises InputError when there is no such candidate."""
+        """One candidate. Raises InputError if it does not exist."""
         rows = self._rows(self._select().where(tables.candidate.c.number == number))
         if not rows:
             raise InputError(self.place, f"has no candidate {number}")
@@ -367,7 +366,7 @@ class ReadStore:
         return self._rows(self._select().where(tables.candidate.c.on_front).order_by(tables.candidate.c.number))
 
     def best(self, objective: str, *, maximise: bool, k: int = 1) -> list[CandidateRow]:
-        """The k best eligible candidates in one objective, best first; of equals those on the front."""
+        """The k best eligible candidates in one objective, best first; among equals, those on the front come first."""
         mean, columns = tables.objective.c.mean, tables.candidate.c
         query = (
             self._select()
@@ -380,26 +379,26 @@ class ReadStore:
         order = (mean.desc() if maximise else mean, columns.on_front.desc(), columns.number)
         return self._rows(query.order_by(*order).limit(k))
 
-    @repeated
+    @retrying
     def scores(self, number: int, split: str) -> list[Scores]:
-        """Per-item scores of a candidate on a split, by evaluator; of a cached candidate, those that answer it."""
+        """Per-item scores of a candidate on a split, by evaluator; for a cached candidate, the reused scores."""
         mine = (tables.score.c.search_id == self.search_id) & (tables.score.c.candidate == self._scored(number))
         query = select(tables.score).where(mine, tables.score.c.split == split).order_by(tables.score.c.evaluator)
         with self.transaction() as connection:
             return [_scores(row) for row in connection.execute(query)]
 
-    @repeated
+    @retrying
     def scored_on(self, evaluator: str, split: str, *, most: int) -> list[int]:
-        """The first candidates with scores by an evaluator on a split, by number, at most so many."""
+        """The first candidates, at most ``most``, with scores by an evaluator on a split, by number."""
         columns = tables.score.c
         ours = (columns.search_id == self.search_id) & (columns.evaluator == evaluator) & (columns.split == split)
         query = select(columns.candidate).where(ours).order_by(columns.candidate).limit(most)
         with self.transaction() as connection:
             return [int(number) for number in connection.execute(query).scalars()]
 
-    @repeated
+    @retrying
     def answers(self, number: int, split: str) -> dict[str, dict[int, str]]:
-        """What a candidate answered to items of a split, by evaluator and position; nothing where none were kept."""
+        """A candidate's answers to items of a split, by evaluator and position; empty if none were kept."""
         columns = tables.answer.c
         query = select(columns.evaluator, columns["items"], columns.texts).where(
             columns.search_id == self.search_id, columns.candidate == self._scored(number), columns.split == split
@@ -407,13 +406,13 @@ class ReadStore:
         by_evaluator: dict[str, dict[int, str]] = {}
         with self.transaction() as connection:
             for evaluator, items, texts in connection.execute(query.order_by(columns.evaluator, columns.attempt)):
-                with damage_said("an answer for each item"):
+                with decoding("an answer for each item"):
                     by_evaluator.setdefault(evaluator, {}).update(zip(items.tolist(), parse_json(texts), strict=True))
         return by_evaluator
 
-    @repeated
+    @retrying
     def drawings(self, number: int, split: str) -> dict[str, dict[int, bytes]]:
-        """Small copies of what a candidate drew of items of a split, by evaluator and position, PNG or JPEG."""
+        """Thumbnails of what a candidate drew for items of a split, by evaluator and position, PNG or JPEG."""
         columns = tables.drawing.c
         query = select(columns.evaluator, columns.item, columns.image).where(
             columns.search_id == self.search_id, columns.candidate == self._scored(number), columns.split == split
@@ -424,9 +423,9 @@ class ReadStore:
                 by_evaluator.setdefault(evaluator, {})[item] = image
         return by_evaluator
 
-    @repeated
+    @retrying
     def drawn(self, number: int, split: str, evaluator: str) -> frozenset[int]:
-        """The positions of items of a split that there are such copies of."""
+        """The positions of items of a split that have such thumbnails."""
         columns = tables.drawing.c
         query = select(columns.item).where(
             columns.search_id == self.search_id, columns.candidate == self._scored(number), columns.split == split,
@@ -435,9 +434,9 @@ class ReadStore:
         with self.transaction() as connection:
             return frozenset(connection.execute(query).scalars())
 
-    @repeated
+    @retrying
     def answered(self) -> list[int]:
-        """The candidates of which answers to search items are kept, or drawings, by number."""
+        """The candidates with kept answers to search items, or drawings, by number."""
         queries = (
             select(table.c.candidate).where(table.c.search_id == self.search_id, table.c.split == "search")
             for table in (tables.answer, tables.drawing)
@@ -446,34 +445,34 @@ class ReadStore:
             return sorted(connection.execute(union(*queries)).scalars())
 
     def item_texts(self, evaluator: str, split: str) -> list[tuple[str, str]]:
-        """(question, right answer) of each item of a split, in order; nothing where none were kept."""
+        """(question, right answer) of each item of a split, in order; empty if none were kept."""
         return [(question, right) for question, right, _ in self._items(evaluator, split)]
 
     def item_pictures(self, evaluator: str, split: str) -> list[tuple[str, ...]]:
-        """The hashes of the pictures of each item of a split, in order; nothing where no items were kept."""
+        """The hashes of the pictures of each item of a split, in order; empty if no items were kept."""
         return [pictures for _, _, pictures in self._items(evaluator, split)]
 
-    @repeated
+    @retrying
     def thumbnail(self, picture: str) -> bytes | None:
-        """A small copy of the picture with this hash, PNG or JPEG; None where no item shows it."""
+        """A thumbnail of the picture with this hash, PNG or JPEG; None if no item shows it."""
         columns = tables.thumbnail.c
         query = select(columns.image).where(columns.search_id == self.search_id, columns.picture == picture)
         with self.transaction() as connection:
             image: bytes | None = connection.execute(query).scalar_one_or_none()
         return image
 
-    @repeated
+    @retrying
     def _items(self, evaluator: str, split: str) -> list[tuple[str, str, tuple[str, ...]]]:
         columns = tables.item.c
         ours = (columns.search_id == self.search_id) & (columns.evaluator == evaluator) & (columns.split == split)
         with self.transaction() as connection:
             texts = connection.execute(select(columns.texts).where(ours)).scalar_one_or_none()
-            with damage_said("a question and an answer for each item"):
+            with decoding("a question and an answer for each item"):
                 rows = [] if texts is None else parse_json(texts)
                 return [(question, right, tuple(*shown)) for question, right, *shown in rows]
 
     def _scored(self, number: int) -> ScalarSelect[int]:
-        """The candidate that was scored in place of this one: mostly itself, of a cached one another."""
+        """The candidate whose scores count for this one: usually itself, for a cached candidate another."""
         columns = tables.candidate.c
         ours = (columns.search_id == self.search_id) & (columns.number == number)
         return select(func.coalesce(columns.same_as, columns.number)).where(ours).scalar_subquery()
@@ -487,9 +486,9 @@ class ReadStore:
     def _rows(self, query: Select[Any]) -> list[CandidateRow]:
         return self.read_candidates(query, CandidateRow)
 
-    @repeated
+    @retrying
     def read_candidates(self, query: Select[Any], kind: type[AnyCandidate]) -> list[AnyCandidate]:
-        """The candidates whose columns a query gives, in its order, with their objectives."""
+        """The candidates that a query returns, in its order, with their objectives."""
         objectives = tables.objective.c
         numbers = query.with_only_columns(tables.candidate.c.number).correlate(None)
         of_these = select(
@@ -509,6 +508,6 @@ def _candidate(row: Row[Any], kind: type[AnyCandidate], objectives: dict[str, Es
 
 
 def _scores(row: Row[Any]) -> Scores:
-    with damage_said("a score for each item and metric"):
+    with decoding("a score for each item and metric"):
         values = row.scores.reshape(len(row.metrics), len(row.items))
     return Scores(row.evaluator, row.split, row.items, dict(zip(row.metrics, values, strict=True)))

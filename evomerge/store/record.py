@@ -1,7 +1,7 @@
-"""What a search is, as its store has recorded it: parsed once where it is read, and attributes from there on.
+"""The recorded definition of a search, parsed into attributes as soon as it is read from its store.
 
-What older programs did not know of yet has a default, so that stores of every format are read. What belongs to a
-plug-in, such as the keys of a search space, stays as its search file has it.
+Fields that older programs did not write have defaults, so that stores of every format can be read. The settings of
+plug-ins, such as the keys of a search space, stay as they are in the search file.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _YEAR_10000 = 253402300800  # in seconds since 1970; no date is later
 Estimate = Annotated[
     Literal["baseline", "item_response"], BeforeValidator(lambda given: "baseline" if given == "landmark" else given)
 ]
-"""What predicts the scores of items that a race left out. Baselines were called landmarks once."""
+"""What predicts the scores of items that a race left out. Baselines used to be called landmarks."""
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, from_attributes=True)
 
 
-# What was resolved when the search began: its fingerprints --------------------------------------------------------
+# What was resolved at the start of the search: its fingerprints -------------------------------------------------------
 
 
 class Number(_Part):
-    """A number that candidates have, over so many items of the search split."""
+    """A number that candidates are measured by, over this many items of the search split."""
 
     name: str
     maximise: bool
@@ -39,13 +39,13 @@ class Number(_Part):
 
     @property
     def sign(self) -> float:
-        """What it is multiplied by so that more is better."""
+        """The factor that makes higher values better."""
         return 1.0 if self.maximise else -1.0
 
 
 class Measure(Number):
-    """A metric of an evaluator: an objective. ``evaluator`` is its place in ``SearchRecord.evaluators``, ``version``
-    what scores by it are kept under.
+    """A metric of an evaluator, such as an objective. ``evaluator`` is its index in ``SearchRecord.evaluators``, and
+    ``version`` the key of its scores.
     """
 
     evaluator: int
@@ -54,13 +54,13 @@ class Measure(Number):
 
 
 class Constraint(Measure):
-    """What a candidate must keep: at least ``threshold`` where ``maximise``, at most that otherwise."""
+    """A condition on candidates: at least ``threshold`` if ``maximise``, at most ``threshold`` otherwise."""
 
     threshold: float
 
 
 class Feature(Measure):
-    """What sets candidates apart that may be equally good; its range is divided into ``bins``."""
+    """A number that distinguishes candidates that may be equally good; its range is divided into ``bins``."""
 
     low: float
     high: float
@@ -68,7 +68,7 @@ class Feature(Measure):
 
 
 class Screen(Measure):
-    """A cheap metric that candidates are left out by. ``objective`` is the place of the one that it stands for."""
+    """A cheap metric that rejects candidates early. ``objective`` is the index of the objective that it stands for."""
 
     objective: int
     least_tau: float
@@ -79,9 +79,9 @@ class Evaluator(_Part):
     """An evaluator with the number of its items by split.
 
     Attributes:
-        version: what its scores are kept under.
-        items: for each split a hash of its items; older programs kept none.
-        accepted_version: the latest that was seen to score as recorded, where that is not the first.
+        version: the key of its scores.
+        items: a hash of the items of each split; older programs recorded none.
+        accepted_version: the latest version that was verified to score as recorded; None if that is the first one.
     """
 
     name: str
@@ -93,12 +93,12 @@ class Evaluator(_Part):
 
     @property
     def accepted(self) -> str:
-        """The version of the evaluator that scores as recorded: the first one, or the last that was seen to."""
+        """The version of the evaluator that scores as recorded: the latest verified one, or the first."""
         return self.accepted_version or self.version
 
 
 class Start(_Part):
-    """A genome that an earlier search found good, and which candidate of it that is."""
+    """A good genome from an earlier search, and its candidate there."""
 
     label: str
     genome: tuple[float, ...]
@@ -121,14 +121,14 @@ class _Fingerprints(_Part):
 
 
 class Optimizer(_Part):
-    """The optimizer, and how it makes one number of several objectives, in the words of the search file."""
+    """The optimizer, and how it combines several objectives into one, as in the search file."""
 
     name: str
     scalarisation: dict[str, Any] | None = None
 
 
 class Budget(_Part):
-    """When the search ends: whichever comes first."""
+    """The bounds that end the search, whichever is reached first."""
 
     candidates: int | None = None
     hours: float | None = None
@@ -137,7 +137,7 @@ class Budget(_Part):
 
 
 class Confirm(_Part):
-    """How many are scored on the held-out split, and how sure its intervals are."""
+    """How many candidates are scored on the held-out split, and the confidence of its intervals."""
 
     top: int = 5
     drawn: int = 0
@@ -153,7 +153,7 @@ class Racing(_Part):
 
 
 class Cluster(_Part):
-    """The workers, as far as it matters to those who look at a search."""
+    """The workers, as far as reports need to know."""
 
     gpus_per_worker: float | None = None
     gpu_hour: float | None = None
@@ -184,7 +184,7 @@ class _Settings(_Part):
 
 
 class _Row(_Part):
-    """A row of the table, so that an error names its column and the place there."""
+    """A row of the table, so that errors name the column and the place in it."""
 
     created_at: float = Field(ge=0, lt=_YEAR_10000, allow_inf_nan=False)
     spent_s: float = Field(ge=0, allow_inf_nan=False)
@@ -196,28 +196,28 @@ class _Row(_Part):
 
 
 class SearchRecord(_Settings, _Fingerprints):
-    """What a search is.
+    """The definition of a search.
 
     Attributes:
-        sources: where each source was when the search began; ``files`` is what its files held.
-        space: the search space, in the words of the search file.
-        compositions: of objectives that need several skills at once, those that need one each.
-        objectives: with ``constraints`` and ``features`` what candidates are measured by, resolved.
-        screen: None where candidates are not screened.
-        parameters: of the search space, in the order of a genome.
-        calibration: the digest of the texts, where there are any.
-        fit: that of the items that numbers are fitted to, and of how.
-        start: what it takes from earlier searches.
+        sources: the location of each source at the start of the search; ``files`` has hashes of its files.
+        space: the search space, as in the search file.
+        compositions: for each objective that needs several skills at once, the objectives that need one of them.
+        objectives: with ``constraints`` and ``features``, the resolved measures of candidates.
+        screen: None if candidates are not screened.
+        parameters: the parameters of the search space, in the order of a genome.
+        calibration: the digest of the calibration texts, if there are any.
+        fit: the digest of the items that numbers are fitted to, and of the settings of the fit.
+        start: genomes from earlier searches.
     """
 
     files: Mapping[str, Mapping[str, FileFingerprint]]
 
     @classmethod
     def of(cls, row: object) -> Self:
-        """That of a row of the table.
+        """Parse a row of the table.
 
         Raises:
-            ValueError: names the first value that is missing or of another kind.
+            ValueError: names the first value that is missing or invalid.
         """
         try:
             parsed = _Row.model_validate(row)
@@ -239,5 +239,5 @@ class SearchRecord(_Settings, _Fingerprints):
 
     @property
     def tokenizer_source(self) -> str:
-        """The source that gives tokenizer and configuration: as named, else the base, else the first source."""
+        """The source of the tokenizer and the configuration: the named one, else the base, else the first source."""
         return self.tokenizer or self.base or next(iter(self.sources))

@@ -1,4 +1,4 @@
-"""What goes into the store and what comes out of it."""
+"""The types that are written to the store and read from it."""
 
 from __future__ import annotations
 
@@ -27,21 +27,20 @@ def _none_if_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-Known = Annotated[float | None, BeforeValidator(_none_if_nan)]
-"""A number that may not be known: NaN, which JSON has no word for, is null."""
+NullableFloat = Annotated[float | None, BeforeValidator(_none_if_nan)]
+"""A number that may be unknown: NaN, which JSON cannot represent, becomes null."""
 
 
 class Estimate(BaseModel):
-    """A measure of a model: the mean over ``n`` items and its standard error, as the metric gives it.
+    """A measure of a model: the mean over ``n`` items and its standard error, as computed by the metric.
 
-    One item says nothing of how far its mean may be off: its error is None. A mean that is not known is NaN, in JSON
-    null.
+    The error of a single item is unknown and therefore None. An unknown mean is NaN, and null in JSON.
     """
 
     model_config = ConfigDict(frozen=True)
 
     mean: Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-    stderr: Known
+    stderr: NullableFloat
     n: int
 
 
@@ -64,14 +63,14 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answers:
-    """What the model of one attempt answered to items of one split, for people to read.
+    """The answers of one attempt's model to items of one split, for people to read.
 
     Args:
         evaluator: the evaluator's version.
         items: positions in the split.
-        texts: the answer to each.
-        drawings: small copies of the pictures that were made with the model, PNG or JPEG, by the item's position: of
-            items of ``items`` or others.
+        texts: the answer to each item.
+        drawings: thumbnails of the pictures that were made with the model, PNG or JPEG, by item position. The items
+            need not be in ``items``.
     """
 
     evaluator: str
@@ -83,12 +82,12 @@ class Answers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ItemTexts:
-    """What the items of a split ask, in order.
+    """The texts and pictures of the items of a split, in order.
 
     Args:
-        texts: (question, right answer) of each, the latter empty where there is none.
-        pictures: the hashes of those that each shows; empty where no item shows any.
-        thumbnails: small copies of them, PNG or JPEG, by hash.
+        texts: (question, right answer) of each item; the answer is empty if there is none.
+        pictures: the hashes of the pictures of each item; empty if no item has pictures.
+        thumbnails: small copies of the pictures, PNG or JPEG, by hash.
     """
 
     evaluator: str
@@ -100,7 +99,7 @@ class ItemTexts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NewCandidate:
-    """A candidate as it is asked for. ``recipe`` is JSON text."""
+    """A candidate that is asked for. ``recipe`` is JSON text."""
 
     number: int
     origin: str
@@ -112,7 +111,7 @@ class NewCandidate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RaceEnd:
-    """How a race ended for a candidate: "done", "eliminated", or "cached" when its scores are those of ``same_as``.
+    """How a race ended for a candidate: "done", "eliminated", or "cached" if it reuses the scores of ``same_as``.
 
     ``eligible`` says whether it may be on the front and be confirmed.
     """
@@ -129,8 +128,8 @@ class Niches:
     """What a tell changed in the grid of a search with features.
 
     Attributes:
-        by_candidate: the niche of each candidate that was told and has one, by number.
-        elites: each candidate that became an elite, or is one no more, by number.
+        by_candidate: the niches of the told candidates that have one, by number.
+        elites: whether a candidate is an elite now, for each candidate for which that changed, by number.
     """
 
     by_candidate: Mapping[int, Sequence[int]]
@@ -138,25 +137,26 @@ class Niches:
 
 
 def candidate_id(number: int) -> str:
-    """How a candidate is named to people: c0042."""
+    """The display id of a candidate, such as c0042."""
     return f"c{number:04d}"
 
 
 def number_of(id_: str) -> int:
-    """The number of a candidate by what ``candidate_id`` names it, with or without the letter."""
+    """The number of a candidate from its display id, with or without the letter."""
     return int(id_.removeprefix("c"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ListedCandidate:
-    """A candidate and what is known of it, scores of items apart, as a list shows it. Times are seconds since 1970.
+    """A candidate as shown in lists, without the scores of items. Times are seconds since 1970.
 
-    ``failure`` holds at least "reason" and "message"; after a failure that is tried again, that of the last attempt.
-    ``timings`` are seconds by phase. ``losses`` is what the optimizer was told, None before it was told. ``eligible``:
-    scored on every item that the objectives want, and within all constraints. An "eliminated" candidate left its race
-    before that, as too poor for the optimizer to learn from; ``objectives`` are then estimates from fewer items.
-    ``niche`` is its bin along each feature of the search, from 0, and ``elite`` says that it is among the best there.
-    ``change`` is norm(W - W0) / norm(W0) over its weights, W0 those of the search's base; None where it is not known.
+    ``failure`` has at least "reason" and "message"; while a failed candidate is retried, it is that of the last
+    attempt. ``timings`` are seconds by phase. ``losses`` are those told to the optimizer, None before. ``eligible``
+    means that it was scored on all items of the objectives and satisfies all constraints. An "eliminated" candidate
+    left its race earlier because it was too poor for the optimizer to learn from; its ``objectives`` are estimates from
+    fewer items. ``niche`` is its bin along each feature of the search, from 0, and ``elite`` says that it is among the
+    best there. ``change`` is norm(W - W0) / norm(W0) over its weights, with W0 those of the search's base; None if
+    unknown.
     """
 
     number: int
@@ -182,18 +182,18 @@ class ListedCandidate:
 
     @property
     def id(self) -> str:
-        """How it is named to people: c0042."""
+        """Its display id, such as c0042."""
         return candidate_id(self.number)
 
     @property
     def seconds(self) -> float:
-        """What was spent on it, over all phases."""
+        """The time spent on it, over all phases."""
         return sum(self.timings.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CandidateRow(ListedCandidate):
-    """The whole of a candidate: with its recipe, as JSON text, and its genome, which take longer to read."""
+    """A complete candidate, with its recipe as JSON text and its genome, which take longer to read."""
 
     recipe: str
     genome: Genome | None
@@ -206,7 +206,7 @@ AnyEvent = TypeVar("AnyEvent", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class EventRow:
-    """Something that happened; ``seq`` grows with every event of a store. ``payload`` is its content as JSON."""
+    """A recorded event; ``seq`` grows with every event of a store. ``payload`` is its content as JSON."""
 
     seq: int
     time: float
@@ -217,7 +217,7 @@ class EventRow:
     content: BaseModel | None = field(default=None, compare=False, repr=False)
 
     def read(self, event: type[AnyEvent]) -> AnyEvent:
-        """What it says, as a class of ``events`` for its kind. TypeError for that of another kind."""
+        """Its content as the class in ``events`` for its kind. Raises TypeError for the class of another kind."""
         if not isinstance(self.content, event):
             raise TypeError(f"an event {self.kind!r} is not a {event.__name__}")
         return self.content
@@ -225,11 +225,11 @@ class EventRow:
 
 @dataclass(frozen=True)
 class SearchRow:
-    """The search itself. ``why`` says in words what ended it; ``spent_s`` are seconds in which a driver was at work,
-    ``worker_s`` and ``gpu_s`` those that workers and their GPUs were held, in ``held_s`` seconds of the clock.
+    """The search itself. ``why`` says what ended it; ``spent_s`` is how long drivers were running, in seconds.
+    ``worker_s`` and ``gpu_s`` are the worker and GPU seconds used, in ``held_s`` seconds of wall-clock time.
 
-    ``settings``, the resolved search file, and ``fingerprints`` are JSON as it stands in the store at ``place``: for
-    whoever writes them again. ``record`` is what they say.
+    ``settings``, the resolved search file, and ``fingerprints`` are JSON as in the store at ``place``, for code that
+    writes them back. ``record`` is the parsed form.
     """
 
     place: str
@@ -252,10 +252,10 @@ class SearchRow:
 
     @cached_property
     def record(self) -> SearchRecord:
-        """What the search is.
+        """The parsed definition of the search.
 
         Raises:
-            InputError: it is not what a program of ours has written.
+            InputError: it was not written by this program.
         """
         try:
             return SearchRecord.of(self)
@@ -265,7 +265,7 @@ class SearchRow:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep:
-    """One ask or tell of the optimizer: the candidates, in the order asked or told; ``seq`` is that of its event."""
+    """One ask or tell of the optimizer: the candidates in the order asked or told; ``seq`` is that of its event."""
 
     kind: Literal["ask", "tell"]
     seq: int

@@ -1,6 +1,6 @@
-"""The format of a database: made whole in an empty one, and brought up from that of an older program by migrations.
+"""The format of a database: created directly in an empty one, and reached from older formats by migrations.
 
-Each raise of ``tables.SCHEMA_VERSION`` comes with a migration of that name in ``migrations/versions``, run by Alembic.
+Each increment of ``tables.SCHEMA_VERSION`` has a migration of that name in ``migrations/versions``, run by Alembic.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 def make_tables(connection: Connection, place: str) -> None:
-    """All tables, where there are none; those of an older program on a database server are brought up to date.
+    """Create all tables if there are none; on a database server, migrate those of an older program.
 
     Raises:
         InputError: see ``migrate``.
@@ -29,22 +29,24 @@ def make_tables(connection: Connection, place: str) -> None:
     if not inspect(connection).has_table("search"):
         tables.metadata.create_all(connection)
         connection.execute(insert(tables.alembic_version), {"version_num": str(tables.SCHEMA_VERSION)})
-    elif connection.dialect.name != "sqlite":  # a file holds one search: what is there will be refused, not changed
+    elif (
+        connection.dialect.name != "sqlite"
+    ):  # a file holds one search, so an existing one will be refused, not changed
         migrate(connection, place)
 
 
 def migrate(connection: Connection, place: str) -> None:
-    """Bring a store to this program's format, as a part of the transaction that is open: all of it or nothing.
+    """Migrate a store to this program's format within the open transaction: completely or not at all.
 
-    An SQLite file is copied first: search.db of format 1 to search.db.format-1. On PostgreSQL programs that come at the
-    same time wait for each other.
+    An SQLite file is copied first: search.db of format 1 to search.db.format-1. On PostgreSQL, concurrent migrations
+    wait for each other.
 
     Raises:
-        InputError: an older program drives a search in it just now; it is of a newer format; or there is no room.
+        InputError: an older program is driving a search in it, its format is newer, or there is no disk space.
     """
     _lock(connection)
     before = _format(connection)
-    if before == tables.SCHEMA_VERSION:  # another program was quicker
+    if before == tables.SCHEMA_VERSION:  # another process was faster
         return
     ours = f"this Evomerge reads {tables.SCHEMA_VERSION}"
     if before > tables.SCHEMA_VERSION:
@@ -59,14 +61,14 @@ def migrate(connection: Connection, place: str) -> None:
 
 
 def _lock(connection: Connection) -> None:
-    if connection.dialect.name != "sqlite":  # whose writers have the file to themselves
+    if connection.dialect.name != "sqlite":  # SQLite's writers have the file to themselves
         connection.execute(select(func.pg_advisory_xact_lock(_LOCK)))
 
 
 def _format(connection: Connection) -> int:
     if inspect(connection).has_table("alembic_version"):
         return int(connection.execute(select(tables.alembic_version.c.version_num)).scalar_one())
-    # Made before there were migrations: each search says of itself what it is.
+    # Created before there were migrations: the format is in the row of each search.
     return int(connection.execute(select(func.max(tables.search.c.schema_version))).scalar_one() or 1)
 
 
@@ -81,7 +83,7 @@ def _upgrade(connection: Connection, before: int) -> None:
 
 
 def _copy(file: Path, copy: Path) -> None:
-    """Copy a database as it was before this transaction; what is left of a copy that was cut off is overwritten."""
+    """Copy a database as it was before this transaction, overwriting an incomplete copy."""
     partial = copy.with_name(f"{copy.name}.partial")
     try:
         partial.unlink(missing_ok=True)

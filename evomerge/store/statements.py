@@ -1,6 +1,6 @@
-"""The statements that a driver repeats for every candidate, made once: making one takes longer than running it.
+"""The statements that a driver repeats for every candidate, built once, because building takes longer than running.
 
-Their ``of_...`` parameters say which rows; the columns to write are the other keys of what they are executed with.
+Their ``of_...`` parameters select the rows; all other keys that they are executed with are columns to write.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ DROP_ANSWERS = tuple(
     )
     for table in (tables.answer, tables.drawing)
 )
-"""What a candidate answered to search items, and drew of them."""
+"""Delete a candidate's answers to search items, and its drawings of them."""
 
 CHANGE_SEARCH = update(tables.search).where(tables.search.c.id == bindparam("of_search_id"))
 
 CHANGE_LEASE = update(tables.lease).where(
     *(tables.lease.c[name] == bindparam(f"of_{name}") for name in ("search_id", "epoch"))
 )
-"""The lease as long as it is of this epoch."""
+"""Update the lease if it still has this epoch."""
 
 CHANGE_OF = select(tables.candidate.c.change).where(
     tables.candidate.c.search_id == bindparam("of_search_id"), tables.candidate.c.number == bindparam("of_number")
@@ -54,12 +54,12 @@ ON_FRONT = select(tables.candidate.c.number).where(
 
 
 def put_score(dialect: str) -> Insert:
-    """New scores, or others in place of those that a candidate has by an evaluator on a split."""
+    """Insert scores, or replace those of the same candidate, evaluator and split."""
     return _put(tables.score, dialect)
 
 
 def put_drawing(dialect: str) -> Insert:
-    """New drawings, or others in place of those that a candidate has of the same items."""
+    """Insert drawings, or replace those of the same candidate and items."""
     return _put(tables.drawing, dialect)
 
 
@@ -73,17 +73,17 @@ def _put(table: Table, dialect: str) -> Insert:
 
 @cache
 def change_candidate(statuses: tuple[Status, ...] = (), attempts: Literal["any", "this", "fewer"] = "any") -> Update:
-    """A candidate as long as it is in one of these statuses, none being all, and has had so many attempts.
+    """Update a candidate if it has one of these statuses (by default any) and this number of attempts.
 
     Args:
-        attempts: any number of them, ``of_attempt``, or fewer than ``of_attempt``.
+        attempts: any number, exactly ``of_attempt``, or fewer than ``of_attempt``.
     """
     columns = tables.candidate.c
     ours = update(tables.candidate).where(
         columns.search_id == bindparam("of_search_id"), columns.number == bindparam("of_number")
     )
     if statuses:
-        # Not IN, of which SQLAlchemy writes the text anew each time.
+        # Not IN, whose text SQLAlchemy generates anew each time.
         ours = ours.where(or_(*(columns.status == status for status in statuses)))
     attempt: BindParameter[int] = bindparam("of_attempt")
     if attempts == "any":

@@ -1,4 +1,4 @@
-"""The results store: the truth about a search. One driver writes to it; everyone may read at any time."""
+"""The results store, the authoritative record of a search. One driver writes to it; anyone may read at any time."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from evomerge.errors import InputError
 from evomerge.prices import WorkerTime
 from evomerge.recipes.use import ExpertUse
 from evomerge.store import events, insertion, statements, tables
-from evomerge.store.events import Decided, Happened
+from evomerge.store.events import RaceDecision, Recordable
 from evomerge.store.fenced import FencedStore
 from evomerge.store.lease import lock_search
-from evomerge.store.outage import repeated
+from evomerge.store.outage import retrying
 from evomerge.store.rows import Answers, Estimate, ItemTexts, NewCandidate, Niches, RaceEnd, Scores, Status, Verb
 from evomerge.store.schema import make_tables
 
@@ -28,15 +28,15 @@ _RACE_ENDS: dict[str, type[events.Cached | events.Done | events.Eliminated]] = {
 
 
 class Store(FencedStore):
-    """One search in a database. ``create`` makes it, ``open`` finds it, ``lease.acquire`` lets it write.
+    """One search in a database. ``create`` makes it, ``open`` finds it, and ``lease.acquire`` permits writing.
 
-    Each writing method is one transaction that also appends an event, and raises LeaseLostError, with nothing written,
-    when this process is not the driver; StoreFullError when the disk is full; InputError when the database is locked,
-    damaged or read-only. What a method has returned from survives the death of the process; what is older than the
-    lease's heartbeat (15 s) also survives that of the machine.
+    Each writing method is one transaction that also appends an event. It raises LeaseLostError if this process is not
+    the driver, StoreFullError if the disk is full, and InputError if the database is locked, damaged or read-only;
+    nothing is written then. Once a method has returned, its data survive the death of the process; data older than the
+    lease's heartbeat (15 s) also survive a crash of the machine.
 
-    On a database server every method waits for one that is away, and has then written once or not at all, even where
-    the answer to a commit was lost: see ``outage``. Only ``create`` and ``open`` refuse at once.
+    If a database server is unavailable, every method retries, and writes exactly once or not at all, even if the
+    response to a commit is lost: see ``outage``. Only ``create`` and ``open`` fail at once.
     """
 
     @classmethod
@@ -51,17 +51,17 @@ class Store(FencedStore):
         items: Sequence[ItemTexts] = (),
         in_place_of_undriven: bool = False,
     ) -> Self:
-        """Make a store for a new search. ``place`` is the path of an SQLite file or a database URL.
+        """Create a store for a new search. ``place`` is the path of an SQLite file or a database URL.
 
-        A file holds one search; a database server holds many, told apart by ``name``. ``items`` are what people read
-        beside answers and scores.
+        A file holds one search; a database server holds many, distinguished by ``name``. ``items`` are shown to people
+        next to answers and scores.
 
         Args:
-            in_place_of_undriven: a search of that name that no driver ever held gives way: a process that was killed
-                while it made one has left it.
+            in_place_of_undriven: replace a search of the same name if no driver ever held its lease; it was left by a
+                process that was killed while creating it.
 
         Raises:
-            InputError: a search is there already, or the place cannot be written.
+            InputError: there is already a search, or the place cannot be written.
         """
         row = {"name": name, "schema_version": tables.SCHEMA_VERSION, "created_at": time.time(), "state": "created"}
         row |= {"settings": settings, "fingerprints": fingerprints, "environment": environment}
@@ -87,19 +87,19 @@ class Store(FencedStore):
             raise
         return store
 
-    @repeated
+    @retrying
     def _was_created(self, row: Mapping[str, Any]) -> bool:
         columns = tables.search.c
         ours = select(columns.id).where(columns.name == row["name"], columns.created_at == row["created_at"])
         with self.transaction(writes=True) as connection:
-            make_tables(connection, self.place)  # waits for whoever makes them
+            make_tables(connection, self.place)  # waits for other processes that create them
             return connection.execute(ours).first() is not None
 
     # What the driver writes about candidates
 
-    @repeated
+    @retrying
     def record_ask(self, step: int, candidates: Sequence[NewCandidate]) -> None:
-        """All candidates of one ask, in the order asked."""
+        """Record all candidates of one ask, in the order asked."""
         now = time.time()
 
         def write(connection: Connection) -> bool:
@@ -131,11 +131,11 @@ class Store(FencedStore):
             "asked_at": now,
         }
 
-    @repeated
+    @retrying
     def record_cached(
         self, number: int, same_as: int, objectives: Mapping[str, Estimate], *, eligible: bool = True
     ) -> None:
-        """A candidate that was asked is answered by the scores of another, of the same recipe."""
+        """Record that a candidate reuses the scores of another one with the same recipe."""
         values = {"status": "cached", "same_as": same_as, "finished_at": time.time(), "eligible": eligible}
 
         def write(connection: Connection) -> bool:
@@ -148,11 +148,11 @@ class Store(FencedStore):
 
         self._write(write)
 
-    @repeated
-    def record_dispatch(self, number: int, attempt: int, worker: str, decided: Decided | None = None) -> None:
-        """An attempt begins. Attempts count from 1; a higher one makes every lower one stale.
+    @retrying
+    def record_dispatch(self, number: int, attempt: int, worker: str, decided: RaceDecision | None = None) -> None:
+        """Record that an attempt begins. Attempts count from 1; a higher one makes every lower one stale.
 
-        ``decided`` is kept in the event: what was decided of the candidate's race, that it goes on to this attempt.
+        ``decided`` is kept in the event: the decision in the candidate's race that led to this attempt.
         """
         values = {"status": "running", "attempts": attempt, "worker": worker}
 
@@ -165,7 +165,7 @@ class Store(FencedStore):
 
         self._write(write)
 
-    @repeated
+    @retrying
     def record_result(
         self,
         number: int,
@@ -180,9 +180,9 @@ class Store(FencedStore):
         change: float | None = None,
         uses: Mapping[str, ExpertUse] = MappingProxyType({}),
     ) -> bool:
-        """An attempt succeeded. False, and only an event "stale", when it is not the one that runs.
+        """Record that an attempt succeeded. If it is not the running one, only record an event "stale", return False.
 
-        ``uses`` says how a model of experts used them, by the evaluator's name.
+        ``uses`` says how a model with experts used them, by evaluator name.
         """
         values: dict[str, Any] = {"status": "done", "timings": dict(timings), "failure": None, "worker": worker}
         values |= {"eligible": eligible, "change": change}
@@ -199,7 +199,7 @@ class Store(FencedStore):
 
         return self._write(write)
 
-    @repeated
+    @retrying
     def record_rung(
         self,
         number: int,
@@ -212,10 +212,10 @@ class Store(FencedStore):
         change: float | None = None,
         uses: Mapping[str, ExpertUse] = MappingProxyType({}),
     ) -> bool:
-        """An attempt scored a candidate up to a rung of its race; it waits for the race to go on.
+        """Record that an attempt scored a candidate up to a rung of its race; it waits for the race to continue.
 
-        ``scores`` and ``timings`` are all of its so far, ``answers`` and ``uses`` those of the attempt. False as for
-        ``record_result``.
+        ``scores`` and ``timings`` are those of all attempts so far, ``answers`` and ``uses`` those of this attempt.
+        Returns False as ``record_result`` does.
         """
         values = {"status": "asked", "timings": dict(timings), "failure": None, "worker": worker, "change": change}
 
@@ -231,9 +231,9 @@ class Store(FencedStore):
 
         return self._write(write)
 
-    @repeated
+    @retrying
     def record_failure(self, number: int, attempt: int, failure: Mapping[str, Any], *, final: bool) -> bool:
-        """An attempt failed: for good, or to be asked for again. False as for ``record_result``."""
+        """Record that an attempt failed, finally or to be retried. Returns False as ``record_result`` does."""
         values: dict[str, Any] = {"status": "asked", "failure": dict(failure)}
         if final:
             values |= {"status": "failed", "finished_at": time.time()}
@@ -246,11 +246,11 @@ class Store(FencedStore):
 
         return self._write(write)
 
-    @repeated
+    @retrying
     def record_scores(
         self, number: int, attempt: int, scores: Sequence[Scores], *, answers: Sequence[Answers] = ()
     ) -> None:
-        """More scores of a finished candidate, such as those on held-out items. They replace older ones like them."""
+        """Record more scores of a finished candidate, such as those on held-out items, replacing earlier ones."""
 
         def write(connection: Connection) -> bool:
             insertion.insert_scores(connection, self.search_id, number, scores)
@@ -261,7 +261,7 @@ class Store(FencedStore):
 
         self._write(write)
 
-    @repeated
+    @retrying
     def record_tell(
         self,
         step: int,
@@ -274,10 +274,9 @@ class Store(FencedStore):
         niches: Niches | None = None,
         without_answers: Sequence[int] = (),
     ) -> None:
-        """What the optimizer was told, in the order told; the candidates that form the Pareto front now; the seconds
-        that drivers have spent on the search, and how long workers were held where that grew; how a race ended for
-        those that were still in it; of a search with features, what changed in its niches; and the candidates whose
-        answers to search items are no longer kept.
+        """Record a tell and everything that changes with it: what the optimizer was told, in order; the new Pareto
+        front; the seconds that drivers have spent on the search, and the worker time if it has grown; the ends of
+        races; changed niches of a search with features; and the candidates whose answers to search items are dropped.
         """
 
         def write(connection: Connection) -> bool:
@@ -295,9 +294,9 @@ class Store(FencedStore):
 
         self._write(write)
 
-    @repeated
+    @retrying
     def drop_answers(self, numbers: Sequence[int]) -> None:
-        """Keep no longer what these candidates answered to search items."""
+        """Delete the answers of these candidates to search items."""
         with self.writing() as connection:
             self._drop_answers(connection, numbers)
 
@@ -322,7 +321,7 @@ class Store(FencedStore):
         self.append_event(connection, _RACE_ENDS[outcome.status](items=items), outcome.number)
 
     def _set_front(self, connection: Connection, after: set[int]) -> None:
-        if self._front is None or self._front[0] != self.epoch:  # within an epoch nobody else writes
+        if self._front is None or self._front[0] != self.epoch:  # nobody else writes within an epoch
             numbers = connection.execute(statements.ON_FRONT, {"of_search_id": self.search_id}).scalars()
             self._front = (self.epoch, set(numbers))
         before = self._front[1]
@@ -341,47 +340,47 @@ class Store(FencedStore):
 
     # What the driver writes about the search
 
-    @repeated
+    @retrying
     def set_state(
         self, state: str, *, why: str = "", spent_s: float | None = None, worker_time: WorkerTime | None = None
     ) -> None:
-        """What the search is doing now; ``why`` says what ended it. The seconds spent, and how long workers were held,
-        are given where they grew.
+        """Record the state of the search; ``why`` says what ended it. The seconds spent and the worker time are given
+        if they have grown.
         """
         spent = ({} if spent_s is None else {"spent_s": spent_s}) | _columns_of(worker_time)
         with self.writing() as connection:
             self._change_search(connection, state=state, why=why, **spent)
             self.append_event(connection, events.State(state=state, why=why))
 
-    @repeated
+    @retrying
     def update_settings(self, settings: Mapping[str, Any]) -> None:
-        """Replace the resolved search file, as when its budget is raised; the event keeps the one before."""
+        """Replace the resolved search file, for example when its budget is raised; the event keeps the previous one."""
         with self.writing() as connection:
             query = select(tables.search.c.settings).where(tables.search.c.id == self.search_id)
             before = connection.execute(query).scalar_one()
             self._change_search(connection, settings=settings)
             self.append_event(connection, events.SettingsChanged(before=before))
 
-    @repeated
+    @retrying
     def record_selection(
         self, settings: Mapping[str, Any], fingerprints: Mapping[str, Any], selected: events.Selected
     ) -> None:
-        """Go on with the sources that were chosen; the event says which, and why."""
+        """Continue with the selected sources; the event says which ones, and why."""
         with self.writing() as connection:
             self._change_search(connection, settings=settings, fingerprints=fingerprints)
             self.append_event(connection, selected)
 
-    @repeated
+    @retrying
     def change_evaluators(
         self, fingerprints: Mapping[str, Any], items: Sequence[ItemTexts], changed: events.EvaluatorsChanged
     ) -> None:
-        """Take up evaluators that have changed and score as recorded; ``items`` replace those of the same split."""
+        """Adopt changed evaluators that score as recorded; ``items`` replace those of the same split."""
         with self.writing() as connection:
             self._change_search(connection, fingerprints=fingerprints)
             insertion.insert_items(connection, self.search_id, items)
             self.append_event(connection, changed)
 
-    @repeated
+    @retrying
     def begin_again(
         self,
         *,
@@ -390,7 +389,7 @@ class Store(FencedStore):
         environment: Mapping[str, Any],
         items: Sequence[ItemTexts],
     ) -> None:
-        """Make a new search of one in which nothing was scored: what was asked and told is gone."""
+        """Start over a search in which nothing was scored: all asks and tells are deleted."""
         with self.writing() as connection:
             insertion.drop_contents(connection, self.search_id)
             self._front = None
@@ -407,8 +406,8 @@ class Store(FencedStore):
             insertion.insert_items(connection, self.search_id, items)
             self.append_event(connection, events.BeganAgain())
 
-    @repeated
-    def record_event(self, event: Happened) -> None:
+    @retrying
+    def record_event(self, event: Recordable) -> None:
         def write(connection: Connection) -> bool:
             self.append_event(connection, event)
             return True
@@ -421,22 +420,22 @@ class Store(FencedStore):
     # Commands: written by anyone, taken by the driver
 
     def request_command(self, verb: Verb) -> None:
-        """Ask the driver to pause, resume, stop or cancel. Needs no lease."""
+        """Send the driver a command: pause, resume, stop or cancel. This needs no lease."""
         if verb not in get_args(Verb):
             raise ValueError(f"unknown command {verb!r}")
         self._insert_command({"search_id": self.search_id, "verb": verb, "requested_at": time.time()})
 
-    @repeated
+    @retrying
     def _insert_command(self, row: Mapping[str, Any]) -> None:
         ours = [tables.command.c[name] == value for name, value in row.items()]
         with self.transaction(writes=True) as connection:
-            lock_search(connection, self.search_id)  # so that an earlier try has ended, one way or the other
+            lock_search(connection, self.search_id)  # so that an earlier try has either succeeded or failed
             if connection.execute(select(tables.command.c.id).where(*ours)).first() is None:
                 connection.execute(insert(tables.command), row)
 
-    @repeated
+    @retrying
     def take_commands(self) -> list[Verb]:
-        """The commands given since the last call, oldest first; each is taken once."""
+        """The commands received since the last call, oldest first; each is returned once."""
         columns = tables.command.c
         waiting = (
             select(columns.id, columns.verb)
@@ -444,7 +443,7 @@ class Store(FencedStore):
             .order_by(columns.id)
         )
         with self.transaction() as connection:
-            if connection.execute(waiting).first() is None:  # nearly always: then no write
+            if connection.execute(waiting).first() is None:  # almost always, and then nothing is written
                 return []
         with self.writing() as connection:
             rows = connection.execute(waiting).all()
@@ -470,7 +469,7 @@ class Store(FencedStore):
         attempt: int | None = None,
         fewer_attempts_than: int | None = None,
     ) -> bool:
-        """Update a candidate, where these are given only in one of ``statuses``, only at an attempt; whether it was."""
+        """Update a candidate, optionally only in one of ``statuses`` or at an attempt; returns whether it was updated."""
         which = {"of_search_id": self.search_id, "of_number": number}
         attempts: Literal["any", "this", "fewer"] = "any"
         if attempt is not None:
@@ -481,12 +480,12 @@ class Store(FencedStore):
         return connection.execute(changing, {**values, **which}).rowcount == 1
 
     def _change_of(self, connection: Connection, number: int) -> dict[str, float | None]:
-        """The column that says how far a candidate is from the base, for another of its recipe."""
+        """The distance of a candidate from the base, as a column for another one with the same recipe."""
         which = {"of_search_id": self.search_id, "of_number": number}
         return {"change": connection.execute(statements.CHANGE_OF, which).scalar_one()}
 
     def _finish(self, connection: Connection, number: int, attempt: int, what: str, values: Mapping[str, Any]) -> bool:
-        """End a running attempt; an answer that comes too late, or twice, leaves a mark and no more."""
+        """End a running attempt; a result that comes too late, or twice, only records an event."""
         if self._change(connection, number, values, ("running",), attempt=attempt):
             return True
         self.append_event(connection, events.Stale(what=what), number, attempt)

@@ -1,6 +1,6 @@
-"""Light queries over many candidates, for pages and pictures: no recipe is decompressed.
+"""Cheap queries over many candidates, for pages and figures: no recipe is decompressed.
 
-They cost milliseconds where ``Store.candidates`` takes seconds: 10,000 candidates of 200 parameters in 20 to 60 ms.
+They take milliseconds where ``Store.candidates`` takes seconds: 20 to 60 ms for 10,000 candidates of 200 parameters.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from sqlalchemy import Select, func, select
 
 from evomerge.store import tables
 from evomerge.store.events import event_rows
-from evomerge.store.outage import ride_out
+from evomerge.store.outage import with_retries
 from evomerge.store.reading import ReadStore
 from evomerge.store.rows import EventRow, ListedCandidate, Status
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """How a list of candidates is sorted: by number, or by an objective, where only those that have a value are in it.
+    """How a list of candidates is sorted: by number, or by an objective, which leaves out candidates without a value.
 
-    Of equals those on the front come first, then those of lower number. ``after`` is where the list goes on: the number
-    of the last one seen, or its mean, whether it is on the front (1 or 0), and its number.
+    Among equals, those on the front come first, then those with lower numbers. ``after`` is the cursor: the number of
+    the last candidate seen, or its mean, whether it is on the front (1 or 0), and its number.
     """
 
     objective: str | None = None
@@ -35,11 +35,11 @@ class Order:
 
 
 Measured = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]
-"""Means, standard errors and how many items they are of, for some candidates, [n] each; NaN and 0 where not known."""
+"""Means, standard errors and numbers of items for some candidates, [n] each; NaN and 0 if unknown."""
 
 
 def columns(store: ReadStore, names: Sequence[str]) -> dict[str, list[Any]]:
-    """These columns of ``tables.candidate``, each a list over all candidates by number.
+    """These columns of ``tables.candidate``, each a list over all candidates, ordered by number.
 
     Raises:
         KeyError: there is no such column.
@@ -50,7 +50,7 @@ def columns(store: ReadStore, names: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def measured(store: ReadStore, objective: str, numbers: NDArray[np.int64]) -> Measured:
-    """What these candidates, by rising number, are worth in one objective or constraint."""
+    """The measures of these candidates, in ascending order of number, in one objective or constraint."""
     table = tables.objective.c
     query = select(table.candidate, table.mean, table.stderr, table.n)
     query = query.where(table.search_id == store.search_id, table.name == objective, table.mean.is_not(None))
@@ -58,13 +58,13 @@ def measured(store: ReadStore, objective: str, numbers: NDArray[np.int64]) -> Me
     means, errors = np.full((2, len(numbers)), np.nan)
     items = np.zeros(len(numbers), dtype=np.int64)
     for number, mean, stderr, n in _all(store, query):
-        if (place := place_of.get(number)) is not None:  # else it came after these
+        if (place := place_of.get(number)) is not None:  # otherwise it is newer than these
             means[place], errors[place], items[place] = mean, math.nan if stderr is None else stderr, n
     return means, errors, items
 
 
 def genomes(store: ReadStore) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Every genome: numbers int64 [n] of the candidates that have one, and genomes float64 [n, parameters]."""
+    """All genomes: numbers int64 [n] of the candidates that have one, and genomes float64 [n, parameters]."""
     table = tables.recipe.c
     query = select(table.candidate, table.genome).where(table.search_id == store.search_id, table.genome.is_not(None))
     rows = _all(store, query.order_by(table.candidate))
@@ -73,14 +73,14 @@ def genomes(store: ReadStore) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
 
 
 def genomes_of(store: ReadStore, numbers: Collection[int]) -> dict[int, NDArray[np.float64]]:
-    """The genomes of these candidates, float64 [parameters] each, by number; of those that have one."""
+    """The genomes of those of these candidates that have one, float64 [parameters] each, by number."""
     table = tables.recipe.c
     query = select(table.candidate, table.genome).where(table.search_id == store.search_id, table.genome.is_not(None))
     return {row[0]: row[1] for row in _all(store, query.where(table.candidate.in_(list(numbers))))}
 
 
 def best_so_far(store: ReadStore, objective: str, *, maximise: bool) -> list[tuple[int, float]]:
-    """The candidates that were the best when they came, and their means: those eligible, in the order of number."""
+    """The eligible candidates that were better than all earlier ones, with their means, in order of number."""
     table, candidates = tables.objective.c, tables.candidate.c
     query = select(candidates.number, table.mean).join_from(
         tables.objective,
@@ -97,14 +97,14 @@ def best_so_far(store: ReadStore, objective: str, *, maximise: bool) -> list[tup
 
 
 def candidates(store: ReadStore, numbers: Collection[int]) -> list[ListedCandidate]:
-    """These candidates, by number; those that there are."""
+    """Those of these candidates that exist, by number."""
     number = tables.candidate.c.number
     query = select(tables.candidate).where(*_of(store), number.in_(list(numbers))).order_by(number)
     return store.read_candidates(query, ListedCandidate)
 
 
 def baselines(store: ReadStore) -> list[ListedCandidate]:
-    """The candidates that were asked first, before any of the optimizer's."""
+    """The baselines: the candidates that were asked for before those of the optimizer."""
     query = (
         select(tables.candidate).where(*_of(store), tables.candidate.c.step == 0).order_by(tables.candidate.c.number)
     )
@@ -120,8 +120,8 @@ def page(
     origin: str | None = None,
     front: bool = False,
 ) -> list[ListedCandidate]:
-    """At most ``limit`` candidates that fit, from where ``order.after`` says: a page of a list, at the same price
-    wherever it is.
+    """A page of a list: at most ``limit`` matching candidates after the cursor ``order.after``. All pages cost the
+    same.
     """
     candidates, table = tables.candidate.c, tables.objective.c
     query = select(tables.candidate).where(*_of(store))
@@ -141,7 +141,7 @@ def page(
         query = query.join(tables.objective, its).where(table.name == order.objective, table.mean.is_not(None))
         if order.after:
             last, on_front, last_number = order.after
-            query = query.where(mean <= last if order.descending else mean >= last)  # which the index can begin at
+            query = query.where(mean <= last if order.descending else mean >= last)  # lets the index start there
             later = number > last_number
             if on_front:
                 query = query.where((mean != last) | ~candidates.on_front | later)
@@ -161,11 +161,11 @@ def events_after(store: ReadStore, seq: int, limit: int) -> list[EventRow]:
         with store.transaction() as connection:
             return event_rows(connection.execute(query))
 
-    return ride_out(read)
+    return with_retries(read)
 
 
 def last_event(store: ReadStore) -> int:
-    """The seq of the newest event; it grows with everything that is written to the search."""
+    """The seq of the newest event; it grows with every write to the search."""
     query = select(func.max(tables.event.c.seq)).where(tables.event.c.search_id == store.search_id)
     return int(_all(store, query)[0][0] or 0)
 
@@ -179,4 +179,4 @@ def _all(store: ReadStore, query: Select[Any]) -> Sequence[Any]:
         with store.transaction() as connection:
             return connection.execute(query).all()
 
-    return ride_out(read)
+    return with_retries(read)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from evomerge.errors import InputError
-from evomerge.store.events import CopyingNews
+from evomerge.store.events import CopyingState
 from evomerge.store.lease import Holder, Lease, LeaseLostError, acquire, current_holder
 from evomerge.store.store import Store
 from evomerge.testing.store_fixtures import StoreFixtures, candidate, estimate, expire, scores
@@ -77,7 +77,7 @@ class LeaseContract(StoreFixtures):
                 lambda: store.record_tell(0, {0: [0.0]}, front=(0,), spent_s=1.0),
                 lambda: store.set_state("done"),
                 lambda: store.update_settings({}),
-                lambda: store.record_event(CopyingNews(state="ended", why="")),
+                lambda: store.record_event(CopyingState(state="ended", why="")),
                 lease.renew,
             ):
                 with pytest.raises(LeaseLostError, match="taken over"):

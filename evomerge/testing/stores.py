@@ -13,7 +13,7 @@ from sqlalchemy import update
 
 from evomerge.errors import InputError
 from evomerge.store import tables
-from evomerge.store.events import CopyingNews, Screening
+from evomerge.store.events import CopyingState, Screening
 from evomerge.store.lease import Lease
 from evomerge.store.rows import Answers, Estimate, Scores
 from evomerge.store.store import Store
@@ -206,38 +206,38 @@ class StoreContract(LeaseContract):
             assert store.candidate(number).status == "running"
 
         def end_and_fail() -> None:
-            with store.at_once():
+            with store.atomically():
                 end(0)
                 raise KeyError
 
         with pytest.raises(KeyError):
             end_and_fail()
         assert store.candidate(0).status == "running"
-        with store.at_once():
+        with store.atomically():
             end(0)
             end(1)
         assert [store.candidate(number).status for number in (0, 1)] == ["done", "done"]
-        with pytest.raises(ValueError, match="had ended"), store.at_once():
+        with pytest.raises(ValueError, match="had ended"), store.atomically():
             store.record_result(0, 1, [scores()], {}, {"acc": estimate(0.5)}, "w")
 
     def test_what_is_gathered_is_one_transaction_in_its_order_and_can_be_read(self, store: Store, lease: Lease) -> None:
         before = store.writes
-        with store.gathering():
+        with store.batching():
             store.record_ask(0, [candidate(0), candidate(1)])
             store.record_dispatch(0, 1, "w")
-            with store.at_once():
+            with store.atomically():
                 assert store.record_result(0, 1, [scores()], {}, {"acc": estimate(0.5)}, "w")
             store.record_tell(0, {0: [-0.5]}, front=(0,), spent_s=1.0)
         assert store.writes == before + 1
         assert [event.kind for event in store.events()][-5:] == ["ask", "dispatch", "result", "front", "tell"]
-        with store.gathering():
+        with store.batching():
             store.record_dispatch(1, 1, "w")
             assert store.candidate(1).status == "running"  # which writes what came before
             store.record_tell(1, {}, front=(), spent_s=2.0)
         assert store.writes == before + 3
 
         def fail() -> None:
-            with store.gathering():
+            with store.batching():
                 store.record_failure(1, 1, {"reason": "error", "message": "broken"}, final=True)
                 raise KeyError
 
@@ -425,7 +425,7 @@ class StoreContract(LeaseContract):
         thread.start()
         taken: list[str] = []
         while thread.is_alive():
-            store.record_event(CopyingNews(state="ended", why=""))
+            store.record_event(CopyingState(state="ended", why=""))
             taken += store.take_commands()
         thread.join()
         assert len(taken + store.take_commands()) == 30

@@ -153,8 +153,8 @@ class Confirmation:
             )
         )
 
-    def at_once(self) -> AbstractContextManager[None]:
-        return self._store.at_once()
+    def atomically(self) -> AbstractContextManager[None]:
+        return self._store.atomically()
 
     def late(self, finished: Finished) -> None:
         self._store.record_event(Stale(candidate=finished.candidate, attempt=finished.attempt))

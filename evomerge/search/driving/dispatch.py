@@ -76,7 +76,7 @@ class Recorder(Protocol):
 
     def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None: ...
 
-    def at_once(self) -> AbstractContextManager[None]:
+    def atomically(self) -> AbstractContextManager[None]:
         """What is measured or failed within is one transaction in place of several."""
         ...
 
@@ -93,7 +93,7 @@ class OfNoCandidate:
 
     def dispatched(self, pending: Pending) -> None: ...
 
-    def at_once(self) -> AbstractContextManager[None]:
+    def atomically(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def late(self, finished: Finished) -> None: ...
@@ -140,7 +140,7 @@ class Dispatcher:
         deadlines: how long an attempt may take; the worker of one that takes longer is at fault.
         report: takes what happens to nodes and workers.
         progress: counts the item scores that come in.
-        gathering: what is recorded within is one transaction, as far as nothing is read in between.
+        batching: what is recorded within is one transaction, as far as nothing is read in between.
         check: called before anything is scored and before any result counts; raises InputError where what is scored is
             not what it was.
     """
@@ -155,7 +155,7 @@ class Dispatcher:
         report: Callable[[PoolNews], None] = lambda news: None,
         check: Callable[[], None] = lambda: None,
         progress: Progress | None = None,
-        gathering: Callable[[], AbstractContextManager[None]] = nullcontext,
+        batching: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._pool = pool
         self._control = control
@@ -165,7 +165,7 @@ class Dispatcher:
         self._report = report
         self._check = check
         self.progress = progress or Progress()
-        self._gathering = gathering
+        self._batching = batching
         self._checked_at = float("-inf")
         self._has_scored = False
         self._deaths = 0  # of workers, while none has given a score
@@ -188,7 +188,7 @@ class Dispatcher:
             self._control.poll()
             rests = self._pool.now() < self._rests_until
             held_up = self._control.paused or self._control.stopping or rests  # a cancelled one is stopping too
-            with self._gathering():
+            with self._batching():
                 for again in self._end_all(ended, begun, jobs, recorder):
                     if self._deaths and (other := feed()) is not None:
                         jobs.waiting += [other, again]  # whether another one fares better says whose fault it is
@@ -221,7 +221,7 @@ class Dispatcher:
         if not ended:
             return []
         retried: list[Pending] = []
-        with recorder.at_once():
+        with recorder.atomically():
             for finished in ended:
                 pending = jobs.running.get(finished.candidate)
                 if pending is None or pending.attempt != finished.attempt:

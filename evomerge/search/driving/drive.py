@@ -59,5 +59,5 @@ class Drive:
         """What scores candidates on the pool, and records what happens to nodes and workers."""
         return Dispatcher(
             self.pool, self.control, self.setup.attempts, self._turn, deadlines, self.store.record_event, self.check,
-            self.progress, self.store.gathering,
+            self.progress, self.store.batching,
         )  # fmt: skip

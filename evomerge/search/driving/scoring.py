@@ -387,8 +387,8 @@ class CandidateScoring(ABC):
         if final:
             self._of(finished.candidate).status = "failed"
 
-    def at_once(self) -> AbstractContextManager[None]:
-        return self._store.at_once()
+    def atomically(self) -> AbstractContextManager[None]:
+        return self._store.atomically()
 
     def late(self, finished: Finished) -> None:
         self._store.record_event(Stale(candidate=finished.candidate, attempt=finished.attempt))

@@ -26,7 +26,7 @@ from evomerge.search.driving.scoring import CandidateScoring
 from evomerge.search.preparing.setup import Counts, Setup
 from evomerge.search.work.jobs import Descended, Failed, Finished, Measured
 from evomerge.store import EventRow, Store
-from evomerge.store.events import Ask, Decided, Dispatch, Failure
+from evomerge.store.events import Ask, Dispatch, Failure, RaceDecision
 
 RECENT = 2
 """Generations' worth of told candidates that a new one is compared with."""
@@ -176,7 +176,7 @@ class SteadyScoring(CandidateScoring):
         self._remember_screened([c for c in open_ if c.number in decided and decided[c.number].rung != SCREEN])
         self.back = deque(_as_queued(open_, events))
 
-    def _decide_again(self, candidate: Candidate, decided: Decided) -> None:
+    def _decide_again(self, candidate: Candidate, decided: RaceDecision) -> None:
         """Take what was decided of a candidate when it was last sent to a worker."""
         candidate.reached, candidate.out, rung = decided.reached, decided.out, decided.rung
         if rung != SCREEN:
@@ -200,7 +200,7 @@ class SteadyScoring(CandidateScoring):
         c = self._of(pending.number)
         counts = self._wanted[c.number]
         rung = self._rungs.index(counts) if counts in self._rungs else SCREEN
-        decided = None if c.step == 0 else Decided(reached=c.reached, out=c.out, rung=rung)
+        decided = None if c.step == 0 else RaceDecision(reached=c.reached, out=c.out, rung=rung)
         c.attempts = pending.attempt
         self._store.record_dispatch(pending.number, pending.attempt, "", decided)
 

@@ -24,7 +24,7 @@ from evomerge.objects import PARTIAL, Storage, StorageError
 from evomerge.search.opening.claim import BEAT_S, RECORD, Claim, TakenUpError
 from evomerge.search.settings.folder import FILE_NAME, STORE_NAME, has_store
 from evomerge.store import Store
-from evomerge.store.events import CopyingNews
+from evomerge.store.events import CopyingState
 
 EVERY_S = 60.0
 """How long copying rests between two turns."""
@@ -77,7 +77,7 @@ class Artifacts:
         self._copied: dict[Path, object] = {}
         self._fault = ""
         self._lost = False
-        self._news: deque[CopyingNews] = deque()
+        self._news: deque[CopyingState] = deque()
         self._ended = threading.Event()
         self._threads = [
             threading.Thread(target=self._copy, name="artifacts", daemon=True),
@@ -148,7 +148,7 @@ class Artifacts:
         return False
 
     def _tell(self, state: str, why: str) -> None:
-        self._news.append(CopyingNews(state=state, why=why))
+        self._news.append(CopyingState(state=state, why=why))
         if why:
             _log.warning("%s: %s", "copying ended" if state == "ended" else "not copied, to be tried again", why)
 

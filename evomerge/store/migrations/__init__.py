@@ -1,1 +1,1 @@
-"""How stores of older programs become stores of this one: one file for each format, run by Alembic in its order."""
+"""Migrations of stores from older programs: one file for each format, run in order by Alembic."""

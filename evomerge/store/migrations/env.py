@@ -1,4 +1,4 @@
-"""What Alembic runs: the migrations, on the connection and in the transaction that ``schema.migrate`` gives it."""
+"""Alembic's entry point: runs the migrations on the connection and in the transaction of ``schema.migrate``."""
 
 from __future__ import annotations
 

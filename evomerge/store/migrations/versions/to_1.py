@@ -1,4 +1,4 @@
-"""Format 1: stores that were made before there were migrations."""
+"""Format 1: stores that were created before there were migrations."""
 
 from __future__ import annotations
 

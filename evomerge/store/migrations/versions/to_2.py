@@ -1,6 +1,6 @@
 """Format 2: whether a candidate may be on the front and be confirmed.
 
-In format 1 every candidate was scored on all items and there were no constraints, so each that has scores may.
+In format 1 every candidate was scored on all items and there were no constraints, so all candidates with scores may.
 """
 
 from __future__ import annotations

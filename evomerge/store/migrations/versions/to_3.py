@@ -1,6 +1,6 @@
 """Format 3: leases by a clock that nobody can set, and a count of the driver's writes.
 
-Where that clock has not been written yet, the database's decides. The count starts with each driver.
+If that clock has not been written yet, the database's clock is used. The count starts again with each driver.
 """
 
 from __future__ import annotations

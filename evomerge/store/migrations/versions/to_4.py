@@ -1,4 +1,4 @@
-"""Format 4: what models answered, and what the items ask. Searches of older programs have none of either."""
+"""Format 4: the answers of models, and the texts of items. Searches of older programs have neither."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Format 6: how long workers and their GPUs were held for a search. Of the searches of older programs nobody knows."""
+"""Format 6: how long workers and their GPUs were used for a search. Unknown for searches of older programs."""
 
 from __future__ import annotations
 

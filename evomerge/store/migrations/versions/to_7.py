@@ -1,4 +1,4 @@
-"""Format 7: how far each candidate is from the base. Of those of older programs nobody has measured it."""
+"""Format 7: the distance of each candidate from the base. Not measured in searches of older programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Format 8: small copies of the pictures that items show. Searches of older programs have none."""
+"""Format 8: thumbnails of the pictures that items show. Searches of older programs have none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Format 9: small copies of the pictures that were made with candidates. Searches of older programs have none."""
+"""Format 9: thumbnails of the pictures that were made with candidates. Searches of older programs have none."""
 
 from __future__ import annotations
 
