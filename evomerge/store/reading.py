@@ -300,7 +300,7 @@ class ReadStore:
 
     @retrying
     def items_scored(self, objectives: Collection[str]) -> int:
-        """The number of item scores behind the values of these objectives, over all candidates with their own scores."""
+        """The number of item scores behind the values of these objectives, over candidates with their own scores."""
         columns, measured = tables.candidate.c, tables.objective.c
         answered = select(columns.number).where(columns.search_id == self.search_id, columns.same_as.is_not(None))
         query = select(func.coalesce(func.sum(measured.n), 0)).where(

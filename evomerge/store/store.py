@@ -469,7 +469,7 @@ class Store(FencedStore):
         attempt: int | None = None,
         fewer_attempts_than: int | None = None,
     ) -> bool:
-        """Update a candidate, optionally only in one of ``statuses`` or at an attempt; returns whether it was updated."""
+        """Update a candidate, optionally only in one of ``statuses`` or at an attempt; returns whether it changed."""
         which = {"of_search_id": self.search_id, "of_number": number}
         attempts: Literal["any", "this", "fewer"] = "any"
         if attempt is not None:
