@@ -6,6 +6,7 @@ and a loss of every objective. Kendall's tau of the latest of these says whether
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -20,8 +21,11 @@ MIN_POINTS = 6
 MAX_POINTS = 12
 """Only the latest points count: a proxy that leads far from poor models may say nothing of good ones."""
 
-MIN_TAU = 0.0
-"""Below it the proxy leads away from what is wanted, and is not followed on once it has found nothing for a while."""
+SURE = 1.28
+"""Standard deviations of tau below 0 at which the proxy surely leads away: one-sided, with 90%.
+
+Where a path no longer improves, tau is as often below 0 as above, and what helps is a lower rate.
+"""
 
 
 class Agreement:
@@ -44,7 +48,12 @@ class Agreement:
 
     @property
     def is_low(self) -> bool:
-        return self.points >= MIN_POINTS and self.tau < MIN_TAU
+        """Whether the objectives surely disagree with the proxy.
+
+        Without correlation the variance of tau is 2 (2n + 5) / (9n (n - 1)) (Kendall, Biometrika 30, 1938).
+        """
+        n = self.points
+        return n >= MIN_POINTS and self.tau < -SURE * math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
 
     def take(self, value: float, losses: Sequence[float]) -> None:
         """Take a point: the proxy there, and its losses; one that failed says nothing."""
