@@ -110,14 +110,15 @@ class FarFromASource(FakeSpace):
         yield Baseline("defaults", "default", self.decode(np.zeros(n)), np.zeros(n))
 
 
-def test_a_proxy_is_followed_as_long_as_its_path_improves_however_good_a_source_is(tmp_path: Path) -> None:
-    setup = replace(proxied(candidates=80), space=FarFromASource(12))
+def test_while_the_best_is_a_source_a_proxy_starts_again_from_the_best_of_its_own_points(tmp_path: Path) -> None:
+    setup = replace(proxied(candidates=200), space=FarFromASource(12))
     drive(tmp_path, replace(setup, proxy=replace(PROXY, evaluator=1, rate=0.004)), simulation=towards(BEST))
     found = descents(tmp_path)
-    arrived = math.ceil(BEST / (16 * 0.004))  # after so many descents
-    assert arrived > 2 * PATIENCE
-    assert len(found) >= arrived
-    assert {descent.rate for descent in found[:arrived]} == {0.004}
+    starts, rates = [d.proxy[0] for d in found], [d.rate for d in found]
+    # At each rate as many descents as there is patience for, however much each of them improves.
+    assert rates[: 4 * PATIENCE] == [0.004 / 2**halvings for halvings in range(4) for _ in range(PATIENCE)]
+    assert starts[0] == pytest.approx(BEST)
+    assert max(starts[PATIENCE:]) < starts[2]
 
 
 def agreements(folder: Path) -> list[Agreed]:

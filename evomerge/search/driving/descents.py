@@ -2,10 +2,10 @@
 
 The proxy is smooth and knows nothing of how answers are graded: followed too far, it leads away from what is wanted,
 and on the way to something better it may lead through something worse. So it decides nothing. Its points are scored
-like any candidate, and it is followed from its last point as long as it makes progress now and then: a point that is
-better than all before it, whether or not it is already better than the best candidate, which may be a source that the
-path starts far below. Without progress for a while it starts again from the best candidate, at half the rate, and in
-the end it stops: at once if the objectives disagree with it (``estimation/agreement.py``).
+like any candidate, and it is followed from its last point as long as it leads to a new best one now and then. If it has
+not for a while, it starts again from the best candidate at half the rate; if no candidate of the search is better than
+the sources yet, from the best of its own points. At the lowest rate it stops once its points do not improve any more,
+and at any rate if the objectives surely disagree with it (``estimation/agreement.py``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from evomerge.store import Store
 from evomerge.store.events import Descent, DescentFailed
 
 PATIENCE = 4
-"""Generations that the proxy is followed without progress, including those whose descent failed."""
+"""Generations that the proxy is followed without a new best candidate, including those whose descent failed."""
 
 HALVINGS = 3
 """How often its rate is halved before it rests; a best candidate from elsewhere wakes it."""
@@ -50,10 +50,11 @@ class Descents:
         self._logs = logs
         self.rate: float | None = proxy.rate
         self._at: Genome | None = None
-        self._vain = 0  # generations since the last progress
+        self._vain = 0  # generations since the last that found a new best candidate, or since the last start
+        self._idle = 0  # generations since the points of descents improved
         self._best: Genome | None = None  # the newest candidate on the front that is a point of the space
-        self._farthest: Genome | None = None  # the newest point of a descent that was progress
         self._reached: Mapping[int, Sequence[float]] = {}  # the front of the points of descents: losses by number
+        self._farthest: Genome | None = None  # the newest point on it
         self._points: Sequence[Genome] = ()
         self.agreement = Agreement()
         descents = (event.read(Descent) for event in store.events(kinds=("descent",)))
@@ -97,18 +98,19 @@ class Descents:
             if path:
                 self._at = path[-1].genome
                 self._audit(path)
-            self._vain = 0 if self._advanced(path, front) else self._vain + 1
+            self._vain = 0 if any(c.number in front for c in path) else self._vain + 1
+            self._compare(path)
             if self._vain >= PATIENCE:
                 self._begin_again()
         elif new:
             self.rate, self._at, self._vain = self._proxy.rate / 2**HALVINGS, self._best, 0
 
-    def _advanced(self, path: Sequence[Candidate], front: Collection[int]) -> bool:
-        """Whether a point is on the front, or no point of a descent so far dominates it."""
+    def _compare(self, path: Sequence[Candidate]) -> None:
+        """Compare the points of a step with those of all descents before."""
         self._reached = extend_front(self._reached, {c.number: c.losses for c in path if c.losses})
-        new = [c.genome for c in path if c.number in front or c.number in self._reached]
-        self._farthest = new[-1] if new else self._farthest
-        return bool(new)
+        better = [c.genome for c in path if c.number in self._reached]
+        self._idle = 0 if better else self._idle + 1
+        self._farthest = better[-1] if better else self._farthest
 
     def _audit(self, path: Sequence[Candidate]) -> None:
         """Compare what was scored of the points of a step with what the proxy was there."""
@@ -117,9 +119,10 @@ class Descents:
 
     def _begin_again(self) -> None:
         assert self.rate is not None  # there was a descent
+        lowest = self._proxy.rate / 2**HALVINGS
         self._at, self._vain = self._farthest if self._best is None else self._best, 0
-        is_last = self.rate <= self._proxy.rate / 2**HALVINGS or self.agreement.is_low
-        self.rate = None if is_last else self.rate / 2
+        is_last = self.agreement.is_low or (self.rate <= lowest and self._idle >= PATIENCE)
+        self.rate = None if is_last else max(self.rate / 2, lowest)
 
 
 class _Run(OfNoCandidate):
