@@ -195,7 +195,7 @@ def test_the_searches_of_a_folder_are_listed(
     assert "unreadable" in lines["broken"]
     assert str(tmp_path / "broken") in told.err
     assert evomerge("list", searched) == 2
-    assert "is the folder of a search, not one of searches" in capsys.readouterr().err
+    assert "is the folder of one search, not a folder of searches" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path / "notes")
     assert evomerge("list") == 0
     assert "no search is in searches yet" in capsys.readouterr().out

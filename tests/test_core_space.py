@@ -237,7 +237,7 @@ def test_every_method_merges_in_core_space_or_says_why_not(llama: dict[str, Sour
     blend = blend_of(method, names, weight=0.5) if has_weights else blend_of(method, names)
     recipe = recipe_with(llama, blend)
     if own.needs or own.whole_models:
-        with pytest.raises(InputError, match=r"blends\[0\]\.basis: .* goes by .*, which is of whole weights"):
+        with pytest.raises(InputError, match=r"blends\[0\]\.basis: .* depends on .*, which needs whole weights"):
             check_stack(recipe.model_copy(update={"calibration": "digest", "fit": "digest"}), llama)
         return
     made = lifted(llama, recipe)

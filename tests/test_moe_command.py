@@ -200,7 +200,7 @@ def test_what_cannot_be_pruned(llamas: dict[str, Source], tmp_path: Path, prompt
     for model, keep, given, said in (
         (dense, 1, prompts, "is a llama, whose experts cannot be pruned"),
         (folder, 3, prompts, "is 3; of 3 experts, 1 to 2 can be kept"),
-        (folder, 2, None, "which experts are used is seen on texts"),
+        (folder, 2, None, "texts are needed to see which experts are used"),
     ):
         with pytest.raises(InputError, match=said):
             assemble_or_prune(model, tmp_path / "out", None, keep, given, merged=True)

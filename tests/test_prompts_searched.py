@@ -76,7 +76,7 @@ def test_prefixes_are_searched_and_verified_in_peft(
 
 BAD: dict[str, tuple[tuple[str, ...], dict[str, Any], str, str]] = {
     "a space of weights": (("random",), {"space": {"kind": "data_flow_space"}}, "sources.random", "kind: prompts"),
-    "several at once": (("random", "started1"), {"together": 2}, "together", "no forward pass in common"),
+    "several at once": (("random", "started1"), {"together": 2}, "together", "cannot share a forward pass"),
     "vLLM": (("prefix1", "prefix2"), {"engine": "vllm"}, "engine", "transformers"),
     "both kinds": (("random", "prefix1"), {}, "space", "there are both"),
     "began otherwise": (
@@ -108,7 +108,7 @@ def test_prompts_of_another_base_are_refused(
     content["sources"]["started2"] = f"{MINIATURES / 'maths'}+{prompts['started2']}"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     assert evomerge("validate", file) == 2
-    assert "works before the model that it was trained on alone" in " ".join(capsys.readouterr().err.split())
+    assert "works only with the model that it was trained on" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.nightly

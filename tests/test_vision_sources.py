@@ -195,7 +195,7 @@ def test_stages_and_other_kinds_of_recipe_are_for_models_of_texts(folder: Path, 
     last = {**stage, "name": "two", "models": [{"model": "one", "parameters": {"weight": 1.0}}]}
     (tmp_path / "m.yaml").write_text(json.dumps({**stage, "name": "one"}) + "\n---\n" + json.dumps(last))
     ran = CliRunner().invoke(app, ["merge", str(tmp_path / "m.yaml"), str(tmp_path / "out")])
-    assert "stage one: llava reads images, and stages are made of models of texts alone" in str(ran.exception)
+    assert "stage one: llava reads images, and stages are made of text-only models" in str(ran.exception)
     assert not (tmp_path / "out").exists()
 
 

@@ -227,7 +227,7 @@ class FolderWriter:
             self._partial.rename(self.out)  # over an empty folder as well
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise InputError(str(self.out), "was made by someone else in the meantime") from None
+                raise InputError(str(self.out), "was created by another process in the meantime") from None
             raise
         sync(self.out.parent)
 

@@ -129,5 +129,5 @@ class _Rescoring(OutsideJobs):
         return InputError(
             candidate_id(finished.candidate),
             f"cannot be scored again: {failure.message}" + (f" (see {log})" if log else ""),
-            "It was scored when the search began: undo what has changed since.",
+            "It could be scored when the search began: undo what has changed since.",
         )

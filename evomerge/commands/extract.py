@@ -92,7 +92,7 @@ def extract(
         check_reference(reference, place)
     if ranks and verify is None:
         raise InputError(
-            "--compare-ranks", "is for scores of other ranks", "Say on which items: `--verify SEARCH.yaml`."
+            "--compare-ranks", "needs items to score other ranks on", "Say on which items: `--verify SEARCH.yaml`."
         )
     how, others = wanted.read(), [replace(wanted, rank=rank, energy=None).read() for rank in ranks]
     file = None if verify is None else _searched(verify)
@@ -119,7 +119,7 @@ def export_adapter(
     The candidate is exported and verified as always, in a folder that is removed, and scored again as the adapter is.
     """
     if is_url(out) or form is not None:
-        raise InputError("--as-adapter", "makes a folder of one form", "Leave --as out, and name a folder.")
+        raise InputError("--as-adapter", "writes a local folder of one form", "Leave --as out, and name a folder.")
     from evomerge.search.settings.folder import open_store
     from evomerge.search.settings.resuming import resumed_file
 
@@ -129,7 +129,7 @@ def export_adapter(
         file = resumed_file(folder, store, ())
     if file.base is None:
         hint = "Export the model, and name its base: `evomerge extract MODEL --base BASE OUT`."
-        raise InputError("--as-adapter", "the search names no base that candidates could be taken from", hint)
+        raise InputError("--as-adapter", "the search names no base to take candidates' differences from", hint)
     from evomerge.checkpoints.source import open_source
     from evomerge.commands.models import export
 

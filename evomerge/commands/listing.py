@@ -31,7 +31,9 @@ def list_folder(place: str) -> None:
     """
     root = Root.of(place, Path("searches"))
     if root.database is None and is_search(root.folder):
-        raise InputError(place, "is the folder of a search, not one of searches", f"See: evomerge status {place}")
+        raise InputError(
+            place, "is the folder of one search, not a folder of searches", f"See: evomerge status {place}"
+        )
     if root.database is None and root.folder.exists() and not root.folder.is_dir():
         raise InputError(place, "is not a folder")
     _print(list(summaries_of(root, Drivers(root))), f"no search is in {place} yet; to start one: evomerge search FILE")

@@ -213,7 +213,7 @@ def _refuse_stages_of_tables(documents: Sequence[Any], path: Path, root: Path) -
         models = document.get("models") if isinstance(document, dict) else None
         named = [model.get("model") for model in models or () if isinstance(model, dict)]
         if any(isinstance(reference, str) and is_table(reference, root) for reference in named):
-            problem = "is one of several merges, and tables of tensors are merged one merge a file"
+            problem = "is one of several merges, and a file for tables of tensors can have only one"
             hint = (
                 "Merge it first, with `dtype: float32`, and name what it wrote in the next: `FOLDER/model.safetensors`."
             )
@@ -335,7 +335,7 @@ def _fit_split(path: Path) -> FitSplit:
     from evomerge.search.settings.search_file import load_search_file  # which few merges need
 
     if (split := load_search_file(path).fit_split) is None:
-        raise InputError(f"--fit {path}", "has no section `fit:`", "Name the file of the search that fits something.")
+        raise InputError(f"--fit {path}", "has no section `fit:`", "Name a search file with a `fit` section.")
     return split
 
 
@@ -349,7 +349,9 @@ def _fitted(recipe: Recipe, split: FitSplit | None, path: Path) -> Recipe:
     if recipe.fit not in (None, digest):
         given = "none are given" if digest is None else f"those given have {digest}"
         problem = f"is fitted to items with the digest {recipe.fit}, and {given}"
-        raise InputError(f"{path}: fit", problem, "Name the file of the search that the recipe is of: `--fit FILE`.")
+        raise InputError(
+            f"{path}: fit", problem, "Name the file of the search that the recipe comes from: `--fit FILE`."
+        )
     return recipe.model_copy(update={"fit": digest})
 
 

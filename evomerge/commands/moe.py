@@ -43,7 +43,7 @@ def assemble_or_prune(
         assemble(Path(model), out, cast(Architecture | None, architecture))
         return
     if architecture is not None:
-        raise InputError("--architecture", "is for a new mixture; a pruned one stays what it is")
+        raise InputError("--architecture", "is for a new mixture; pruning does not change the architecture")
     given = None if texts is None else calibration_from(texts[0], texts[1], texts[2], "--calibration")
     prune(model, out, keep, given, merged=merged)
 
@@ -104,7 +104,7 @@ def prune(model: str, out: Path, keep: int, texts: Calibration | None, *, merged
     check_target(out)
     if texts is None:
         hint = "Give some of the texts that the model is for: `--calibration FILE`."
-        raise InputError("--calibration", "is missing, and which experts are used is seen on texts", hint)
+        raise InputError("--calibration", "is missing, and texts are needed to see which experts are used", hint)
     check_reference(model, "MODEL")
     from evomerge.checkpoints.checks import check_finite
     from evomerge.checkpoints.source import open_source

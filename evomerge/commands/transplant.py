@@ -39,7 +39,7 @@ def transplant(model: str, donor: str, out: Path, method: str, atoms: int | None
         check_reference(reference, place)
     sample = read_text(text or SHIPPED, "--text", _MAX_BYTES)
     if not sample.strip():
-        raise InputError("--text", "holds nothing that could be predicted")
+        raise InputError("--text", "has no text to predict")
     with opening():
         from evomerge.checkpoints.checks import check_finite
         from evomerge.checkpoints.source import open_source

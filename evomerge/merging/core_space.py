@@ -196,7 +196,7 @@ def check_core(blend: Blend, recipe: StackRecipe, sources: Mapping[str, Source],
         raise InputError(place, "merges changes of a base in core space, and has none", "Name the base: `base: NAME`.")
     if method.needs or method.whole_models:
         by = " and ".join(method.needs) or "what whole models change"
-        problem = f"{method.name} goes by {by}, which is of whole weights"
+        problem = f"{method.name} depends on {by}, which needs whole weights"
         raise InputError(place, problem, "Leave `basis` out, or take another method.")
     for hop in recipe.hops:
         blends = {recipe.blends[number].basis for number in (hop.attention, hop.mlp, hop.norm)}

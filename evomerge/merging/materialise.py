@@ -94,7 +94,7 @@ def _check_scales(recipe: StackRecipe, model: Source) -> None:
         return
     kind = model.config["model_type"]
     if not model.folds:
-        problem = f"its hops have scales, and where the layers of a {kind} write to the residual stream is not known"
+        problem = f"its hops have scales, and it is not known where the layers of a {kind} write to the residual stream"
         raise InputError("recipe.hops", problem, "Search without them: `scale: none`.")
     if recipe.scaling == "stream" and not model.normed:
         problem = f"scales the stream, but the layers of a {kind} read it without a norm, so that its size matters"
@@ -128,7 +128,7 @@ def _check_digest(key: str, what: str, wanted: str, digest: str | None) -> None:
     if wanted != digest:
         has = "there is none here" if digest is None else f"what is here has {digest}"
         problem = f"is made by {what} with the digest {wanted}, and {has}"
-        raise InputError(f"recipe.{key}", problem, "Give what the recipe was made by.")
+        raise InputError(f"recipe.{key}", problem, "Give the ones that the recipe was made with.")
 
 
 class Materialiser:

@@ -116,7 +116,9 @@ def check_order(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
     blend = next((blend for blend in recipe.blends if needs_merged_inputs(blend)), None)
     if blend is None or (is_plain(recipe, sources) and not recipe.is_scaled):
         return
-    problem = f"{blend.method} makes each layer from what the merged layers before give it: each in its place, unscaled"
+    problem = (
+        f"{blend.method} makes each layer from the outputs of the merged layers before it: each in its place, unscaled"
+    )
     raise InputError("recipe.hops", problem, "Search over weights alone: `kind: parameter_space`.")
 
 
@@ -155,5 +157,5 @@ def check_places(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
         raise InputError(
             "recipe.hops",
             f"this path of {len(path)} layers cannot be made of a {kind}: {problem}",
-            "Keep all layers in their places, and merge weights alone.",
+            "Keep all layers in their places, and merge only weights.",
         )

@@ -40,7 +40,7 @@ class NoAnswers:
 
     def respond(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Response]]]:
         """Refuse (InputError)."""
-        raise InputError("evaluator", "asks a model, and a table of tensors answers nothing", "Take `given: weights`.")
+        raise InputError("evaluator", "asks a model, and a table of tensors cannot answer", "Take `given: weights`.")
 
 
 def written_table(folder: Path) -> LiveModel:

@@ -179,7 +179,7 @@ def _combined(
     try:
         plan = planned(facts, blend)
     except _WeightsReadError:
-        problem = f"{blend.method} plans by what the weights are, where only numbers of the recipe may decide"
+        problem = f"{blend.method} plans by what the weights are, where only the recipe's numbers may decide"
         raise NotLowRankError(problem) from None
     if not isinstance(plan, Combine):
         raise NotLowRankError(f"{blend.method} makes {merged.name} otherwise than as a weighted sum")

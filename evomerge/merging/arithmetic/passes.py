@@ -582,5 +582,5 @@ class Whole:
 def _of_shape(made: Tensor, given: Tensor) -> Tensor:
     """What a function made, which else would be spread over the elements, or fail far from it."""
     if made.shape != given.shape:
-        raise ValueError(f"the function of a pass gave {list(made.shape)} of tensors {list(given.shape)}")
+        raise ValueError(f"the function of a pass returned {list(made.shape)} for tensors {list(given.shape)}")
     return made

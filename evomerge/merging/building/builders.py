@@ -179,7 +179,7 @@ def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
     check_opened(recipe, sources)
     seeing = [name for name in sorted(recipe.used_sources()) if sources[name].takes_images]
     if seeing and recipe.kind != STACK:
-        problem = f"{seeing[0]} reads images, and a {recipe.kind} is made of models of texts alone"
+        problem = f"{seeing[0]} reads images, and a {recipe.kind} is made of text-only models"
         raise InputError(sources[seeing[0]].place, problem, "Merge weights or layers: `kind: parameter_space`.")
     find_builder(recipe.kind).check(recipe, sources)
 

@@ -49,7 +49,7 @@ class StagedBuilder(BuilderBase):
         check_opened(recipe, sources)
         for stage in recipe.stages:
             if is_made_in_order(stage.recipe):
-                problem = f"stage {stage.name} makes layers from what the merged layers before give them"
+                problem = f"stage {stage.name} makes layers from the outputs of the merged layers before them"
                 raise InputError("recipe.stages", problem, "Make it first, and name its folder.")
             if set(stage.takes.values()) <= sources.keys():
                 own = {name: sources[taken] for name, taken in stage.takes.items()}

@@ -97,7 +97,7 @@ def opened_stage(stage: Stage, sources: Mapping[str, Source], above: Path, keep:
         InputError: the stage cannot be made of these sources, such as of one that reads images.
     """
     if seeing := [name for name, source in sources.items() if source.takes_images]:
-        problem = f"{seeing[0]} reads images, and stages are made of models of texts alone"
+        problem = f"{seeing[0]} reads images, and stages are made of text-only models"
         raise InputError(f"stage {stage.name}", problem, "Merge it in one go, or each stage to a folder.")
     recipe = stage.recipe.model_copy(update={"dtype": "float32"})
     aligned = align(sources, recipe.tokenizer, recipe.vocabulary)

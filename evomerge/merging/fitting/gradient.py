@@ -179,7 +179,7 @@ class GenomeGradients:
     def _decoded(self, genome: Genome) -> StackRecipe:
         recipe = self._space.decode(genome)
         if not isinstance(recipe, StackRecipe):
-            raise InputError("recipe.kind", f"is {recipe.kind}, and of such models there is no gradient")
+            raise InputError("recipe.kind", f"is {recipe.kind}, and such models have no gradient")
         return recipe
 
     def _plan(self, merged: Merged, recipe: StackRecipe) -> _Plan | None:

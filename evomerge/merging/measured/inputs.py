@@ -101,7 +101,7 @@ class Inputs:
             InputError: it has none, but shares those of other sources.
         """
         if name not in self._calibration.own:
-            problem = f"has no texts of {name}'s own task, by which it could be told from other experts"
+            problem = f"has no texts of {name}'s own task, that could tell it apart from other experts"
             raise InputError("calibration.sources", problem, "Name a file of prompts of its task for each expert.")
         return self._calibration.key_of(name)
 
@@ -194,7 +194,7 @@ def _check_finite(made: Tensors, source: Source) -> None:
     """Refuse a source that computes NaN or Inf on its texts, as one may in float16 (InputError)."""
     if not all(bool(torch.isfinite(tensor).all()) for tensor in made.values()):
         problem = "computes NaN or Inf in its layers on the calibration texts"
-        hint = "float16 ends at 65504: a model that needs more is to be stored in bfloat16 or float32."
+        hint = "float16 ends at 65504: store a model that needs more in bfloat16 or float32."
         raise InputError(source.place, problem, hint)
 
 
@@ -228,7 +228,7 @@ def input_in(kept: Tensors, source: Source, stored: str) -> LayerInput:
 
 
 def _unobserved(source: Source, stored: str) -> InputError:
-    problem = f"what {stored} is multiplied with cannot be observed: it is not a linear layer of its own"
+    problem = f"the input of {stored} cannot be observed: it is not a separate linear layer"
     return InputError(source.place, problem, "Use a method that needs no calibration.")
 
 

@@ -213,7 +213,7 @@ def submit(client: Any, name: str, folder: Path, command: str, runtime_env: Mapp
             metadata=metadata,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise InputError("--address", f"the cluster does not take the job: {error}") from None
+        raise InputError("--address", f"the cluster refuses the job: {error}") from None
     return job
 
 
@@ -256,7 +256,9 @@ async def _copy_log(client: Any, job: str, write: Callable[[str], None]) -> None
             heard = time.monotonic()
         except (RuntimeError, aiohttp.ClientError, requests.RequestException) as error:
             if time.monotonic() - heard > _LOST_S:
-                raise InputError("--address", f"the job server is lost: {error}", "The search may go on.") from None
+                raise InputError(
+                    "--address", f"the job server is lost: {error}", "The search may still be running."
+                ) from None
         await asyncio.sleep(_RETRY_S)
 
 

@@ -334,7 +334,7 @@ class Dispatcher:
             self._deaths += 1
             if self._deaths > DEATHS:
                 problem = f"{self._deaths} workers died before any had given a score; the last one: {result.message}"
-                raise InputError("cluster", problem, "See what ends them, then resume.")
+                raise InputError("cluster", problem, "Find out what ends them, then resume.")
             rest_s = min(LONGEST_REST_S, FIRST_REST_S * 2 ** (self._deaths - 1))
             self._rests_until = self._pool.now() + rest_s
             return replace(finished, result=replace(result, reason="cluster_fault"))

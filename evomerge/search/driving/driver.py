@@ -158,7 +158,7 @@ class Driver:
         points = [(name, genome) for genome in self.optimizer.ask(wanted)]
         if len(points) != wanted:
             problem = f"gave {len(points)} genomes, and was asked for {wanted}"
-            raise InputError(f"optimizer {name}", problem, "Let it give as many as it is asked for.")
+            raise InputError(f"optimizer {name}", problem, "It must return as many as it is asked for.")
         self._asked_since_favourite += len(points)
         if len(points) < room and (favourite := self._favourite()) is not None:
             points.append((FAVOURITE, favourite))

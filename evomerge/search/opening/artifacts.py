@@ -213,7 +213,7 @@ def fetch(url: str, folder: Path) -> None:
         for name in names:
             storage.get(name, unfinished / name)
         if not has_store(unfinished):
-            problem = "has no snapshot of the store yet: its driver ended in its first minute"
+            problem = "has no snapshot of the store yet: its driver ended within its first minute"
             raise InputError(url, problem, "Start the search again, with another name or prefix.")
         unfinished.rename(folder)
     except OSError as error:

@@ -100,7 +100,7 @@ class Claim:
         if there["state"] == "driving" and not holder.is_dead():
             silent_s = (self._storage.probe() - self._storage.modified(RECORD)).total_seconds()
             if silent_s < SILENT_S:
-                problem = f"is driven by {holder}, which gave a sign of life {max(silent_s, 0):.0f} s ago"
+                problem = f"is driven by {holder}, which was last heard from {max(silent_s, 0):.0f} s ago"
                 hint = f"Stop it first, or wait: {SILENT_S:.0f} s after its last sign of life it is free."
                 raise InputError(self._storage.url, problem, hint)
         self._keep([there["token"]])

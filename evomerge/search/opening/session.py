@@ -119,11 +119,11 @@ def as_recorded(store: Store, prepared: Prepared) -> Prepared:
     digest = None if prepared.calibration is None else prepared.calibration.digest
     recorded = store.search().record
     if recorded.calibration != digest:
-        problem = "are not the texts that the search began with, so that its recipes would make other models"
+        problem = "are not the texts that the search began with; with others its recipes would make different models"
         raise InputError("calibration", problem, "Put them back, or start a new search.")
     split = prepared.file.fit_split
     if recorded.fit != (None if split is None else split.digest):
-        problem = "are not the items that the search began with, so that its recipes would make other models"
+        problem = "are not the items that the search began with; with others its recipes would make different models"
         raise InputError("fit", problem, "Put them back, or start a new search.")
     infos = []
     for before, info, evaluator in zip(

@@ -93,12 +93,12 @@ def _check_same_models(record: SearchRecord, base: str | None, sources: Mapping[
             problem = f"{here} has a source {name} and {there} has not ({folder})"
             raise InputError("start_from", problem, "Both need the same sources under the same names.")
     if record.base != base:
-        problem = f"that search has the base {record.base or 'none'}, and this one {base or 'none'} ({folder})"
-        raise InputError("start_from", problem, "Changes of another base are other models.")
+        problem = f"that search has the base {record.base or 'none'}, and this one has {base or 'none'} ({folder})"
+        raise InputError("start_from", problem, "Changes to another base make different models.")
     for name, files in record.files.items():
         if content_digest(fingerprint(sources[name], files)) != content_digest(files):
             problem = f"the source {name} is not the model that it was in {folder}"
-            raise InputError("start_from", problem, "Its candidates would be other models here. Leave it out.")
+            raise InputError("start_from", problem, "Its candidates would be different models here. Leave it out.")
 
 
 def _check_items(store: Store, record: SearchRecord, evaluators: Sequence[Evaluator], folder: Path) -> None:

@@ -110,7 +110,7 @@ def _build(place: str, settings: EvaluatorSettings, tries: bool) -> Evaluator:
     try:
         evaluator: object = settings.build_and_try() if tries else settings.build()
         if not isinstance(evaluator, Evaluator):  # a package's, which may be older than this contract
-            problem = f"{type(evaluator).__name__} has none of the shapes of an evaluator"
+            problem = f"{type(evaluator).__name__} is not an evaluator"
             hint = "Derive it from evaluators.base.Evaluator, or from ImperativeEvaluator: docs/extend.md says how."
             raise InputError("evaluator", problem, hint)
         return counted(settings, evaluator)
@@ -118,4 +118,4 @@ def _build(place: str, settings: EvaluatorSettings, tries: bool) -> Evaluator:
         raise InputError(f"{place}: {error.place}", error.problem, error.hint) from error
     except (SystemExit, GeneratorExit) as error:  # of code that a task names
         problem = f"its code ends the program ({type(error).__name__}: {error})"
-        raise InputError(place, problem, "Have it raise an Exception, or nothing.") from error
+        raise InputError(place, problem, "It may only raise exceptions derived from Exception.") from error

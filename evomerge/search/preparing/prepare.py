@@ -178,7 +178,9 @@ def _those_of(file: SearchFile, sources: Mapping[str, Source]) -> dict[str, Sour
 def _check_selectable(setup: Setup) -> None:
     """Refuse to choose for a space whose sources have no average, or by objectives that count no solved items."""
     if not any(objective.maximise for objective in setup.objectives):
-        raise InputError(SELECT, "goes by the items that sources solve, and no objective is maximised", "Leave it out.")
+        raise InputError(
+            SELECT, "compares sources by the items that they solve, and no objective is maximised", "Leave it out."
+        )
     if others := sorted({mark.recipe.kind for mark in setup.space.baselines()} - {STACK}):
         problem = f"averages the sources that it does not keep, and models of the kind {others[0]} have no average"
         raise InputError(SELECT, problem, "Leave it out, or search over weights: `kind: parameter_space`.")
@@ -299,7 +301,7 @@ def _refuse_strange_prompts(file: SearchFile, sources: Mapping[str, Source]) -> 
     for name, source in sources.items():
         if source.prompt is not None and base is not None and (source.folder != base.folder or base.adapters):
             problem = f"is a prompt of {source.folder}, and the base {file.base} is {base.reference}"
-            hint = "A prompt works before the model that it was trained on alone: name that as the base."
+            hint = "A prompt works only with the model that it was trained on: name that as the base."
             raise InputError(f"sources.{name}", problem, hint)
 
 
@@ -310,7 +312,7 @@ def _refuse_rigid(file: SearchFile, sources: Mapping[str, Source]) -> None:
     for source in sources.values():
         if source.rigid:
             kind = source.config["model_type"]
-            problem = f"makes paths through layers, and those of a {kind} cannot leave their places: {source.rigid}"
+            problem = f"makes paths through layers, and the layers of a {kind} cannot change places: {source.rigid}"
             raise InputError("space", problem, "Search over weights: `kind: parameter_space`.")
 
 
@@ -395,7 +397,7 @@ def _check_niches(file: SearchFile, setup: Setup) -> None:
             problem = f"{feature.metric} is the same for every candidate: this space mixes weights layer by layer"
             raise InputError(f"features.{feature.name}", problem, "Take another metric, or a space of paths.")
     if setup.screen is not None and setup.build_optimizer().keeps == "niches":
-        problem = f"leaves out what is poor in any niche, and {file.optimizer.name} looks for the best of each"
+        problem = f"rejects candidates by their scores, and {file.optimizer.name} looks for the best of each niche"
         raise InputError("screen", problem, "Leave it out.")
 
 
@@ -424,7 +426,7 @@ def _proxy(file: SearchFile, space: SearchSpace, evaluators: Evaluators) -> Prox
         raise InputError("proxy", f"needs a gradient, and {file.engine} has none", "Take `engine: transformers`.")
     resolved = evaluators.resolve(file, "proxy")
     if not isinstance(evaluators.opened[resolved.evaluator], LikelihoodEvaluator):
-        problem = f"asks {proxy.evaluator}, and only how likely the answers of items are has a gradient"
+        problem = f"asks {proxy.evaluator}, and only the likelihood of answers has a gradient"
         raise InputError("proxy.evaluator", problem, "Take `evaluator: likelihood`.")
     drawn = min(proxy.drawn, resolved.items)
     return ProxyInfo(resolved.evaluator, resolved.items, drawn, proxy.steps, proxy.rate)

@@ -169,7 +169,7 @@ def _prompts(file: SearchFile) -> dict[str, PromptFacts]:
             problem = f"is {facts.text}, which changes no weights"
             raise InputError(f"sources.{name}", problem, "Search over prompts: `space: {kind: prompts}`.")
     if known and file.together > 1:
-        problem = f"is {file.together}, and candidates behind other prompts have no forward pass in common"
+        problem = f"is {file.together}, and candidates with different prompts cannot share a forward pass"
         raise InputError("together", problem, "Leave `together` out.")
     return known
 

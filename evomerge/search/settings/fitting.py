@@ -30,12 +30,12 @@ def likelihood_settings(section: FitItems) -> LikelihoodSettings:
         InputError: another evaluator, or a key or value that is none of its.
     """
     if section.evaluator != "likelihood":
-        problem = f"asks {section.evaluator}, and only how likely the answers of items are has a gradient"
+        problem = f"asks {section.evaluator}, and only the likelihood of answers has a gradient"
         raise InputError(f"{PLACE}.evaluator", problem, "Take `evaluator: likelihood`, or leave it out.")
     keys = section.evaluator_keys
     for key in ("held_out_file", "held_out"):
         if key in keys:
-            problem = "makes no sense here: all items are fitted to, and nothing is confirmed on them"
+            problem = "makes no sense here: the fit uses all items, and nothing is confirmed on them"
             raise InputError(f"{PLACE}.{key}", problem, "Leave it out; `items` says how many of the file count.")
     try:
         return LikelihoodSettings.model_validate(keys)

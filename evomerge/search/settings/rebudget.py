@@ -53,7 +53,7 @@ def check_budget(budget: Budget, store: Store) -> None:
     asked = sum(store.counts().values())
     if budget.candidates is not None and budget.candidates < asked:
         problem = f"is {budget.candidates}, and {asked} candidates have been asked for already"
-        raise InputError("budget.candidates", problem, f"Give {asked} to end it here, or more to go on.")
+        raise InputError("budget.candidates", problem, f"Give {asked} to end it here, or more to continue.")
 
 
 def reread_budget(folder: Path, store: Store) -> Budget | None:
@@ -64,7 +64,7 @@ def reread_budget(folder: Path, store: Store) -> Budget | None:
         check_budget(budget, store)
         if budget.cost is not None and store.search().record.cluster.prices is None:
             hint = "Stop the search and resume it."
-            raise InputError("budget.cost", "needs a price, and a driver at work cannot be given one", hint)
+            raise InputError("budget.cost", "needs a price, and a running driver cannot be given one", hint)
     except InputError as error:
         store.record_event(SettingsRefused(why=str(error)))
         return None
@@ -76,7 +76,5 @@ def _content(path: Path, store: Store) -> dict[str, Any]:
     """The search file as it lies in the folder, which a person may have edited, else as the store has it."""
     content = load_yaml(read_text(path, FILE_NAME), FILE_NAME) if path.is_file() else store.search().settings
     if not isinstance(content, dict) or not isinstance(content.get("budget"), dict):
-        raise InputError(
-            FILE_NAME, "is not a search file any more", "Put back the one that the search was started with."
-        )
+        raise InputError(FILE_NAME, "is no longer a search file", "Put back the one that the search was started with.")
     return content

@@ -264,7 +264,7 @@ class Budget(Section):
     @model_validator(mode="after")
     def _ends(self) -> Self:
         if all(bound is None for bound in (self.candidates, self.hours, self.patience, self.cost)):
-            raise ValueError("needs candidates, hours, patience or cost, or the search would have no end")
+            raise ValueError("needs candidates, hours, patience or cost, or the search would never end")
         return self
 
 

@@ -59,10 +59,10 @@ def check_select(file: SearchFile) -> None:
         problem = "would enter as a source without calibration texts: each has its own"
         raise InputError(f"{PLACE}.rest", problem, "Give some for all (`calibration.file`), or say `rest: drop`.")
     if file.artifacts is not None:
-        problem = "makes sources in the search's folder, which a copy of it elsewhere would look for in vain"
+        problem = "makes sources in the search's folder, which a copy elsewhere would not find"
         raise InputError(PLACE, problem, "Choose first (`evomerge select FILE`), and search over what it names.")
     if file.start_from:
-        raise InputError(PLACE, "would choose other sources than the earlier search had", "Leave out `start_from`.")
+        raise InputError(PLACE, "could choose other sources than the earlier search had", "Leave out `start_from`.")
 
 
 def searched(file: SearchFile, sources: Mapping[str, str]) -> SearchFile:

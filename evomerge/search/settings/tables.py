@@ -40,7 +40,7 @@ def check_table_search(file: SearchFile) -> None:
     for place, settings in file.evaluators().items():
         takes = isinstance(settings, FunctionSettings) and settings.given == "weights"
         if of_tables and not takes:
-            problem = "asks a model, and a table of tensors answers nothing"
+            problem = "asks a model, and a table of tensors cannot answer"
             hint = "Score it by a function of yours: `evaluator: python`, `given: weights`."
             raise InputError(f"{place}.evaluator", problem, hint)
         if takes and not of_tables:
@@ -57,4 +57,4 @@ def check_table_search(file: SearchFile) -> None:
     if file.cluster.devices > 1:
         raise InputError("cluster.devices", "is for models that run on several GPUs, and tables do not run", _HINT)
     if file.vocabulary.kind != "same" or file.vocabulary.aligns:
-        raise InputError("vocabulary", "is of tokens, and tables of tensors know none", _HINT)
+        raise InputError("vocabulary", "is about tokens, and tables of tensors have none", _HINT)

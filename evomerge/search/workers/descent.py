@@ -74,7 +74,7 @@ class Descents:
         requests = evaluator.requests(Reader.of(live), "search", [job.indices[place] for place in drawn])
         asked = [request for request in requests if isinstance(request, Likelihood)]
         if len(requests) != count or len(asked) != count:
-            problem = "asks for something else than how likely the answer of each item is, and only that has a gradient"
+            problem = "asks for more than the likelihood of each item's answer, and only that has a gradient"
             raise InputError(evaluator.name, problem, "Take an evaluator of the kind likelihood.")
         refuse_media([Batch(asked)], "gradients are taken of")
         return asked, [job.weights[place] if job.weights else 1.0 for place in drawn]

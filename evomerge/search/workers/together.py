@@ -183,7 +183,7 @@ class Together:
         """Have the candidate's evaluators say what they ask."""
         for task in candidate.job.tasks:
             if (evaluator := self._evaluators[task.evaluator]).measured:
-                raise ValueError(f"{evaluator.name} measures speed, which is not that of the merged model here")
+                raise ValueError(f"{evaluator.name} measures speed, which is not the merged model's here")
         alone = OneModel(engine, candidate.number)
         candidate.attempt = Attempt(self._evaluators, self._live, alone, candidate.job.tasks, candidate.number)
 

@@ -155,7 +155,7 @@ class Worker:
 
     def _text_losses(self, job: Job) -> Measured:
         if self._texts is None:
-            raise ValueError("this worker knows no texts")
+            raise ValueError("this worker has no texts")
         started = time.perf_counter()
         live = self._builders.of(job.recipe).write(job.recipe)
         losses = text_losses(live, engine_of(live), self._texts)
@@ -166,7 +166,7 @@ class Worker:
         if stack.live.engine is not None:
             raise InputError("engine", "has no gradients", "Take `engine: transformers`.")
         if self._build_space is None:
-            raise ValueError("this worker knows no search space")
+            raise ValueError("this worker has no search space")
         return Descents(stack, self._build_space(descend.measures), self._evaluators).run(descend)
 
     def _stack(self) -> StackBuilder:
@@ -187,5 +187,5 @@ class Worker:
 def _check_content(source: Source, digest: str) -> None:
     """Refuse a source that does not hold what it held when the search began (InputError)."""
     if content_digest(fingerprint(source)) != digest:
-        problem = f"{source.reference} does not hold what it did when the search began"
+        problem = f"{source.reference} has changed since the search began"
         raise InputError(source.place, problem, "Put the old files back there, or start a new search.")
