@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -29,9 +30,12 @@ from evomerge.search.estimation.selection import (
     pooled_difference,
     start_by_gains,
 )
+from evomerge.search.opening.session import Files, make_pool
+from evomerge.search.pools.base import Pool
+from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.settings.early import check_early
 from evomerge.search.settings.folder import open_store
-from evomerge.search.settings.search_file import load_search_file
+from evomerge.search.settings.search_file import SearchFile, load_search_file
 from evomerge.store import Store
 from evomerge.store.events import WinnerControlled
 
@@ -188,8 +192,15 @@ def select_file(folder: Path, **changes: object) -> Path:
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("select")
-    assert evomerge("search", select_file(folder), "--dir", folder / "search") == 0
+    with mock.patch("evomerge.commands.selecting.make_pool", pool_of_a_valid_file):
+        assert evomerge("search", select_file(folder), "--dir", folder / "search") == 0
     return folder / "search"
+
+
+def pool_of_a_valid_file(prepared: Prepared, folder: Path, files: Mapping[str, Files]) -> Pool:
+    """Workers of a cluster are given the settings as JSON, and check them like any search file."""
+    SearchFile.model_validate(prepared.file.model_dump(mode="json"))
+    return make_pool(prepared, folder, files)
 
 
 def test_a_search_is_over_what_was_chosen(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,7 +194,9 @@ class Selection(OutsideJobs):
 
     def run_merges(self) -> bool:
         """Score the average of those kept, that with the rest in it, and the control; False when a stop came first."""
-        file = searched(self._file, self._references).model_copy(update={"budget": Budget(hours=1)})  # never spent
+        # Nothing is searched here; the file is valid all the same, because workers of a cluster read it again.
+        nothing_searched = {"budget": Budget(hours=1), "optimizer": self._file.optimizer.at_shares({})}
+        file = searched(self._file, self._references).model_copy(update=nothing_searched)
         prepared = with_sources(self.prepared, file)
         blends = {
             name: Blend(
