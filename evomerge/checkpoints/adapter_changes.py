@@ -1,4 +1,4 @@
-"""What adapters do to a stored tensor. With W [out, in], factors A and B of rank r and a scaling s:
+"""The changes that adapters make to a stored tensor. With W [out, in], factors A and B of rank r and a scaling s:
 
     LoRA     W + s B A                                           arXiv:2106.09685, section 4.1
     DoRA     m (W + s B A) / ||W + s B A||, norms of rows        arXiv:2402.09353, equation 5
@@ -12,7 +12,7 @@
     OFT      W R^T, R orthogonal of blocks                       arXiv:2306.07280, section 4
     BOFT     diag(s) W R^T                                       arXiv:2311.06243, section 5
 
-Everything is computed in float32, as PEFT's ``merge_and_unload`` does it. Tensors stay in their mapped files.
+Everything is computed in float32, like PEFT's ``merge_and_unload``. Tensors remain in their memory-mapped files.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ import torch
 from evomerge.checkpoints.headers import TensorEntry, map_file, view_entry
 
 View: TypeAlias = Callable[[TensorEntry], torch.Tensor]
-"""Gives the tensor of an entry."""
+"""Returns the tensor of an entry."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """What adds a product of two thin matrices to a weight: a LoRA or DoRA, and those of this file that are like it.
+    """A change that adds a product of two thin matrices to a weight: LoRA, DoRA, and the similar kinds in this file.
 
     Attributes:
-        down, up: where the factors A (rank by inputs) and B (outputs by rank) are.
+        down, up: the entries of the factors A (rank by inputs) and B (outputs by rank).
         scale: s above.
-        turned: the weight is stored as inputs by outputs: embeddings, and GPT-2's Conv1D.
-        magnitude: DoRA's m, one number an output.
-        router: of one of several experts in a folder: the router [experts, inputs] that was trained with them, and
-            which row of it is its own.
+        turned: the weight is stored transposed, as inputs by outputs: embeddings, and GPT-2's Conv1D.
+        magnitude: DoRA's m, one number per output.
+        router: for one of several experts in a folder: the router [experts, inputs] that was trained with them, and
+            the index of this expert's row.
     """
 
     down: TensorEntry
@@ -53,12 +53,12 @@ class LowRank:
 
     @property
     def made(self) -> tuple[int, int]:
-        """Outputs and inputs of what is added."""
+        """Outputs and inputs of the product."""
         return self.up.shape[0], self.down.shape[1]
 
     @property
     def misfit(self) -> str:
-        """Why its tensors do not fit each other; empty where they do."""
+        """Why its tensors do not fit together; empty if they do."""
         return "" if self.up.shape[1] == self.down.shape[0] else "its factors have other ranks"
 
     def pair(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,24 +66,24 @@ class LowRank:
         return view(self.down).float(), view(self.up).float()
 
     def factors(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
-        """L [rows, rank] and R [rank, columns] of the weight as it is stored, to which s L R is added: float32."""
+        """L [rows, rank] and R [rank, columns] for the weight as stored, to which s L R is added: float32."""
         down, up = self.pair(view)
         return (down.T, up.T) if self.turned else (up, down)
 
     def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
-        """Put it on a weight in place.
+        """Apply the change to a weight in place.
 
         Args:
-            weight: float32, as the adapters before left it.
+            weight: float32, with all previous adapters applied.
             stored: the weight without any adapter.
-            view: gives the tensor of an entry.
-            first: there are no adapters before.
+            view: returns the tensor of an entry.
+            first: there are no previous adapters.
         """
         left, right = self.factors(view)
         weight.addmm_(left, right, alpha=self.scale)
         if self.magnitude is None:
             return
-        # Of several DoRA each was trained beside the others' base, so the norm is that of the stored weight.
+        # Each DoRA was trained on the base without the other adapters, so the norm is that of the stored weight.
         alone = weight if first else torch.addmm(stored.float(), left, right, alpha=self.scale)
         norm = torch.linalg.vector_norm(alone, dim=0 if self.turned else 1, keepdim=True)
         weight.mul_(view(self.magnitude).float().reshape(norm.shape) / norm)
@@ -94,8 +94,8 @@ class OfExpert(LowRank):
     """One expert's part of the factors of all experts of a layer (``target_parameters``).
 
     Attributes:
-        expert, experts: which one, of how many.
-        rows: which outputs of its matrix the tensor is, where the model has several in one; None for all.
+        expert, experts: its index, and the number of experts.
+        rows: which outputs of its matrix the tensor holds, if the model combines several in one; None for all.
     """
 
     expert: int = 0
@@ -110,7 +110,7 @@ class OfExpert(LowRank):
     def pair(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
         down, up = super().pair(view)
         rank = len(down) // self.experts
-        # PEFT has the experts outside in A and inside in B.
+        # In PEFT's layout, experts are the outer dimension of A and the inner dimension of B.
         mine = up.view(len(up), rank, self.experts)[..., self.expert]
         return down[self.expert * rank : (self.expert + 1) * rank], mine if self.rows is None else mine[
             slice(*self.rows)
@@ -119,10 +119,10 @@ class OfExpert(LowRank):
 
 @dataclass(frozen=True)
 class OfExperts:
-    """The factors of all experts of a layer, on the tensor that holds all of them: [experts, out, in], or turned.
+    """The factors of all experts of a layer, for the tensor that holds all of them: [experts, out, in], or transposed.
 
     Attributes:
-        down, up: A and B, as of ``OfExpert``.
+        down, up: A and B, as for ``OfExpert``.
     """
 
     down: TensorEntry
@@ -131,11 +131,11 @@ class OfExperts:
     turned: bool
 
     def words(self, tensor: str) -> str:
-        """What it does to a tensor, for messages."""
+        """A description of the change, for messages."""
         return f"changes all experts of {tensor} at once (target_parameters)"
 
     def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
-        """Put it on a tensor in place; arguments as of ``LowRank``."""
+        """Apply the change to a tensor in place; arguments as for ``LowRank``."""
         down, up = view(self.down).float(), view(self.up).float()
         downs, ups = down.view(len(weight), -1, down.shape[1]), up.view(len(up), -1, len(weight)).permute(2, 0, 1)
         left, right = (downs.mT, ups.mT) if self.turned else (ups, downs)
@@ -144,12 +144,12 @@ class OfExperts:
 
 @dataclass(frozen=True)
 class Scaled(LowRank):
-    """Factors of which the rank's own numbers, and the outputs', are trained apart: AdaLoRA and VeRA.
+    """Factors with additional trained scales for each rank and for each output: AdaLoRA and VeRA.
 
     Attributes:
-        inner: what multiplies each row of A.
-        outer: what multiplies each row of B; None where nothing does.
-        size: outputs and inputs, where the factors are larger.
+        inner: multiplies each row of A.
+        outer: multiplies each row of B; None if there is none.
+        size: outputs and inputs, if the factors are larger.
     """
 
     inner: TensorEntry | None = None
@@ -173,11 +173,11 @@ class Scaled(LowRank):
 
 @dataclass(frozen=True)
 class Started(LowRank):
-    """A LoRA that began as a part of the weight, which was taken out of the base.
+    """A LoRA that was initialised with a part of the weight, which was removed from the base.
 
     Attributes:
-        start: which part: of the largest singular values, or of the first columns of Q.
-        weight: the weight that it began from.
+        start: which part: the one of the largest singular values, or of the first columns of Q.
+        weight: the weight that it was initialised from.
     """
 
     start: Literal["pissa", "olora"] = "pissa"
@@ -192,7 +192,7 @@ class Started(LowRank):
 
 @functools.lru_cache(4096)
 def _began(entry: TensorEntry, start: str, rank: int, scale: float, turned: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [rank, inputs] and B [outputs, rank] that a LoRA began with, from the weight: float32."""
+    """A [rank, inputs] and B [outputs, rank] that a LoRA was initialised with, computed from the weight: float32."""
     weight = view_entry(entry, map_file(entry.file)).float()
     if start == "olora":
         left, right = torch.linalg.qr(weight)
@@ -204,10 +204,10 @@ def _began(entry: TensorEntry, start: str, rank: int, scale: float, turned: bool
 
 @dataclass(frozen=True)
 class Hadamard(LowRank):
-    """A LoHa: an element-wise product of two products, so of a rank up to the square of theirs.
+    """A LoHa: an element-wise product of two products, so its rank is up to the product of their ranks.
 
     Attributes:
-        down2, up2: A2 and B2; ``down`` and ``up`` are the first.
+        down2, up2: A2 and B2; ``down`` and ``up`` are the first pair.
     """
 
     down2: TensorEntry | None = None
@@ -237,11 +237,11 @@ class Hadamard(LowRank):
 
 @dataclass(frozen=True)
 class Kronecker(LowRank):
-    """A LoKr: a Kronecker product, of which either side may be a product itself.
+    """A LoKr: a Kronecker product in which each factor may be a matrix product itself.
 
     Attributes:
-        one, two: W1 and W2, each as one tensor or as two whose product it is; ``down`` and ``up`` are the last and
-            the first of these.
+        one, two: W1 and W2, each as one tensor or as the two factors of a product; ``down`` and ``up`` are the last and
+            the first of these tensors.
         size: outputs and inputs.
     """
 
@@ -276,27 +276,27 @@ class Kronecker(LowRank):
 
 @dataclass(frozen=True)
 class Shift:
-    """A bias of B (``lora_bias``), which moves the layer's own by s times it."""
+    """A bias of B (``lora_bias``), which adds s times itself to the layer's own bias."""
 
     by: TensorEntry
     scale: float
 
     def words(self, tensor: str) -> str:
-        """What it does to a tensor, for messages."""
+        """A description of the change, for messages."""
         return f"moves the bias {tensor} (lora_bias)"
 
     def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
-        """Put it on a bias in place; arguments as of ``LowRank``."""
+        """Apply the change to a bias in place; arguments as for ``LowRank``."""
         weight.add_(self.scale * view(self.by).float())
 
 
 @dataclass(frozen=True)
 class Vector:
-    """An (IA)3 of one weight: a number that multiplies each of its outputs, or of its inputs.
+    """An (IA)3 vector for one weight: multiplies each of its outputs, or each of its inputs.
 
     Attributes:
         by: the vector, of any shape.
-        inputs: it is of the inputs (a module of PEFT's ``feedforward_modules``), else of the outputs, bias and all.
+        inputs: it multiplies the inputs (a module in PEFT's ``feedforward_modules``), else the outputs including bias.
         turned: the weight is stored as inputs by outputs.
     """
 
@@ -306,37 +306,37 @@ class Vector:
 
     @property
     def of_columns(self) -> bool:
-        """Whether it multiplies the columns of the weight as it is stored, else the rows."""
+        """Whether it multiplies the columns of the weight as stored; otherwise the rows."""
         return self.inputs != self.turned
 
     def vector(self, view: View) -> torch.Tensor:
         """l: float32 [inputs] or [outputs].
 
         Args:
-            view: gives the tensor of an entry.
+            view: returns the tensor of an entry.
         """
         return view(self.by).float().flatten()
 
     def words(self, tensor: str) -> str:
-        """What it does to a tensor, for messages."""
+        """A description of the change, for messages."""
         return f"multiplies {tensor} by a vector ((IA)3)"
 
     def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
-        """Put it on a weight, or on the bias of a layer whose outputs it multiplies; arguments as of ``LowRank``."""
+        """Apply the change to a weight, or to the bias of a layer with scaled outputs; arguments as for ``LowRank``."""
         vector = self.vector(view)
         weight.mul_(vector if self.of_columns or weight.dim() == 1 else vector[:, None])
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """An OFT or BOFT: inputs are turned in blocks, and for BOFT outputs scaled.
+    """An OFT or BOFT: rotates the inputs in blocks, and for BOFT scales the outputs.
 
     Attributes:
-        by: of OFT the numbers above the diagonal of each block's skew matrix, [blocks, b (b - 1) / 2]; of BOFT
-            matrices [1, blocks, b, b], of which the skew part counts. A single block stands for all where it is shared.
-        outputs: what multiplies each output; None where nothing does.
-        terms: of the series that stands for Cayley's transform; None for the transform itself.
-        bound: the largest norm that a block's skew matrix may have (constrained OFT); None without a bound.
+        by: for OFT the upper triangles of the blocks' skew-symmetric matrices, [blocks, b (b - 1) / 2]; for BOFT
+            matrices [1, blocks, b, b], of which only the skew-symmetric part is used. If shared, a single block.
+        outputs: multiplies each output; None if there is none.
+        terms: number of terms of the series that approximates the Cayley transform; None for the exact transform.
+        bound: maximum norm of a block's skew-symmetric matrix (constrained OFT); None if unconstrained.
     """
 
     by: TensorEntry
@@ -346,7 +346,7 @@ class Rotation:
 
     @property
     def block(self) -> int:
-        """b, the inputs of a block."""
+        """b, the number of inputs of a block."""
         if self.outputs is not None:
             return self.by.shape[-1]
         return (1 + math.isqrt(1 + 8 * self.by.shape[1])) // 2
@@ -357,11 +357,11 @@ class Rotation:
         return self.by.shape[1 if self.outputs is not None else 0]
 
     def words(self, tensor: str) -> str:
-        """What it does to a tensor, for messages."""
+        """A description of the change, for messages."""
         return f"turns the inputs of {tensor} (OFT, BOFT)"
 
     def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
-        """Put it on a weight [out, in] in place; arguments as of ``LowRank``."""
+        """Apply the change to a weight [out, in] in place; arguments as for ``LowRank``."""
         turns = self._cayley(self._skew(view(self.by).float()))
         columns = weight.view(len(weight), -1, self.block).transpose(0, 1)  # [blocks, out, b]
         weight.copy_((columns @ turns.mT).transpose(0, 1).reshape(weight.shape))
@@ -383,7 +383,7 @@ class Rotation:
         return skew
 
     def _cayley(self, skew: torch.Tensor) -> torch.Tensor:
-        """R of each block, [blocks, b, b]; the series is of the transform's transpose, as PEFT has it."""
+        """R of each block, [blocks, b, b]; as in PEFT, the series approximates the transpose of the transform."""
         one = torch.eye(skew.shape[-1])
         turn: torch.Tensor
         if self.terms is None:
@@ -399,22 +399,22 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of an embedding or a head that were trained alone (``trainable_token_indices``): they replace its own.
+    """Rows of an embedding or a head that were trained separately (``trainable_token_indices``), replacing its own.
 
     Attributes:
         by: the rows, [tokens, width].
-        tokens: whose rows they are.
+        tokens: the token ids of the rows.
     """
 
     by: TensorEntry
     tokens: tuple[int, ...]
 
     def words(self, tensor: str) -> str:
-        """What it does to a tensor, for messages."""
+        """A description of the change, for messages."""
         return f"holds rows of {tensor} in full (trainable_token_indices)"
 
     def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
-        """Put them into a weight in place; arguments as of ``LowRank``."""
+        """Replace the rows of a weight in place; arguments as for ``LowRank``."""
         weight[list(self.tokens)] = view(self.by).float()
 
 

@@ -1,4 +1,4 @@
-"""What the files of each kind of adapter hold for one module, and the change that it is."""
+"""Interprets the tensors that each kind of adapter stores for a module as changes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from evomerge.checkpoints.parts import Part
 from evomerge.errors import InputError
 
 Router = tuple[TensorEntry, int]
-"""The router of an expert's module, and which row of it is the expert's."""
+"""The router of an expert's module, and the index of the expert's row."""
 
 TOKENS = ".token_adapter"
-"""What PEFT puts behind the name of a module of which it trains rows alone."""
+"""The suffix that PEFT appends to the name of a module of which only rows are trained."""
 
 _ROWS = "trainable_tokens_delta"
 
@@ -38,17 +38,17 @@ TENSORS = (
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a",
     "lokr_w2_b", "oft_R", "boft_R", "boft_s", "vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B", _ROWS,
 )  # fmt: skip
-"""The tensors of all kinds, behind the name of their module."""
+"""The tensor names of all kinds, without the name of their module."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """What an adapter's file holds for one module.
+    """The content of an adapter's file for one module.
 
     Attributes:
         module: its name in the model.
-        tensors: by their kinds, and ``KIND.bias`` of those that are a bias.
-        has_bias: the model's module has a bias.
+        tensors: its tensors by kind; biases are under ``KIND.bias``.
+        has_bias: whether the model's module has a bias.
     """
 
     module: str
@@ -57,17 +57,17 @@ class Held:
 
     @property
     def weight(self) -> str:
-        """The name of its weight."""
+        """The name of the module's weight."""
         return f"{self.module}.weight"
 
     def matrices(self, settings: AdapterSettings, *names: str, beside: Sequence[str] = ()) -> list[TensorEntry]:
-        """Some of its tensors, each of two dimensions.
+        """Some of its tensors, which must have two dimensions.
 
         Args:
-            beside: others that may be there.
+            beside: names of other tensors that are allowed.
 
         Raises:
-            InputError: one is missing or has other dimensions, or there are further ones.
+            InputError: one is missing or has other dimensions, or there are unexpected ones.
         """
         entries = [self.tensors.get(name) for name in names]
         found = [entry for entry in entries if entry is not None and len(entry.shape) == 2]
@@ -76,7 +76,7 @@ class Held:
         return found
 
     def wrong(self, settings: AdapterSettings, wanted: str) -> InputError:
-        """The error that its tensors are not what they should be."""
+        """The error for tensors other than those ``wanted``."""
         problem = f"the adapter's tensors for {self.module} are not {wanted}: {', '.join(self.tensors)}"
         return InputError(settings.place, problem, FOLD)
 
@@ -85,10 +85,10 @@ Found = Iterator[tuple[str, Change]]
 
 
 def changes_of(held: Held, settings: AdapterSettings, router: Router | None) -> Found:
-    """The tensors that an adapter changes in one module, by their names in the model, and how.
+    """The changes that an adapter makes to tensors of one module, by their names in the model.
 
     Raises:
-        InputError: its tensors are not those of its kind.
+        InputError: its tensors do not match its kind.
     """
     if _ROWS in held.tensors:
         yield from _rows(held, settings)
@@ -147,7 +147,7 @@ def _vera(held: Held, settings: AdapterSettings) -> Found:
         raise held.wrong(settings, "vera_lambda_b and vera_lambda_d beside vera_A and vera_B, which all modules share")
     if down.shape[0] != inner.shape[0] or up.shape[1] != inner.shape[0] or up.shape[0] < outer.shape[0]:
         raise held.wrong(settings, "of one rank")
-    inputs = down.shape[1]  # cut to the weight's own where that is known
+    inputs = down.shape[1]  # reduced to the weight's own once that is known
     yield held.weight, Scaled(down, up, 1.0, turned=False, inner=inner, outer=outer, size=(outer.shape[0], inputs))
 
 
@@ -198,7 +198,7 @@ _KINDS: Mapping[str, Callable[[Held, AdapterSettings], Found]] = {
 
 
 class Model(Protocol):
-    """What of a base is looked at here."""
+    """The properties of a base that are used here."""
 
     @property
     def tensors(self) -> Mapping[str, TensorEntry]: ...
@@ -214,12 +214,12 @@ def changes_of_parameter(
     base: Model,
     settings: AdapterSettings,
 ) -> Found:
-    """The tensors of a source that the factors of a parameter change, and how.
+    """The changes that the factors of a parameter make to tensors of a source.
 
     Args:
         tensor: the parameter's name in the model.
-        tensors: what the file holds for it.
-        pieces: the source's tensors that it is made of.
+        tensors: the content of the file for it.
+        pieces: the source's tensors that it is composed of.
 
     Raises:
         InputError: they do not fit the parameter.
@@ -253,11 +253,11 @@ def changes_of_parameter(
 
 
 def _taken(part: Part) -> int:
-    """How many dimensions of the model's tensor a part has not."""
+    """How many dimensions of the model's tensor a part lacks."""
     return sum(isinstance(cut, int) for cut in part.cuts)
 
 
 def _count(pieces: Sequence[tuple[str, Part]], base: Model) -> int:
-    """How many experts a tensor of three dimensions has."""
+    """How many experts a three-dimensional tensor holds."""
     numbers = [part.cuts[0] for _, part in pieces if part.cuts and isinstance(part.cuts[0], int)]
     return max(numbers) + 1 if numbers else base.tensors[pieces[0][0]].shape[0]

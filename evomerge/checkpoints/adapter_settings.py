@@ -1,4 +1,4 @@
-"""What an adapter's adapter_config.json says, checked before a tensor is looked at."""
+"""The settings in an adapter's adapter_config.json, checked before any tensor is looked at."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _UNSUPPORTED = (
     "monteclora_config",
 )  # fmt: skip
 _PLAIN_STARTS = {"True", "False", "None", "gaussian", "eva", "orthogonal"}
-"""Values of init_lora_weights that leave the base as it was."""
+"""Values of init_lora_weights that do not modify the base."""
 
 STARTS = ("pissa", "olora")
-"""Those that take a part out of the base which follows from the base alone."""
+"""Values that remove a part from the base, which can be computed from the base alone."""
 
 _ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
-"""Kinds that have a scale, and what its numerator is called."""
+"""Kinds that have a scale, with the name of its numerator."""
 
 _WITHOUT_SCALE = ("IA3", "VERA", "OFT", "BOFT")
 
-_MAX_SCALE = 1e9  # of alpha and rank
+_MAX_SCALE = 1e9  # for alpha and rank
 _MAX_PATTERNS = 10_000
-_PATTERN_SECONDS = 2.0  # for one pattern on one module, and of the CPU for all of them
+_PATTERN_SECONDS = 2.0  # for one pattern on one module, and CPU time for all of them
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class AdapterSettings:
     """The configuration, as parsed JSON.
 
     Attributes:
-        place: where the adapter was named, for errors.
+        place: where the adapter was named, for error messages.
     """
 
     config: Mapping[str, Any]
@@ -58,11 +58,11 @@ class AdapterSettings:
         return str(self.config.get("peft_type"))
 
     def fault(self, problem: str, hint: str = FOLD) -> InputError:
-        """An error of the configuration."""
+        """An error about the configuration."""
         return InputError(self.place, f"{CONFIG}: {problem}", hint)
 
     def check(self) -> None:
-        """Refuse a configuration whose adapter cannot be folded.
+        """Reject a configuration whose adapter cannot be folded into the weights.
 
         Raises:
             InputError: naming the key.
@@ -117,15 +117,15 @@ class AdapterSettings:
                 raise self.fault(f"{key} has a broken pattern {shown} ({error})") from None
 
     def scale(self, module: str, rank: int | None) -> float:
-        """s of a module, or of a parameter by its name.
+        """s for a module, or for a parameter by name.
 
         Args:
-            rank: that its tensors have; None where they do not show it.
+            rank: the rank of its tensors; None if they do not show it.
 
         Raises:
-            InputError: the configuration says another rank.
+            InputError: the configuration gives a different rank.
         """
-        if self.kind == "ADALORA":  # whose ranks were cut since, but not its scale
+        if self.kind == "ADALORA":  # ranks were reduced during training, but not the scale
             return float(self.config["lora_alpha"] / (self.config["init_r"] + 1e-5))
         expected = self._of_pattern("rank_pattern", module, "r")
         if rank is not None and rank != expected:
@@ -146,10 +146,10 @@ class AdapterSettings:
         return self.config[otherwise]
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
-        """The tokens whose rows of a module were trained alone.
+        """The tokens whose rows of a module were trained separately.
 
         Raises:
-            InputError: the configuration does not say which.
+            InputError: the configuration does not list them.
         """
         given = self.config.get("trainable_token_indices")
         if isinstance(given, dict):
@@ -169,5 +169,5 @@ def _compiled(pattern: str) -> Any:
 
 
 def _in_full(pattern: str) -> str:
-    """A pattern of PEFT for the ends of names, as it matches a whole name."""
+    """Turn a PEFT pattern, which matches the ends of names, into one that matches whole names."""
     return rf"(.*\.)?({pattern})$"

@@ -1,7 +1,7 @@
-"""PEFT's adapters on a source: which tensors they change, and the fold of it into the weights.
+"""PEFT adapters on a source: which tensors they change, and how these changes are folded into the weights.
 
-What each kind does is in ``adapter_changes``, what its files hold in ``adapter_kinds``. The factors stay in their
-mapped files; a fold is made each time it is read.
+The effect of each kind is in ``adapter_changes``, the format of its files in ``adapter_kinds``. Factors remain in their
+memory-mapped files; folding is done on every read.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _TENSOR = re.compile(
     rf"(?P<module>.+)\.(?P<kind>{'|'.join(TENSORS)})(\.(?P<adapter>(?!(weight|bias)$)[^.]+))?(\.(?P<field>weight|bias))?"
 )
 _UNTRAINED = re.compile(r"(.*\.)?original_module\..+")
-"""The copy of a module that training left alone, which peft writes beside the trained one."""
+"""The untrained copy of a module, which peft writes in addition to the trained one."""
 
 _WHOLE, _SHARED = "base_model", ("vera_A", "vera_B")
-"""The module whose tensors all others use, and which these are."""
+"""The module whose tensors are shared by all others, and the names of these tensors."""
 
 _buffers = Buffers()
 
@@ -48,9 +48,9 @@ class Adapter:
     """One adapter, matched to the tensors of its base.
 
     Attributes:
-        folder: where its files are.
-        changes: what it does to tensors, by the names that the source has for them.
-        replaced: tensors that it holds in full instead (``modules_to_save``), by the same names.
+        folder: the folder of its files.
+        changes: its changes to tensors, by their names in the source.
+        replaced: tensors that it replaces completely (``modules_to_save``), by the same names.
         files: its own files.
         base: the base that it names, or "".
     """
@@ -64,14 +64,15 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Base:
-    """What an adapter must know of the model under it.
+    """What an adapter needs to know about the model it is applied to.
 
     Attributes:
-        tensors: the source's, by name.
-        pieces: the tensors that each tensor of the model is made of, by its name there, and where they lie in it.
-        find: gives for names of tensors, as modules of the model go by, the source's names; None where it has none.
+        tensors: the source's tensors, by name.
+        pieces: for each tensor of the model, by its name there, the source's tensors that make it up and their position
+            in it.
+        find: maps names of tensors, as they follow from the model's modules, to the source's names; None if unknown.
         turned: names of weights stored as inputs by outputs.
-        tied: names of tensors that serve twice, as embedding and as head.
+        tied: names of tensors that serve both as embedding and as head.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -82,10 +83,10 @@ class Base:
 
 
 def fold(stored: torch.Tensor, changes: Sequence[Change], view: View) -> torch.Tensor:
-    """A stored tensor with changes folded in, in their order: float32, on the CPU, in memory of its own.
+    """A stored tensor with changes folded in, in order: float32, on the CPU, in newly allocated memory.
 
     Args:
-        view: gives the tensor of an entry.
+        view: returns the tensor of an entry.
     """
     weight = _buffers.empty(stored.shape).copy_(stored)
     for number, change in enumerate(changes):
@@ -94,10 +95,10 @@ def fold(stored: torch.Tensor, changes: Sequence[Change], view: View) -> torch.T
 
 
 def open_adapter(folder: Path, base: Base, place: str, expert: int | None = None) -> Adapter:
-    """Open an adapter's folder and match all of it to its base, headers only.
+    """Open an adapter's folder and match all of it to its base, reading only headers.
 
     Args:
-        expert: which one, of a folder that holds several (``expert_files``).
+        expert: the index of the expert, in a folder that holds several (``expert_files``).
 
     Raises:
         InputError: it is broken, of a kind that cannot be folded, or made for another model.
@@ -138,7 +139,7 @@ def open_adapter(folder: Path, base: Base, place: str, expert: int | None = None
 
 @dataclass(frozen=True)
 class _Reader:
-    """Sorts an adapter's tensors by what they do to which tensor of the base."""
+    """Sorts an adapter's tensors by the tensor of the base that they change, and how."""
 
     folder: Path
     settings: AdapterSettings
@@ -147,7 +148,7 @@ class _Reader:
 
     @property
     def place(self) -> str:
-        """For errors."""
+        """The place, for error messages."""
         return self.settings.place
 
     def read(self, stored: Mapping[str, TensorEntry]) -> tuple[dict[str, Change], dict[str, TensorEntry]]:
@@ -172,14 +173,14 @@ class _Reader:
         return changes, replaced
 
     def _is_of_parameter(self, module: str) -> bool:
-        """Whether a file's module is one of those that PEFT puts around a parameter (``target_parameters``)."""
+        """Whether a module in a file is one of those that PEFT wraps around a parameter (``target_parameters``)."""
         targets = self.settings.config.get("target_parameters") or ()
         inside = module.replace(_WRAPPED, "")
         owned = [tensor for tensor in self.base.pieces if tensor.rpartition(".")[0] == inside]
         return any(tensor == target or tensor.endswith(f".{target}") for tensor in owned for target in targets)
 
     def _of_parameters(self, modules: Mapping[str, Mapping[str, TensorEntry]]) -> Iterator[tuple[str, Change]]:
-        """Changes of parameters that are no layer's weight; the innermost of a module is its first parameter."""
+        """Changes of parameters that are not a layer's weight; the innermost of a module is its first parameter."""
         targets = self.settings.config.get("target_parameters") or ()
         depths: dict[str, dict[int, str]] = defaultdict(dict)
         for module in modules:
@@ -202,7 +203,7 @@ class _Reader:
     def _sorted(
         self, stored: Mapping[str, TensorEntry]
     ) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, TensorEntry]]:
-        """The factors of each module by their kind, and the tensors that are held in full, by their names."""
+        """The factors of each module by kind, and the tensors that are stored in full, by name."""
         plain = {_plain(name): entry for name, entry in stored.items()}
         if len(plain) < len(stored):
             raise InputError(self.place, f"the adapter {self.folder} holds a tensor under two names", _AGAIN)
@@ -239,7 +240,7 @@ class _Reader:
             turned = name in self.base.turned
             if isinstance(change, LowRank):
                 change = replace(change, turned=change.turned or turned)
-                if isinstance(change, Scaled) and change.size is not None:  # of factors that all modules share
+                if isinstance(change, Scaled) and change.size is not None:  # the factors are shared by all modules
                     inputs = wanted[0] if change.turned else wanted[1]
                     change = replace(change, size=(change.size[0], min(inputs, change.size[1])))
                 if isinstance(change, Started):
@@ -287,11 +288,11 @@ class _Reader:
     def _check_tied(
         self, changes: Mapping[str, Change], whole: Mapping[str, TensorEntry], names: Mapping[str, str | None]
     ) -> None:
-        """A tensor that is embedding and head at once can only change as both."""
+        """Check that a tensor that is both embedding and head changes in the same way as both."""
         for name in self.base.tied:
             held = [_view(entry) for target, entry in whole.items() if names[target] == name]
-            equal = len(held) == 2 and torch.equal(*held)  # both are written when both were trained
-            alone = name in changes and not isinstance(changes[name], Rows)  # rows PEFT gives to both
+            equal = len(held) == 2 and torch.equal(*held)  # if both were trained, both are stored
+            alone = name in changes and not isinstance(changes[name], Rows)  # PEFT applies trained rows to both
             if alone or (held and not equal):
                 raise InputError(
                     self.place,

@@ -1,8 +1,9 @@
-"""Attention over a cache, one new token a row: on a processor, query heads that share their keys are computed as one.
+"""Attention over a KV cache with one new token per row: on a CPU, query heads that share keys are computed together.
 
-torch's kernel takes every query head by itself and reads the keys and values of its group again for each. With grouped
-queries (Ainslie et al. 2023, arXiv 2305.13245) the heads of a group look at the same keys, so that with one new token
-their queries are as good as the tokens of one sequence: one product a group, and no copy of the keys for every head.
+torch's kernel computes every query head separately and reads the keys and values of its group again for each. With
+grouped queries (Ainslie et al. 2023, arXiv 2305.13245) the heads of a group attend to the same keys, so with a single
+new token their queries can be treated as the tokens of one sequence: one product per group, without copying the keys
+for every head.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ _NAME = "evomerge_grouped"
 def grouped_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' ``sdpa`` attention; where it pays, by groups of heads.
+    """transformers' ``sdpa`` attention, computed by groups of heads if that is faster.
 
     Args:
         query: [rows, heads, tokens, width].
         key, value: [rows, groups, columns, width]; heads / groups consecutive heads share a group's.
-        attention_mask: bool or additive [rows or 1, 1 or heads, tokens, columns]; None hides nothing.
+        attention_mask: bool or additive [rows or 1, 1 or heads, tokens, columns]; None masks nothing.
 
     Returns:
-        [rows, tokens, heads, width], contiguous; and no weights.
+        [rows, tokens, heads, width], contiguous; and no attention weights.
     """
     rows, heads, tokens, width = query.shape
     groups = key.shape[1]
@@ -51,6 +52,6 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 
 def use_grouped_attention(model: Any) -> None:
-    """Have a transformers model attend by groups, if ``sdpa`` is what it attends by and that can be changed."""
+    """Make a transformers model use grouped attention, if it uses ``sdpa`` and that can be changed."""
     if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(_NAME)

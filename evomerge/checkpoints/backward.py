@@ -1,8 +1,9 @@
-"""Gradients by a live model's weights, each let go of as soon as it is there.
+"""Gradients with respect to a live model's weights, each freed as soon as it has been used.
 
-A live model computes without gradients. While gradients are wanted, its modules hold other parameters over the same
-memory, which want them: of a layer that stands in several hops a parameter for each hop, so that each hop's gradient is
-known by itself; of a tied embedding one, whose gradient is of both uses. Afterwards the model is as it was.
+A live model computes without gradients. While gradients are wanted, its modules temporarily hold other parameters over
+the same memory, which require gradients: for a layer used in several hops, one parameter per hop, so that each hop's
+gradient is known separately; for a tied embedding a single one, whose gradient covers both uses. Afterwards the model
+is as before.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ from torch.utils.checkpoint import checkpoint
 from evomerge.checkpoints.live import LiveModel
 
 Take = Callable[[Tensor], None]
-"""(the gradient by a tensor, in its shape and dtype) -> nothing. It must not be kept."""
+"""(the gradient of a tensor, in its shape and dtype) -> nothing. The gradient must not be kept."""
 
 Listening = Callable[[bool], AbstractContextManager[None]]
-"""(whether layers are computed again) -> in which a backward pass hands over gradients."""
+"""(whether layers are recomputed) -> a context in which a backward pass delivers gradients."""
 
 
 def nobody(recomputed: bool) -> AbstractContextManager[None]:
-    """Listens to no weight's gradient."""
+    """Receives no gradients."""
     return nullcontext()
 
 
 @dataclass(frozen=True)
 class _Scope:
-    """Modules in which one parameter is one: all outside of the stack of layers, or those of a hop.
+    """A scope in which parameters are not shared with others: all modules outside the stack of layers, or one hop.
 
     Attributes:
-        modules: these.
-        tensors: of the merged model, by name, that are their parameters or parts of them.
+        modules: its modules.
+        tensors: the tensors of the merged model, by name, that are their parameters or parts of them.
     """
 
     modules: Sequence[nn.Module]
@@ -45,16 +46,16 @@ class _Scope:
 
 @contextmanager
 def gradients(live: LiveModel, takes: Mapping[str, Take], *, recomputed: bool = False) -> Iterator[None]:
-    """While open, a backward pass through the live model hands over the gradient by each of some of its tensors.
+    """Within the context, a backward pass through the live model delivers the gradients of some of its tensors.
 
     Args:
-        takes: by the tensor's name in the merged model. What is called for a tensor is called in the midst of the
-            backward pass, once, with the whole gradient; not at all where the loss does not depend on the tensor.
-        recomputed: keep no more of a layer's forward pass than what it was given, and compute the rest again when the
-            backward pass comes to it.
+        takes: by the tensor's name in the merged model. The function for a tensor is called during the backward pass,
+            once, with the full gradient; not at all if the loss does not depend on the tensor.
+        recomputed: keep only the input of each layer during the forward pass, and recompute the rest when the backward
+            pass reaches it.
 
     Raises:
-        ValueError: a tensor is no parameter of the model, or none of its.
+        ValueError: a tensor is not a parameter of the model, or not part of one.
     """
     if live.stack is None:
         raise ValueError("a model that is never written to has no merged tensors")
@@ -84,8 +85,8 @@ def _scopes(live: LiveModel) -> Iterator[_Scope]:
 def _replace(
     modules: Sequence[nn.Module], wanted: Mapping[str, Tensor], takes: Mapping[str, Take], undo: ExitStack
 ) -> None:
-    """Put parameters that want gradients in the place of those with wanted tensors, until ``undo`` is closed."""
-    parts: dict[int, list[str]] = {}  # the wanted tensors by where their memory begins
+    """Replace the parameters of wanted tensors by ones that require gradients, until ``undo`` is closed."""
+    parts: dict[int, list[str]] = {}  # the wanted tensors by memory address
     for name, tensor in wanted.items():
         parts.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
     replaced: dict[int, nn.Parameter] = {}
@@ -106,7 +107,7 @@ def _replace(
 
 
 def _hand_over(views: Sequence[tuple[Tensor, Take]], parameter: Tensor) -> None:
-    """Give the gradient by a parameter to those who wait for the gradient by a part of it, and let go of it."""
+    """Pass the gradient of a parameter to the receivers of its parts, and free it."""
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
     gradient = gradient.contiguous()

@@ -1,7 +1,7 @@
-"""Memory for large tensors that are made for a moment, used again when they are gone.
+"""Memory for large temporary tensors, reused once they are gone.
 
-A merge folds adapters into hundreds of tensors for every candidate. Memory that is fresh each time costs more than what
-is computed in it, and what the allocator gets back it cuts up for small things that stay, so that a process grows to
+A merge folds adapters into hundreds of tensors for every candidate. Newly allocated memory costs more than the
+computation itself, and the allocator splits returned memory for small, long-lived objects, so that a process grows to
 several times what it holds.
 """
 
@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 _MAX_KEPT = 1 << 28
-"""Bytes of a buffer up to which it is kept: what is larger (an embedding) goes back to the system."""
+"""Buffers up to this many bytes are kept; larger ones (an embedding) are returned to the system."""
 
 
 class Buffers:
-    """Lends memory, and takes it back when no tensor lies in it any more.
+    """Lends memory, and takes it back when no tensor uses it any more.
 
-    It keeps no more buffers than were lent at one time. Threads may borrow at the same time.
+    It keeps no more buffers than were in use at one time. Threads may borrow concurrently.
     """
 
     def __init__(self) -> None:
@@ -32,20 +32,20 @@ class Buffers:
         self._lock = threading.Lock()
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:
-        """A tensor whose values are whatever is there: float32, contiguous, on the CPU."""
+        """An uninitialised tensor: float32, contiguous, on the CPU."""
         count = math.prod(shape)
         buffer = self._take(count)
-        lent = buffer[:count]  # lives as long as the tensor's storage, which all views of it share
+        lent = buffer[:count]  # lives as long as the tensor's storage, which all of its views share
         if buffer.nbytes <= _MAX_KEPT:
             weakref.finalize(lent, self._free.append, buffer).atexit = False
         return torch.from_numpy(lent).view(tuple(shape))
 
     def _take(self, count: int) -> NDArray[Any]:
-        with self._lock:  # buffers may come back meanwhile, but nobody else takes one
+        with self._lock:  # buffers may be returned meanwhile, but nobody else takes one
             fitting = [k for k in range(len(self._free)) if len(self._free[k]) >= count]
             if fitting:
                 return self._free.pop(min(fitting, key=lambda k: len(self._free[k])))
-            if self._free:  # all are too small: a larger one takes the place of one
+            if self._free:  # all are too small: replace one by a larger one
                 self._free.pop()
-        # By torch, whose memory begins at a multiple of a vector's width: by where a matrix begins, products may round.
+        # Allocated by torch, which aligns memory to vectors: the rounding of products may depend on the alignment.
         return np.asarray(torch.empty(count, dtype=torch.float32).numpy())

@@ -1,4 +1,4 @@
-"""Chat templates: those known by name, and the one that most sources have."""
+"""Chat templates: the ones known by name, and the one that most sources use."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ AUTO = "auto"
 
 
 def check_template(wanted: str, place: str) -> None:
-    """Refuse a chat template that is neither a name known here nor the text of a template.
+    """Reject a chat template that is neither a known name nor the text of a template.
 
     Raises:
         InputError: naming ``place``.
@@ -97,8 +97,8 @@ def choose_template(wanted: str, tokenizers: Iterable[Any]) -> str | None:
     """The text of a chat template.
 
     Args:
-        wanted: a text, a name, or "auto": the template that most of the tokenizers have, the first of them where
-            several are as common. None where it is that and none has one.
+        wanted: a text, a name, or "auto": the template that most of the tokenizers have, the first of them on ties.
+            The result is None for "auto" if none has one.
     """
     if wanted != AUTO:
         return TEMPLATES.get(wanted, wanted)
@@ -108,6 +108,6 @@ def choose_template(wanted: str, tokenizers: Iterable[Any]) -> str | None:
 
 
 def own_template(tokenizer: Any) -> str | None:
-    """The chat template that a tokenizer came with; the default one where it has several."""
+    """The chat template that a tokenizer came with; the default one if it has several."""
     template = tokenizer.chat_template
     return template.get("default") if isinstance(template, dict) else template

@@ -1,4 +1,4 @@
-"""Checks across sources, and of their weights' values, before a search begins."""
+"""Checks across sources, and of the values of their weights, before a search begins."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SAME_TOKENIZER = (
 )
 _CHOOSE_TOKENIZER = "Say which source gives the tokenizer: `tokenizer: NAME`."
 
-# Fields that change what weights of equal shape mean: two heads of 64 are not four of 32.
+# Settings that change the meaning of weights of equal shape: two heads of 64 are not four of 32.
 _MEANING = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
 
 
@@ -35,24 +35,24 @@ def check_compatible(
     same_tokens: bool = True,
     same_special: bool = True,
 ) -> None:
-    """Refuse sources that cannot be mixed tensor by tensor.
+    """Reject sources that cannot be mixed tensor by tensor.
 
-    All are held against the first: architecture, layers, tying, every tensor's name and shape, vocabulary and special
-    tokens. The padding token may differ: it never takes part in what a model computes.
+    All are compared with the first: architecture, layers, tying, every tensor's name and shape, vocabulary and special
+    tokens. The padding token may differ, because it never affects what a model computes.
 
     Args:
-        recipe: says which layers are mixed with each other. Then sources may differ in depth, and only tensors that are
-            mixed must agree in shape.
-        same_tokens: their tokenizers must know the same tokens under the same ids. False for sources that ``align`` has
-            laid out for one vocabulary.
-        same_special: they must begin and end texts with the same tokens. False where somebody has chosen the source
-            that gives the tokenizer: then all need only know the others' special tokens.
+        recipe: determines which layers are mixed with each other. With a recipe, sources may differ in depth, and only
+            tensors that are mixed must agree in shape.
+        same_tokens: whether tokenizers must have the same tokens with the same ids. False for sources that ``align``
+            has mapped to one vocabulary.
+        same_special: whether texts must begin and end with the same tokens. False if the user chose the source that
+            provides the tokenizer: then all sources must only know the others' special tokens.
 
     Raises:
         InputError: naming the two sources, what differs and both values.
     """
     first, *others = sources.values()
-    vocabularies: dict[Path, dict[str, int]] = {}  # by folder: adapters on one model share its
+    vocabularies: dict[Path, dict[str, int]] = {}  # by folder: adapters on one model share its vocabulary
 
     def vocabulary(source: Source) -> dict[str, int]:
         if source.folder not in vocabularies:
@@ -83,14 +83,14 @@ def check_compatible(
 
 
 def check_written(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: str) -> None:
-    """Refuse to write a folder that transformers would not load as it is: the model of ``config`` is built empty.
+    """Refuse to write a folder that transformers could not load unchanged; builds an empty model from ``config``.
 
     Args:
         config: the config.json of the folder.
-        shapes: of the tensors in it, by name.
+        shapes: the shapes of its tensors, by name.
 
     Raises:
-        InputError: a tensor is missing, is none of the model's, or has another shape than it asks for.
+        InputError: a tensor is missing, does not belong to the model, or has the wrong shape.
     """
     hint = "The folder could not be loaded; nothing was written."
     try:
@@ -111,7 +111,7 @@ def check_written(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
 
 
 def check_finite(source: Source) -> None:
-    """Read every weight once and refuse a source with NaN or an infinity in one of them.
+    """Read every weight once and reject a source with NaN or infinity in any of them.
 
     Raises:
         InputError: naming the tensor.
@@ -122,12 +122,12 @@ def check_finite(source: Source) -> None:
 
 
 def check_tensor(source: Source, name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor of a source that holds NaN or an infinity.
+    """Reject a tensor of a source with NaN or infinity.
 
     Raises:
         InputError: naming it.
     """
-    from evomerge.checkpoints.finite import all_finite  # and numba, which those spare who look at no weight
+    from evomerge.checkpoints.finite import all_finite  # imports numba, which is not needed unless weights are read
 
     if not all_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
@@ -144,10 +144,10 @@ def _same(one: Source, other: Source, field: str, mine: Any, theirs: Any, hint: 
 
 
 def check_keeps_seeing(sources: Mapping[str, Source], tokenizer: str) -> None:
-    """Refuse a merge of models that read images into one that does not: what reads them would be dropped.
+    """Reject a merge of vision-language models into a text model, which would drop their vision parts.
 
     Args:
-        tokenizer: the source that gives tokenizer and configuration.
+        tokenizer: the source that provides tokenizer and configuration.
 
     Raises:
         InputError: naming a source that reads images.
@@ -160,15 +160,15 @@ def check_keeps_seeing(sources: Mapping[str, Source], tokenizer: str) -> None:
 
 
 def texts(source: Source) -> set[str]:
-    """The tensors of a source's text model."""
+    """The names of the tensors of a source's text model."""
     return {name for name, role in source.roles.items() if role.kind != "vision"}
 
 
 def check_seeing(sources: Mapping[str, Source], recipe: StackRecipe) -> None:
-    """Refuse to mix what reads images of sources in which that is not the same.
+    """Reject mixing the vision parts of sources if these parts differ.
 
     Raises:
-        InputError: naming the source and what differs; a source of texts alone among them.
+        InputError: naming the source and what differs; also for a text-only source.
     """
     if recipe.seen is None:
         return
@@ -186,23 +186,23 @@ def check_seeing(sources: Mapping[str, Source], recipe: StackRecipe) -> None:
 
 
 def text_model_problem(one: Source, other: Source) -> str:
-    """How the text models of two sources differ in kind, whatever their shapes; empty where they do not.
+    """How the text models of two sources differ in kind, regardless of shapes; empty if they do not.
 
-    Those of different types are the same where they compute the same of equal weights, which is tried.
+    Models of different types count as the same if they compute the same with equal weights, which is tested.
     """
     if one.text_type == other.text_type:
         return ""
     types = f"it is a {other.text_type}, and {one.name} a {one.text_type}"
     if not one.takes_images and not other.takes_images:
         return types
-    from evomerge.checkpoints.twins import twin_problem  # which builds models
+    from evomerge.checkpoints.twins import twin_problem  # builds models
 
     problem = twin_problem(one, other)
     return f"{types}, and {problem}" if problem else ""
 
 
 def _same_text_model(one: Source, other: Source) -> None:
-    """Refuse sources whose text models are of different kinds."""
+    """Reject sources whose text models are of different kinds."""
     if one.config["model_type"] == other.config["model_type"]:
         _same(one, other, "architectures", one.config.get("architectures"), other.config.get("architectures"))
     elif one.takes_images or other.takes_images:
@@ -215,7 +215,7 @@ def _same_text_model(one: Source, other: Source) -> None:
 
 
 def _check_path(sources: Mapping[str, Source], recipe: StackRecipe) -> None:
-    """Hold what is mixed in each hop against the layer that the tokenizer's source has there, or else its last."""
+    """Compare what is mixed in each hop with the layer at that index of the tokenizer's source, or its last layer."""
     model = sources[recipe.tokenizer]
     roles = {name: sources[name].roles for name in recipe.used_sources() | {recipe.tokenizer}}
     outside = [(name, role) for name, role in roles[recipe.tokenizer].items() if role.layer is None]
@@ -225,7 +225,7 @@ def _check_path(sources: Mapping[str, Source], recipe: StackRecipe) -> None:
     for number, hop in enumerate(recipe.hops):
         like = min(number, model.layers - 1)
         here = [(name, role) for name, role in roles[recipe.tokenizer].items() if role.layer == like]
-        users: dict[str, set[str]] = {}  # the tensors of the hop that each source takes part in
+        users: dict[str, set[str]] = {}  # the tensors of the hop that use each source
         for name, role in here:
             merged = renumber(name, role, number)
             for source in _mixed(recipe.blend_for(Role(role.kind, number), merged)):
@@ -247,7 +247,7 @@ def _check_path(sources: Mapping[str, Source], recipe: StackRecipe) -> None:
 
 
 def _same_kind(model: Source, source: Source, layer: int) -> None:
-    """Refuse a layer that its own configuration says more of than the model's can: another kind of attention, say."""
+    """Reject a layer with settings that the model's configuration cannot express, such as another kind of attention."""
     like = min(layer, model.layers - 1)
     for key in {**model.layered, **source.layered}:
         mine, theirs = model.layered.get(key), source.layered.get(key)

@@ -1,4 +1,4 @@
-"""What stands in a config.json, checked as the work of a stranger before any loader acts on it."""
+"""Checks the content of a config.json as untrusted input, before any loader acts on it."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _RUNS_CODE = re.compile(
     r"_*(auto_map|custom_pipelines|custom_generate|\w*_implementation\w*|use_kernels|kernel_config"
     r"|transformers_weights|trust_remote_code)"
 )
-"""Keys by which transformers reads code or weights from elsewhere, whatever underscores it puts before them."""
+"""Keys that make transformers load code or weights from elsewhere, with any number of leading underscores."""
 
 _BUILT_IN = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
-"""Values of implementations that are transformers' own; any other may be looked for on the hub."""
+"""Implementations built into transformers; any other value may be looked up on the hub."""
 
 _QUANTISED = {"quantization_config", "compression_config"}
 _COUNTS_MODULES = re.compile(r"(layers?|blocks?|experts?|heads?)$")
 _COUNTS = re.compile(r"(num|n)_")
 _MAX_LABELS, _MAX_MODULES, _MAX_COUNTED = 100_000, 10_000, 10_000_000
-_MAX_LISTED = 10_000  # values in one list, a value for each layer being the longest that models have
+_MAX_LISTED = 10_000  # values in one list; the longest lists of real models have a value per layer
 
 
 def check_config(config: Mapping[str, Any], place: str) -> None:
-    """Refuse what transformers would act on beyond a model's plain shape, and numbers no model has.
+    """Reject settings that make transformers do more than build a plain model, and numbers that no model has.
 
-    ``trust_remote_code=False`` is no boundary by itself (CVE-2026-4372 went through
-    ``_attn_implementation_internal``), so the keys are checked before any loader sees them.
+    ``trust_remote_code=False`` alone is not sufficient (CVE-2026-4372 used ``_attn_implementation_internal``), so the
+    keys are checked before any loader sees them.
 
     Raises:
         InputError: naming the key.
@@ -53,11 +53,11 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
 
 
 def check_lists(content: Mapping[str, Any], file: str, place: str) -> None:
-    """Refuse a list that is longer than those of any model: transformers goes through some again and again.
+    """Reject lists that are longer than those of any model, because transformers iterates over some repeatedly.
 
     Args:
-        content: what stands in a configuration, at any depth.
-        file: its name.
+        content: the content of a configuration, checked at any depth.
+        file: the name of its file.
 
     Raises:
         InputError: naming the key.
@@ -75,8 +75,8 @@ def _is_harmless(key: str, value: Any) -> bool:
 
 
 def _most(key: str) -> float:
-    """The largest number that a key can have, where things are made in that number before anything is looked at."""
-    if key == "num_labels":  # each of which transformers gives a name
+    """The maximum value of a key that makes loaders allocate that many objects before anything is checked."""
+    if key == "num_labels":  # transformers creates a name for each
         return _MAX_LABELS
     if _COUNTS_MODULES.search(key):
         return _MAX_MODULES
@@ -88,7 +88,7 @@ def _quantisation(config: Any) -> str:
         return "unknown"
     fewer = next((f"{bits} bits" for bits in (4, 8) if config.get(f"load_in_{bits}bit")), None)
     bits = f"{config['bits']} bits" if type(config.get("bits")) is int else fewer
-    # bitsandbytes came first and did not say its name at first
+    # bitsandbytes came first, and early versions did not write its name
     method = config.get("quant_method") or ("bitsandbytes" if fewer else "unknown")
     return ", ".join(str(part) for part in (method, bits) if part)
 
@@ -103,6 +103,6 @@ def _walk(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line, for a message that a person reads."""
+    """The first line of an error, for a message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,12 +1,12 @@
-"""Folders that hold many experts of one base and their routers, as the codes of MoLA and LoRAMoE write them.
+"""Folders with several experts of one base and their routers, in the formats of the MoLA and LoRAMoE code.
 
-Beside the configuration of a LoRA there are, for each adapted module ("...mlp.up_proj") in the file of weights,
+In addition to the configuration of a LoRA, the weights file has, for each adapted module ("...mlp.up_proj"),
 
     MoLA      lora_A_{e}.weight, or lora_A.default_{e}.weight, lora_B as well; router.router.weight  (arXiv 2402.08562)
     LoRAMoE   lora_A{e}.weight, lora_B{e}.weight; lora_route.weight                                  (arXiv 2312.09979)
 
-with experts e = 0, 1, ...; of MoLA fewer in some layers. A router is [experts, inputs] and has no bias. MoLA's
-configuration gives the rank of each layer, in a list.
+with experts e = 0, 1, ...; with MoLA some layers have fewer. A router is [experts, inputs] and has no bias. MoLA's
+configuration gives the rank of each layer in a list.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _ROUTER = re.compile(r"(?P<module>.+)\.(router\.router|lora_route)\.weight")
 
 
 def holds_experts(stored: Mapping[str, TensorEntry]) -> bool:
-    """Whether a file has several experts, each with its number, and routers."""
+    """Whether a file contains several numbered experts, and routers."""
     return any(_ROUTER.fullmatch(name) for name in stored)
 
 
 def of_expert(
     stored: Mapping[str, TensorEntry], number: int | None, folder: Path, place: str
 ) -> tuple[dict[str, TensorEntry], dict[str, TensorEntry]]:
-    """One expert's tensors as PEFT names them, and the router of each module that it is in, by the module.
+    """One expert's tensors with PEFT's names, and the router of each module that it is part of, by module.
 
     Raises:
-        InputError: no expert is named, or one that is not there.
+        InputError: no expert is named, or one that does not exist.
     """
     halves = {name: match for name in stored if (match := _HALF.fullmatch(name))}
     routers = {match["module"]: stored[name] for name in stored if (match := _ROUTER.fullmatch(name))}
@@ -49,7 +49,7 @@ def of_expert(
 
 
 def with_one_rank(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration whose ranks are a number for each layer, as PEFT has them: by pattern of the module."""
+    """Convert a configuration with a list of ranks per layer to PEFT's form, a pattern of module names."""
     ranks = config.get("r")
     if not isinstance(ranks, list) or not ranks:
         return config

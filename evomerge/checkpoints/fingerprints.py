@@ -1,4 +1,4 @@
-"""Fingerprints of sources, so that a search notices when a model changes under it."""
+"""Fingerprints of sources, by which a search notices when a model changes while it runs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from evomerge.files import FileFingerprint
 
 
 def fingerprint(source: Source, known: Mapping[str, FileFingerprint] | None = None) -> dict[str, FileFingerprint]:
-    """Fingerprints of all files of a source, by file name; those of adapters with the adapter's number before it.
+    """Fingerprints of all files of a source, by file name; for adapters with the adapter's number as a prefix.
 
-    A file whose size and time of change are those in ``known`` is taken to hold the same and is not read again.
+    A file with the size and modification time recorded in ``known`` is assumed unchanged and is not read again.
     """
     return {name: _of_file(file, (known or {}).get(name)) for name, file in named_files(source).items()}
 
 
 def content_digest(files: Mapping[str, FileFingerprint]) -> str:
-    """One digest (SHA-256, hex) of what all files of a source hold, wherever they lie."""
+    """One digest (SHA-256, hex) of the contents of all files of a source, wherever they are stored."""
     listed = "".join(f"{name} {file['sha256']}\n" for name, file in sorted(files.items()))
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def named_files(source: Source) -> dict[str, Path]:
-    """All files of a source by the names that fingerprints have."""
+    """All files of a source by their names in fingerprints."""
     own = (source.folder, source.folder / TEMPLATES)
     adapters = list(dict.fromkeys(file.parent for file in source.files if file.parent not in own))
     by_name = {}
@@ -40,9 +40,9 @@ def named_files(source: Source) -> dict[str, Path]:
 
 
 def check_fingerprints(source: Source, recorded: Mapping[str, FileFingerprint]) -> dict[str, FileFingerprint]:
-    """Refuse a source that is not what it was when ``recorded`` was taken; return its fingerprints of now.
+    """Reject a source that has changed since ``recorded`` was taken; return its current fingerprints.
 
-    A file that was only touched or copied is the same.
+    A file that was only touched or copied counts as unchanged.
 
     Raises:
         InputError: naming the file that changed, appeared or vanished.
@@ -62,10 +62,10 @@ def check_fingerprints(source: Source, recorded: Mapping[str, FileFingerprint]) 
 
 
 class Untouched:
-    """Sees that the files of sources stay as they are while they are read: they are mapped, not copied.
+    """Checks that files of sources do not change while in use, because they are memory-mapped, not copied.
 
     Args:
-        sources: as they were just opened.
+        sources: freshly opened sources.
     """
 
     def __init__(self, sources: Iterable[Source]) -> None:
@@ -73,10 +73,10 @@ class Untouched:
         self._looks = {file: _look(file) for source in self._sources for file in source.files}
 
     def check(self) -> None:
-        """Look at each file from outside, which costs microseconds.
+        """Check the size and modification time of each file, which takes microseconds.
 
         Raises:
-            InputError: naming the file that is not as it was, or is gone.
+            InputError: naming the file that has changed or is gone.
         """
         for source in self._sources:
             for name, file in named_files(source).items():
@@ -88,7 +88,7 @@ class Untouched:
 
 
 def _look(file: Path) -> tuple[int, int] | None:
-    """Size in bytes and time of change in ns; None where there is no such file."""
+    """Size in bytes and modification time in ns; None if there is no such file."""
     try:
         stat = file.stat()
     except OSError:

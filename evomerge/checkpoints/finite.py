@@ -1,4 +1,4 @@
-"""Looking for NaN and infinities in weights at the speed of memory."""
+"""Searches for NaN and infinity in weights at memory speed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 
 from evomerge.compiling import compiler
 
-# A float is NaN or infinite where all bits of its exponent are set; then adding the lowest of them carries into the bit
-# of the sign. Words of 32 bits hold one float32 or two of the others: the bits of exponents, and the lowest of each.
+# A float is NaN or infinite if all bits of its exponent are set; then adding the lowest of them carries into the sign
+# bit. A 32-bit word holds one float32 or two 16-bit floats: the masks are the exponent bits, and the lowest of each.
 _EXPONENTS = {
     torch.float32: (0x7F800000, 0x00800000),
     torch.bfloat16: (0x7F807F80, 0x00800080),
     torch.float16: (0x7C007C00, 0x04000400),
 }
-_SIGNS = np.uint32(0x80008000)  # bit 15 of a float32 is never reached: its mask leaves nothing there
+_SIGNS = np.uint32(0x80008000)  # bit 15 of a float32 is never reached: its mask is zero there
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of a float dtype, on any device, holds neither NaN nor an infinity."""
+    """Whether a tensor of a float dtype, on any device, contains neither NaN nor infinity."""
     scanned = tensor.dtype in _EXPONENTS and tensor.device.type == "cpu" and tensor.is_contiguous()
     if not scanned or tensor.nbytes % 4 or tensor.data_ptr() % 4:
         return bool(torch.isfinite(tensor).all())
@@ -32,7 +32,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 
 def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """Name of the first of some tensors, all in the host's memory or none, with NaN or an infinity in it."""
+    """The name of the first tensor with NaN or infinity; either all tensors are in host memory, or none."""
     suspects = list(tensors)
     if tensors and next(iter(tensors.values())).device.type != "cpu":
         suspects = _suspects(tensors)
@@ -40,11 +40,11 @@ def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def _suspects(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors whose sum is not finite, as may be that of finite weights; one wait for each device."""
+    """Names of tensors with a non-finite sum, which finite weights may also have; synchronises each device once."""
     sums: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         sums.setdefault(tensor.device, {})[name] = tensor.sum().float()
-    flags = [torch.isfinite(torch.stack(list(own.values()))) for own in sums.values()]  # before any is waited for
+    flags = [torch.isfinite(torch.stack(list(own.values()))) for own in sums.values()]  # all queued first
     broken: set[str] = set()
     for own, finite in zip(sums.values(), flags, strict=True):
         broken |= {name for name, is_finite in zip(own, finite.tolist(), strict=True) if not is_finite}
@@ -53,12 +53,12 @@ def _suspects(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 @compiler([Path(__file__)])
 def _any_carries(words: NDArray[np.uint32], bits: np.uint32, lowest: np.uint32) -> bool:
-    """Whether the exponent of an element is all ones; uint32 [n]."""
-    step = 1 << 14  # looked at without a branch, which is what makes it vectorise
+    """Whether the exponent of any element is all ones; uint32 [n]."""
+    step = 1 << 14  # checked without a branch, so that the loop vectorises
     for begin in range(0, len(words), step):
         sums = np.uint32(0)
         chunk = words[begin : begin + step]
-        for number in range(len(chunk)):  # numba computes with 64 bits unless told after each step
+        for number in range(len(chunk)):  # numba uses 64 bits unless converted after each step
             sums = np.uint32(sums | np.uint32(np.uint32(chunk[number] & bits) + lowest))
         if sums & _SIGNS:
             return True

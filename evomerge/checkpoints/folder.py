@@ -1,4 +1,4 @@
-"""A model folder as files: which of them may be opened, what its JSON says, and where every tensor lies."""
+"""A model folder as files: which may be opened, the content of its JSON, and the location of every tensor."""
 
 from __future__ import annotations
 
@@ -21,48 +21,48 @@ _TOKENIZER = (
     "bpe.codes", "dict.txt", "tekken.json", "*.model", "*.spm", "*.tiktoken", "chat_template.jinja",
     f"{TEMPLATES}/*.jinja",
 )  # fmt: skip
-"""The files that make a tokenizer, where a folder has them: what the classes of transformers look for."""
+"""The files of a tokenizer that a folder may have: those that the classes of transformers look for."""
 
 IMAGE_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
-"""Where transformers 5 keeps what makes images into what a model reads, and where that was kept before."""
+"""Where transformers 5 stores the processor's settings, and where older versions stored them."""
 
 _COMPANIONS = re.compile(
     r"[^.].*\.(json|jinja|txt|model|spm|tiktoken|codes)|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY).*", re.I
 )
-"""Files that say how a model is to be used, and by whom."""
+"""Files that describe how a model is to be used, and by whom."""
 
 _MADE_ANEW = re.compile(
     r"(config|params)\.json|.*\.index\.json|adapter_\w+\.json|lineage\.json|README.*|requirements.*\.txt"
     r"|(trainer_state|training_args|train_results|eval_results|all_results)\.json|.*\.(bin|pt|pth|safetensors)"
 )
-"""Files that are of these weights, or of how they were trained: a merge has its own, or none."""
+"""Files about these particular weights or their training: a merge writes its own, or none."""
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _READS_FILES = ("init_inputs", "vocab", "merges", "tokenizer_object", "rewriting_rules", "entity_vocab", "subfolder")
-"""Keys of a tokenizer's configuration that its class may take for a file, or for where to look for files."""
+"""Keys of a tokenizer's configuration that its class may interpret as a file, or as a place to look for files."""
 
 _MAX_PATH = 4_096  # characters
 _MAX_FILES = 5_000
 
 _QUANTISERS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
-"""Files that quantisers put beside weights, some of them without a word in config.json."""
+"""Files that quantisation tools write beside weights, some of them without mentioning it in config.json."""
 
-_CONFIG_BYTES = 10_000_000  # the largest name 20,000 labels
+_CONFIG_BYTES = 10_000_000  # the largest list 20,000 labels
 _CONVERT = "To convert it where you trust it: `AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`."
 
 
 def check_files(folder: Path, place: str) -> tuple[str, ...]:
-    """Refuse a folder with a link that leads to where no model is, or with something in it that is no plain file.
+    """Reject a folder with a link that leads outside of models, or with something in it that is not a regular file.
 
-    Looked at is all that a loader could open: the folder itself and its chat templates, whatever the names. A link is
-    followed
+    Everything that a loader could open is checked: the folder itself and its chat templates, whatever the names. Links
+    are allowed
 
-    - inside of the folder;
-    - in a hub cache, which is made of links: ``snapshots/<revision>/x -> ../../blobs/<hash>``;
-    - to the file of the same name in another model's folder, as people lay out variants of a model.
+    - within the folder;
+    - in a hub cache, which consists of links: ``snapshots/<revision>/x -> ../../blobs/<hash>``;
+    - to the file with the same name in another model's folder, which people use for variants of a model.
 
     Returns:
-        names of the last kind, for a warning.
+        names of links of the last kind, for a warning.
 
     Raises:
         InputError: naming the file.
@@ -85,7 +85,7 @@ def check_files(folder: Path, place: str) -> tuple[str, ...]:
 
 
 def _entries(folder: Path, place: str) -> Iterator[Path]:
-    """What lies in a model's folder and where its chat templates are; links to other folders are not for loaders."""
+    """The entries of a model's folder and of its chat templates; loaders do not follow links to other folders."""
     for file in sorted(folder.iterdir()):
         if not (file.is_symlink() and os.path.isdir(file) and file.name != TEMPLATES):
             yield file
@@ -103,7 +103,7 @@ def _is_loop_free(link: Path) -> bool:
 
 
 def _stays(file: Path, folder: Path) -> bool:
-    """Whether a link leads to somewhere in the folder, or in the hub cache that the folder is of."""
+    """Whether a link stays within the folder, or within the hub cache that the folder belongs to."""
     home = Path(os.path.realpath(folder))
     allowed = [home]
     if home.parent.name == "snapshots":
@@ -113,7 +113,7 @@ def _stays(file: Path, folder: Path) -> bool:
 
 
 def _leads_to_a_model(link: Path) -> bool:
-    """Whether a link leads to the file of its own name in another folder with a model or an adapter."""
+    """Whether a link leads to the file with its own name in another folder with a model or an adapter."""
     target = Path(os.path.join(link.parent, os.readlink(link)))
     folder = Path(os.path.realpath(target.parent))
     described = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
@@ -125,21 +125,21 @@ def _leads_to_a_model(link: Path) -> bool:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a model's folder that make its tokenizer, chat templates included, by name."""
+    """The tokenizer files in a model's folder, including chat templates, by name."""
     return sorted({file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()})
 
 
 def processor_files(folder: Path) -> list[Path]:
-    """The files of what makes images and texts into what a model reads, beside those of its tokenizer."""
+    """The processor's files, in addition to those of its tokenizer."""
     names = (*IMAGE_PROCESSORS, "video_preprocessor_config.json", "chat_template.json")
     return [folder / name for name in names if has(folder, name)]
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """What goes along with a model but its weights and config.json, by name.
+    """The files that accompany a model, except its weights and config.json, by name.
 
-    That is its tokenizer, chat templates, generation settings, what a processor needs, its licence, and whatever else
-    says how it is used. Code does not go along, nor what tells of a training, nor data too large to be settings.
+    These are its tokenizer, chat templates, generation settings, processor settings, licence, and everything else that
+    describes its use. Code, training records, and data too large to be settings are excluded.
     """
     named = (file for file in folder.iterdir() if file.is_file() and _COMPANIONS.fullmatch(file.name))
     beside = (file for file in named if file.stat().st_size <= TEXT_BYTES)
@@ -147,10 +147,10 @@ def companion_files(folder: Path) -> list[Path]:
 
 
 def check_tokenizer(folder: Path, place: str) -> None:
-    """Refuse a tokenizer that reads code, or other files than the folder's, or files that are none.
+    """Reject a tokenizer that loads code, or files from elsewhere, or paths that are not regular files.
 
-    transformers hands all of its keys to the tokenizer's class, some of which open what they are given. The keys that
-    name files (``vocab_file``) are harmless: transformers puts the files of the folder in their place.
+    transformers passes all keys to the tokenizer's class, and some classes open what they are given. Keys that name
+    files (``vocab_file``) are harmless, because transformers overwrites them with the files of the folder.
 
     Raises:
         InputError: naming the file, or the key of tokenizer_config.json.
@@ -188,24 +188,24 @@ def check_tokenizer(folder: Path, place: str) -> None:
 def _reads_files(key: str, value: Any) -> bool:
     if key in _READS_FILES:
         return bool(value)
-    if key.endswith("_kwargs") and isinstance(value, dict):  # for SentencePiece and MeCab, which take files by name
+    if key.endswith("_kwargs") and isinstance(value, dict):  # for SentencePiece and MeCab, which accept file names
         return any(isinstance(inner, str) and "/" in inner for inner in value.values())
     named = isinstance(value, str) and len(value) < _MAX_PATH and "/" in value and not key.endswith("_file")
     return named and "\0" not in value and os.path.isfile(value)
 
 
 def has(folder: Path, name: str) -> bool:
-    """Whether something is in the place of a file, if only to be refused when it is read."""
+    """Whether something exists under a name, even if it would be rejected when read."""
     return os.path.exists(folder / name)
 
 
 def zero_folder(folder: Path) -> Path | None:
-    """The folder with the shards of a DeepSpeed ZeRO checkpoint: this one, or the one below that holds its last step.
+    """The folder with the shards of a DeepSpeed ZeRO checkpoint: this one, or its subfolder with the last step.
 
-    None when there is no such checkpoint. What the file ``latest`` says is followed only to a folder right here.
+    None if there is no such checkpoint. The file ``latest`` may only name a direct subfolder.
 
     Raises:
-        InputError: ``latest`` is no plain file.
+        InputError: ``latest`` is not a regular file.
     """
     latest = folder / "latest"
     if has(folder, latest.name):
@@ -220,10 +220,10 @@ def zero_folder(folder: Path) -> Path | None:
 
 
 def refuse_unreadable(folder: Path, place: str) -> None:
-    """Refuse a folder whose weights are in a form of their own, by its name.
+    """Reject a folder whose weights are in an unsupported format, recognised by file names.
 
     Raises:
-        InputError: it tells what to do.
+        InputError: it says what to do.
     """
     for name, kind in _QUANTISERS.items():
         if has(folder, name):
@@ -247,10 +247,10 @@ def refuse_unreadable(folder: Path, place: str) -> None:
 
 
 def load_json(file: Path, place: str, most: int = JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file of at most so many bytes.
+    """The JSON object in a file, which may have at most ``most`` bytes.
 
     Raises:
-        InputError: it is missing, no plain file, too large, no JSON, or no object.
+        InputError: the file is missing, not a regular file, too large, not JSON, or not an object.
     """
     if not os.path.lexists(file):
         raise InputError(place, f"has no {file.name} in {file.parent}", "Name a folder that holds a model.")
@@ -261,19 +261,19 @@ def load_json(file: Path, place: str, most: int = JSON_BYTES) -> dict[str, Any]:
 
 
 def load_config(folder: Path, place: str) -> dict[str, Any]:
-    """The content of a model's config.json, not looked at yet.
+    """The content of a model's config.json, not checked yet.
 
     Raises:
-        InputError: as ``load_json``.
+        InputError: as for ``load_json``.
     """
     return load_json(folder / "config.json", place, _CONFIG_BYTES)
 
 
 def find_tensors(folder: Path, place: str) -> dict[str, TensorEntry]:
-    """Every tensor in the folder's safetensors files, headers only.
+    """Every tensor in the folder's safetensors files, reading only headers.
 
     Raises:
-        InputError: no safetensors, a shard missing or broken, an index that is missing, leads outside the folder or
+        InputError: no safetensors, a missing or broken shard, an index that is missing, points outside the folder or
             disagrees with its shards.
     """
     single, index = folder / WEIGHTS, folder / INDEX
@@ -295,7 +295,7 @@ def _indexed(folder: Path, weight_map: Any, place: str) -> dict[str, TensorEntry
         raise InputError(place, f"{INDEX} has no weight_map from tensors to files", "Download it again.")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        # The name comes from a stranger: it may only ever name a file that lies right here.
+        # The name is untrusted: it may only name a file directly in this folder.
         if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
             raise InputError(place, f"{INDEX} names {shard!r}, which leads outside the folder", "Do not use it.")
     listed: dict[str, set[str]] = {shard: set() for shard in shards}

@@ -1,8 +1,8 @@
-"""GGUF files whose weights are not quantised, as model folders.
+"""GGUF files with unquantised weights, opened as model folders.
 
-A file is converted once into the user's cache (XDG_CACHE_HOME on Linux), under a hash of its path, its size and when it
-was changed: llama.cpp lays some weights out in another order, and a tokenizer and a configuration have to be written
-anew. What is what is transformers' own knowledge; every number stays as the file has it.
+A file is converted once into the user's cache (XDG_CACHE_HOME on Linux), under a hash of its path, size and
+modification time: llama.cpp permutes some weights, and tokenizer and configuration have to be rewritten. The mapping of
+names and settings is transformers' own; every weight keeps its exact value.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from evomerge.checkpoints.whole import whole_folder
 from evomerge.errors import InputError
 
 _VERSION = 1
-"""Of what is written of a file."""
+"""The version of the conversion."""
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def gguf_folder(file: Path, place: str) -> Path:
-    """The folder of a GGUF file, which is made where it is not there yet.
+    """The folder for a GGUF file, which is converted if it has not been yet.
 
     Raises:
-        InputError: it is no GGUF file, quantised, one of several that make a model, or of an architecture that
-            transformers does not read from GGUF.
+        InputError: it is not a GGUF file, quantised, one of several files of a model, or of an architecture that
+            transformers cannot read from GGUF.
     """
     try:
         from gguf import GGUFReader
@@ -49,7 +49,7 @@ def gguf_folder(file: Path, place: str) -> Path:
         return folder
     try:
         reader = GGUFReader(str(file))
-    except Exception as error:  # of a file that is cut short or something else: whatever numpy makes of it
+    except Exception as error:  # numpy may raise anything on a truncated or foreign file
         raise InputError(place, f"{file} cannot be read as GGUF ({first_line(error)})") from None
     _check(reader, file, place)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def _convert(reader: Any, file: Path, folder: Path, place: str) -> None:
         config = CONFIG_MAPPING[parsed["config"]["model_type"]].from_dict(parsed["config"])
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
-    except Exception as error:  # whatever a strange file does inside transformers
+    except Exception as error:  # an unusual file may raise anything inside transformers
         hint = "Name the folder of the model that it was made from."
         raise InputError(place, f"transformers does not read {file} ({first_line(error)})", hint) from None
     sizes = dict.fromkeys(_DTYPES, 0)
@@ -103,7 +103,7 @@ def _convert(reader: Any, file: Path, folder: Path, place: str) -> None:
 
 
 def _without_tokens_beyond(folder: Path, rows: int) -> None:
-    """Leave out tokens that the model has no rows for: transformers adds one for padding where a file names none."""
+    """Remove tokens that the model has no rows for: transformers adds one for padding if a file names none."""
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     beyond = {token["content"] for token in content.get("added_tokens") or () if token["id"] >= rows}
@@ -118,7 +118,7 @@ def _without_tokens_beyond(folder: Path, rows: int) -> None:
 
 
 def _tensors(reader: Any, parsed: dict[str, Any], config: Any, place: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors by transformers' names and in the dtypes of the file, the wide ones first so that all are aligned."""
+    """The tensors with transformers' names and the file's dtypes, the wide ones first so that all are aligned."""
     from gguf import dequantize
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
@@ -131,10 +131,10 @@ def _tensors(reader: Any, parsed: dict[str, Any], config: Any, place: str) -> It
     parsed["tensors"] = {}
     for tensor in sorted(reader.tensors, key=lambda tensor: tensor.tensor_type.name != "F32"):
         made = processor.process(
-            weights=dequantize(tensor.data, tensor.tensor_type),  # float32, which holds every 16-bit number
+            weights=dequantize(tensor.data, tensor.tensor_type),  # float32, which represents every 16-bit float exactly
             name=tensor.name, tensor_key_mapping=names, parsed_parameters=parsed,
         )  # fmt: skip
         if made.name in names:
             yield names[made.name], torch.from_numpy(made.weights.copy()).to(_DTYPES[tensor.tensor_type.name])
-    for name, together in parsed["tensors"].items():  # of experts, which come one matrix after the other
+    for name, together in parsed["tensors"].items():  # experts, which come one matrix after another
         yield name, together.to(config.dtype)

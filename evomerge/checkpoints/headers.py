@@ -1,8 +1,8 @@
-"""Headers of safetensors files, read and checked without reading a tensor.
+"""Headers of safetensors files, read and checked without reading any tensor.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes, the header's length n as a little-endian unsigned
-integer; n bytes of JSON that gives each tensor's dtype, shape and byte range; then the tensors' bytes, with no hole
-or overlap.
+integer; n bytes of JSON that gives each tensor's dtype, shape and byte range; then the tensors' bytes, without gaps or
+overlaps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from evomerge.files import open_file, parse_json
 from evomerge.printable import printable
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own cap
-_MAX_SIZES = 64  # of a shape, as in torch
+_MAX_SIZES = 64  # dimensions of a shape, as in torch
 _MAX_SIZE = 2**63 - 1
 _MAX_NAME = 1_000  # characters
 
@@ -37,16 +37,16 @@ TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float
 """The dtypes that can be merged, by their names in safetensors."""
 
 STORED_DTYPES = {**TORCH_DTYPES, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-"""These, and those of tables that can be taken along as they are."""
+"""The above, and the dtypes of tensors that can be copied unchanged."""
 
 
 _mapped: WeakValueDictionary[tuple[int, ...], torch.Tensor] = WeakValueDictionary()
-"""Files that are mapped now, by device, inode, size and time of change."""
+"""Files that are currently mapped, by device, inode, size and modification time."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor lies: bytes ``begin`` to ``end`` of ``file``, counted from the start of the file."""
+    """The location of a tensor: bytes ``begin`` to ``end`` of ``file``, counted from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,12 +56,12 @@ class TensorEntry:
 
 
 def map_file(file: Path) -> torch.Tensor:
-    """All bytes of a file as uint8, mapped into memory: pages are read when touched, and shared between processes.
+    """All bytes of a file as uint8, memory-mapped: pages are read when accessed, and shared between processes.
 
-    A file is mapped once while anybody holds it: the model under several adapters counts once as memory of the process.
+    A file is mapped only once while it is in use, so a model under several adapters counts once as process memory.
 
     Raises:
-        InputError: it is larger than the addresses that this process may use.
+        InputError: it is larger than the address space available to this process.
     """
     about = file.stat()
     key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
@@ -76,9 +76,9 @@ def map_file(file: Path) -> torch.Tensor:
 
 
 def view_entry(entry: TensorEntry, mapped: torch.Tensor) -> torch.Tensor:
-    """The tensor of an entry inside its mapped file. Only for ``STORED_DTYPES``; never to be written to."""
+    """The tensor of an entry inside its mapped file. Only for ``STORED_DTYPES``; it must never be written to."""
     raw, dtype = mapped[entry.begin : entry.end], STORED_DTYPES[entry.dtype]
-    if entry.begin % dtype.itemsize:  # the format asks for no alignment, though its own writer gives it
+    if entry.begin % dtype.itemsize:  # the format does not require alignment, though its own writer provides it
         raw = raw.clone()
     return raw.view(dtype).view(entry.shape)
 
@@ -88,10 +88,10 @@ _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def release_pages(mapped: torch.Tensor, begin: int, end: int) -> None:
-    """Drop bytes ``begin`` to ``end`` of a mapped file from this process's memory; the system's cache stays.
+    """Drop bytes ``begin`` to ``end`` of a mapped file from this process's memory; they stay in the page cache.
 
-    Mapped pages count as memory of the process until it needs them elsewhere: a merge of a large model would seem to
-    hold all of its sources. They are read again when they are touched.
+    Mapped pages count as memory of the process until the system reclaims them, so a merge of a large model would seem
+    to hold all of its sources in memory. They are read again when accessed.
     """
     begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
     if begin < end:
@@ -102,7 +102,7 @@ def read_header(file: Path, place: str) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file by name, in the order of their bytes.
 
     Raises:
-        InputError: the file is no safetensors file, is cut short, or its header contradicts itself or the file's size.
+        InputError: the file is not a safetensors file, is truncated, or its header contradicts itself or the file size.
     """
 
     def refuse(problem: str, hint: str = "") -> InputError:
@@ -112,7 +112,7 @@ def read_header(file: Path, place: str) -> dict[str, TensorEntry]:
         size = os.fstat(stream.fileno()).st_size
         start = stream.read(128)
         length = int.from_bytes(start[:8], "little")
-        # Any length may look like the beginning of another format, so it is asked for one only if this cannot be.
+        # Any length may look like the start of another format, so other formats are considered only if it is invalid.
         if (start[8:9] != b"{" or not 2 <= length <= MAX_HEADER_BYTES) and (problem := _other_format(start, size)):
             raise refuse(problem, "Download the file again.")
         if not 2 <= length <= MAX_HEADER_BYTES:
@@ -151,7 +151,7 @@ def read_header(file: Path, place: str) -> dict[str, TensorEntry]:
 
 
 def _other_format(start: bytes, size: int) -> str:
-    """What a file is that cannot be safetensors; nothing where that is not known."""
+    """The format of a file that cannot be safetensors; empty if unknown."""
     if size < 10:
         return "is empty" if size == 0 else f"is cut short: {size} bytes"
     if start.startswith(b"version https://git-lfs"):
@@ -164,7 +164,7 @@ def _other_format(start: bytes, size: int) -> str:
 
 
 def _entry(fields: Any, file: Path, data_start: int) -> TensorEntry | str:
-    """One tensor of a header, or what is wrong with it."""
+    """One tensor of a header, or a description of what is wrong with it."""
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return "it needs exactly dtype, shape and data_offsets"
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]

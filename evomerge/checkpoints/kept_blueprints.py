@@ -1,8 +1,8 @@
-"""The blueprints of models: drawn once for a config.json and kept on disk.
+"""An on-disk cache of the blueprints of models, by config.json.
 
-Importing transformers and building a model without memory takes seconds, longer than merging half a billion
-parameters. What comes of it follows from config.json, from the names and shapes of the tensors in the files, and from
-the code, so it is kept under a hash of these in the user's cache (XDG_CACHE_HOME on Linux).
+Importing transformers and building a model without memory takes seconds, longer than merging half a billion parameters.
+The result depends on config.json, on the names and shapes of the tensors in the files, and on the code, so it is stored
+under a hash of these in the user's cache (XDG_CACHE_HOME on Linux).
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ _CODE = (
     "blueprint.py", "differences.py", "layered.py", "layout.py", "parts.py", "residual.py", "roles.py", "stacking.py",
     "structure.py",
 )  # fmt: skip
-"""The files of this folder that a blueprint follows from: a change in one of them makes new ones."""
+"""The files of this folder that determine a blueprint: a change to any of them invalidates the cache."""
 
 _FORM = TypeAdapter(Blueprint)
 
 
 def blueprint(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: str) -> Blueprint:
-    """The blueprint of a checked config.json and the tensors of a checkpoint, by name.
+    """The blueprint for a checked config.json and the tensors of a checkpoint, by name.
 
     Raises:
-        InputError: transformers has no such model, or the tensors are not its own.
+        InputError: transformers has no such model, or the tensors do not belong to it.
     """
     kept = user_cache_path("evomerge") / "blueprints" / f"{_key(config, shapes)}.json"
-    with suppress(OSError, ValidationError):  # not there yet, or cut short by a full disk
+    with suppress(OSError, ValidationError):  # not cached yet, or truncated by a full disk
         return _FORM.validate_json(kept.read_bytes())
-    from evomerge.checkpoints.layout import draw  # which imports transformers
+    from evomerge.checkpoints.layout import draw  # imports transformers
 
     try:
         drawn = draw(config, shapes, place)
     except InputError:
         raise
-    except Exception as error:  # whatever a strange value does inside transformers
+    except Exception as error:  # an unusual value may raise anything inside transformers
         raise InputError(place, f"config.json cannot be used: {first_line(error)}") from error
-    with suppress(OSError):  # a home that cannot be written to costs time alone
+    with suppress(OSError):  # a read-only home only costs time
         kept.parent.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=kept.parent)
         with os.fdopen(handle, "wb") as stream:

@@ -1,4 +1,4 @@
-"""Models of other kinds than those that can be merged, told by what their config.json says they are."""
+"""Recognises models of kinds that cannot be merged, by their config.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from evomerge.errors import InputError
 
 _MORE_THAN_TEXT = re.compile(r"(vision|visual|image|video|audio|speech|perceiver|qformer)\w*_config")
 _WITH_IMAGES = frozenset({"vision_config", "perceiver_config", "audio_config"})
-"""The parts of a configuration that a text model may have beside it where it reads images."""
+"""The parts that the configuration of a vision-language model may have beside its text model."""
 
 _CLASSIFIER = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|RewardModel)$|RewardModel$")
 _MASKED = re.compile(r"For(MaskedLM|PreTraining|NextSentencePrediction)$")
@@ -19,10 +19,10 @@ _HINT = "Only language models that go on with a text, and those that read images
 
 
 def check_kind(config: Mapping[str, Any], place: str) -> None:
-    """Refuse a model that is no language model, or one with more beside it than what reads images.
+    """Reject a model that is not a language model, or one with parts other than a text model and vision.
 
     Raises:
-        InputError: naming the model's class and what it is for.
+        InputError: naming the model's class and its purpose.
     """
     name = architecture(config)
     what = name or str(config.get("model_type"))
@@ -45,7 +45,7 @@ def check_kind(config: Mapping[str, Any], place: str) -> None:
 
 
 def headless(config: Mapping[str, Any], place: str) -> InputError | None:
-    """That a model without a head is none that can be merged; None where its class is one with a head."""
+    """The error for a model without a head, which cannot be merged; None if its class has one."""
     name = architecture(config)
     if not name.endswith("Model") or name.endswith(("LMHeadModel", "HeadsModel")):
         return None
@@ -54,6 +54,6 @@ def headless(config: Mapping[str, Any], place: str) -> InputError | None:
 
 
 def architecture(config: Mapping[str, Any]) -> str:
-    """The model's class by its name; empty where config.json does not say."""
+    """The name of the model's class; empty if config.json does not say."""
     names = config.get("architectures")
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""

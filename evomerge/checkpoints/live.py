@@ -33,7 +33,7 @@ _PROBE_TOKENS = 8
 
 
 class NotFiniteError(Exception):
-    """A live model holds or computes NaN or Inf. ``where`` is the tensor's name, or "logits"."""
+    """A live model contains or computes NaN or Inf. ``where`` is the tensor's name, or "logits"."""
 
     def __init__(self, where: str) -> None:
         super().__init__(where)
@@ -44,36 +44,36 @@ class NotFiniteError(Exception):
 
 
 class ServingEngine(Protocol):
-    """What answers with a live model's weights in place of transformers; see ``evomerge.inference``."""
+    """An engine that serves a live model's weights instead of transformers; see ``evomerge.inference``."""
 
     def load(self, live: LiveModel) -> None:
-        """Take the weights as they are now, and forget whatever was computed with older ones."""
+        """Load the current weights, and discard everything that was computed with older ones."""
         ...
 
 
 class Meter(Protocol):
-    """Adds up the use of experts while a model answers."""
+    """Accumulates the use of experts while a model answers."""
 
     def take(self) -> ExpertUse | None:
-        """The use since it was taken last; None where no token has passed."""
+        """The use since the last call; None if no token was processed."""
         ...
 
 
 @dataclass
 class LiveModel:
-    """A model on a device or several, ready to be written to and scored.
+    """A model on one or more devices, ready to be written to and scored.
 
     Attributes:
-        model: a transformers ``PreTrainedModel`` in eval mode, without gradients; of a table of tensors, which nothing
-            runs, where it lies (``evomerge.raw.written``).
-        tokenizer: its tokenizer, padding on the left, with a padding token; None of a table of tensors.
+        model: a transformers ``PreTrainedModel`` in eval mode, without gradients; for a table of tensors, which cannot
+            be run, its location (``evomerge.raw.written``).
+        tokenizer: its tokenizer, padding on the left, with a padding token; None for a table of tensors.
         outside: the tensors outside the stack of layers, by their names in the source.
         stack: its layers; None for a model that is never written to.
-        engine: what answers prompts; None for transformers.
-        devices: those that share out its layers; the model's own when empty.
-        change: how far its weights are from those of the search's base; None where nobody measures it.
-        processor_of: opens what makes its inputs of text and pictures, once; None of a model that reads text alone.
-        use: measures how much of each expert tokens get; None of a model without experts that are gated beside it.
+        engine: the engine that answers prompts; None for transformers.
+        devices: the devices that its layers are spread over; the model's own if empty.
+        change: how far its weights are from those of the search's base; None if not measured.
+        processor_of: loads the processor for text and pictures, once; None for a text model.
+        use: measures how much tokens use each expert; None for a model without such gated experts.
     """
 
     model: Any
@@ -88,13 +88,13 @@ class LiveModel:
 
     @property
     def device(self) -> torch.device:
-        """Where it takes tokens and gives logits: the first device."""
+        """The device of its inputs and logits: the first one."""
         device: torch.device = self.devices[0] if self.devices else self.model.device
         return device
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Its tensors by their names in the merged model. Experts that the model holds in one are views into it."""
+        """Its tensors by their names in the merged model. Experts that the model combines in one are views into it."""
         if self.stack is None:
             return dict(self.model.named_parameters())
         return {**self.outside, **dict(self.stack.tensors())}
@@ -105,13 +105,13 @@ def live_model(
 ) -> LiveModel:
     """Build the model of a source on a device, without its weights.
 
-    Weights are NaN until they are written, so that a tensor nobody wrote cannot pass ``check_live``.
+    Weights are NaN until they are written, so that a tensor that was not written cannot pass ``check_live``.
 
     Args:
-        source: gives structure, tokenizer and generation settings.
-        device: where the model lives; several devices share out its layers, see ``placement``.
-        dtype: of its weights; that of the source when None.
-        layer_buffers: most different layers that a recipe is made of; those of the source have memory always.
+        source: provides structure, tokenizer and generation settings.
+        device: the model's device; with several devices, layers are spread over them, see ``placement``.
+        dtype: the dtype of its weights; that of the source if None.
+        layer_buffers: the maximum number of distinct layers of a recipe; there is always memory for the source's.
 
     Raises:
         InputError: the tokenizer or the generation settings cannot be loaded.
@@ -130,9 +130,9 @@ def live_model(
 
 
 def processor_opener(source: Source) -> Callable[[], Any] | None:
-    """What opens a source's processor when pictures are first asked about, and once; None of a model of texts.
+    """A function that loads a source's processor on first use, and only once; None for a text model.
 
-    It raises InputError: there is no processor, or none that can be loaded.
+    It raises InputError if there is no processor, or if it cannot be loaded.
     """
     if not source.takes_images:
         return None
@@ -142,12 +142,12 @@ def processor_opener(source: Source) -> Callable[[], Any] | None:
 def unwritten_model(
     parsed: Any, source: Source, devices: Sequence[torch.device], dtype: torch.dtype, layer_buffers: int | None = None
 ) -> tuple[Any, list[torch.device]]:
-    """A transformers model with memory for its weights, which are NaN, ready to be scored when they are written.
+    """A transformers model with memory for its weights, which are NaN; it can be scored once they are written.
 
     Args:
         parsed: its configuration.
-        source: gives generation settings, and is the model that messages name; of as many layers.
-        layer_buffers: as of ``live_model``.
+        source: provides generation settings, and is named in messages; it has the same number of layers.
+        layer_buffers: as for ``live_model``.
 
     Returns:
         The model, and the device of each of its layer buffers.
@@ -164,23 +164,23 @@ def unwritten_model(
     if (source.folder / "generation_config.json").exists():
         try:
             model.generation_config = GenerationConfig.from_pretrained(source.folder)
-        except Exception as error:  # whatever a strange value does inside transformers
+        except Exception as error:  # an unusual value may raise anything inside transformers
             raise InputError(source.place, f"generation_config.json cannot be used: {first_line(error)}") from error
     return model, placed
 
 
 def configured(live: LiveModel, source: Source) -> LiveModel:
-    """The weights of a live model as another configuration has them run: the same memory, in modules of its own.
+    """The weights of a live model under another configuration: the same memory, in separate modules.
 
     Args:
-        source: gives the configuration; it has as many layers as the live model has hops, of the same tensors.
+        source: provides the configuration; it has one layer per hop of the live model, with the same tensors.
     """
     model = empty_model(parse_config(source.config, source.place), source.place, live.model.dtype)
     model.load_state_dict(live.model.state_dict(keep_vars=True), assign=True)
     homes = {name: buffer.device for name, buffer in live.model.named_buffers()}
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:  # which no file holds
+            if buffer is not None and buffer.is_meta:  # which is not stored in files
                 home = homes.get(f"{path}.{name}", live.device)
                 module._buffers[name] = torch.empty_like(buffer, device=home)
     if len(live.devices) > 1:
@@ -192,21 +192,21 @@ def configured(live: LiveModel, source: Source) -> LiveModel:
 
 
 def _compute_buffers(model: Any) -> None:
-    """Compute what no file holds, such as the rotary frequencies, and leave all that is stored."""
+    """Compute buffers that are not stored in files, such as the rotary frequencies, without changing stored tensors."""
     for tensor in stored_tensors(model).values():
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    model.initialize_weights()  # passes over what is marked, as in from_pretrained
+    model.initialize_weights()  # skips what is marked as initialised, as in from_pretrained
     if hasattr(model.config, "rescale_every"):
-        model.config.rescale_every = 0  # RWKV would halve weights in place, once, and not those written later
+        model.config.rescale_every = 0  # RWKV would halve weights in place, but only once, not those written later
 
 
 def for_scoring(model: Any) -> Any:
-    """Put a transformers model into eval mode, without gradients, and have its matrices multiply whole batches.
+    """Put a transformers model into eval mode, without gradients, and make it multiply whole batches by matrices.
 
-    torch multiplies row by row, each time with a copy of the matrix, where a batch does not lie in memory as one and
-    the matrix needs no gradient. That is what a head meets when only the last tokens' logits are asked for, and what a
-    matrix beside a convolution meets, for which the sequence is turned. With a vocabulary of 50,000 such a head took
-    10 s and 3 GB for 60 rows in bfloat16 on a processor, where 0.02 s will do.
+    torch multiplies row by row, each time with a copy of the matrix, if a batch is not contiguous and the matrix needs
+    no gradient. This concerns a head when only the logits of the last tokens are requested, and a matrix next to a
+    convolution, for which the sequence is transposed. With a vocabulary of 50,000 such a head took 10 s and 3 GB for 60
+    rows in bfloat16 on a CPU, instead of 0.02 s.
 
     Returns:
         The model itself.
@@ -226,17 +226,17 @@ def _has_convolution(module: torch.nn.Module) -> bool:
 
 
 def _as_one_matrix(module: torch.nn.Module, given: tuple[torch.Tensor]) -> torch.Tensor:
-    """The batch, copied where it does not lie in memory as one matrix, and with the strides of one."""
+    """The batch, copied unless it is contiguous, with the strides of a single matrix."""
     (batch,) = given
     return batch.contiguous().view(-1, batch.shape[-1]).view(batch.shape)
 
 
 @torch.no_grad()
 def load_weights(live: LiveModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write tensors into the model in place, casting to its dtype. A tied head follows the embedding.
+    """Write tensors into the model in place, cast to its dtype. A tied head follows the embedding.
 
     Raises:
-        KeyError: the model stores no tensor of that name (a tied head has none of its own).
+        KeyError: the model stores no tensor with that name (a tied head has none of its own).
         ValueError: the shapes differ.
     """
     targets = live.tensors
@@ -248,9 +248,9 @@ def load_weights(live: LiveModel, tensors: Iterable[tuple[str, torch.Tensor]]) -
 
 
 def check_live(live: LiveModel) -> None:
-    """Refuse a model with NaN or Inf in its weights or in its logits for a short probe.
+    """Reject a model with NaN or Inf in its weights or in its logits for a short probe.
 
-    Such a model would be scored without a word: at chance, or as perfect where the right answer is always the first.
+    Otherwise such a model would silently be scored: at chance, or as perfect if the right answer is always the first.
 
     Raises:
         NotFiniteError: naming the tensor, or "logits".
@@ -262,12 +262,12 @@ def check_live(live: LiveModel) -> None:
 
 @torch.inference_mode()
 def check_weights(live: LiveModel) -> None:
-    """Refuse a model with NaN or Inf in its weights.
+    """Reject a model with NaN or Inf in its weights.
 
     Raises:
         NotFiniteError: naming the tensor.
     """
-    distinct: dict[object, tuple[str, torch.Tensor]] = {}  # a layer that is several hops is looked at once
+    distinct: dict[object, tuple[str, torch.Tensor]] = {}  # a layer used for several hops is checked once
     for name, tensor in live.tensors.items():
         distinct.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor))
     if (broken := first_not_finite(dict(distinct.values()))) is not None:
@@ -276,7 +276,7 @@ def check_weights(live: LiveModel) -> None:
 
 @torch.inference_mode()
 def finite_rows(live: LiveModel, rows: int) -> list[bool]:
-    """Whether the logits for a short probe are finite, in each of so many equal rows."""
+    """Whether the logits for a short probe are finite, in each of this many equal rows."""
     probe = torch.arange(_PROBE_TOKENS, device=live.device) % text_config(live.model.config).vocab_size
     logits = live.model(probe.expand(rows, -1), use_cache=False).logits
     finite: list[bool] = torch.isfinite(logits).flatten(1).all(dim=1).tolist()

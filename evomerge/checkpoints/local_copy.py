@@ -1,8 +1,8 @@
-"""Models in object storage, or on a disk that all nodes share, copied to this machine: once, however many want them.
+"""Copies models from object storage, or from a disk shared by all nodes, to this machine, once for all processes.
 
-The copy lies in the user's cache (XDG_CACHE_HOME on Linux) under a hash of the URL and of what the storage says of each
-file, so a model that is written anew there is another copy. One process of a machine copies, and the others wait for
-it; the lock of one that dies is let go of, and whoever is next goes on with the files that are whole.
+The copy is in the user's cache (XDG_CACHE_HOME on Linux) under a hash of the URL and of the storage's metadata of each
+file, so a model that is overwritten there gets a new copy. One process per machine copies, and the others wait for it;
+if it dies, its lock is released, and the next process continues with the files that are complete.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ log = logging.getLogger(__name__)
 
 TRIES = 6
 FIRST_PAUSE_S = 1.0
-"""The pause after a copy that failed; each further one doubles it. About as long again by chance, so that the nodes of
-a cluster do not come back all at once. All five pauses are half a minute to a minute."""
+"""The pause after a failed copy; each further pause is twice as long. Up to the same time is added at random, so that
+the nodes of a cluster do not retry simultaneously. All five pauses together take half a minute to a minute."""
 
 
 def local_copy(url: str, place: str, patterns: Sequence[str]) -> Path:
-    """The folder with the files of a model that fit one of ``patterns``; copied first where it is not there yet.
+    """The folder with the files of a model that match one of ``patterns``, copied if it does not exist yet.
 
     Args:
-        place: where the URL was given, for errors.
+        place: where the URL was given, for error messages.
 
     Raises:
-        InputError: the storage cannot be reached or holds no such file; there is no room.
+        InputError: the storage cannot be reached or has no such file; the disk is full.
     """
     storage = Storage(url, place)
     try:
@@ -51,7 +51,7 @@ def local_copy(url: str, place: str, patterns: Sequence[str]) -> Path:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name(f"{folder.name}.lock")):
-                if not folder.exists():  # nobody has copied it while we waited
+                if not folder.exists():  # no other process copied it while this one waited
                     _copy(storage, files, folder, place)
     except StorageError as error:
         raise InputError(place, f"{error.place} {error.problem}", error.hint) from None
@@ -68,7 +68,7 @@ def _folder_of(storage: Storage, files: Mapping[str, FileVersion]) -> Path:
 
 
 def _copy(storage: Storage, files: Mapping[str, FileVersion], folder: Path, place: str) -> None:
-    """Copy files beside their folder, each under a temporary name; the folder appears when all are there."""
+    """Copy files next to their folder, each under a temporary name; the folder appears once all are complete."""
     beside = folder.with_name(folder.name + PARTIAL)
     beside.mkdir(exist_ok=True)
     lacking = {name: each.size for name, each in files.items() if not (beside / name).exists()}
@@ -82,7 +82,7 @@ def _copy(storage: Storage, files: Mapping[str, FileVersion], folder: Path, plac
 
 
 def _get(storage: Storage, name: str, size: int, file: Path) -> None:
-    """Copy one file, whole or not at all; a storage that fails is given time to come back."""
+    """Copy one file, completely or not at all; if the storage fails, wait and retry."""
     partial = file.with_name(file.name + PARTIAL)
     pause = FIRST_PAUSE_S
     for tries in range(1, TRIES + 1):

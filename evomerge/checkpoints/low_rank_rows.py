@@ -1,16 +1,16 @@
-"""Low-rank changes beside the live model of their base, mixed for each row of a batch by numbers of its own.
+"""Low-rank changes beside the live model of their base, mixed for each row of a batch by its own numbers.
 
-What is merged of adapters is written into the weights nowhere. A module of stored weight W0 gives, of a weighted sum
-with the factors A_k, B_k and the scaling s_k of adapter k,
+Merged adapters are not written into the weights. A module with stored weight W0 computes, for a weighted sum with the
+factors A_k, B_k and the scaling s_k of adapter k,
 
     y = x W0^T + sum_k c_k s_k (x A_k^T) B_k^T      (Hu et al. 2021, arXiv:2106.09685, section 4.1, for each k)
 
-and of any merge M in core space (``merging/core_space.py``), between the bases Q of outputs and P of inputs,
+and for any merge M in core space (``merging/core_space.py``), between the bases Q of outputs and P of inputs,
 
     y = x W0^T + (x P^T) M^T Q^T
 
-where c or M hangs on the row of x. So rows of many merged models share one forward pass, and one model's memory. The
-factors of a module lie side by side, which makes two products of matrices of all its adapters.
+where c or M depends on the row of x. Rows of many merged models thus share one forward pass, and the memory of one
+model. The factors of a module are concatenated, so that all of its adapters need two matrix products.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from evomerge.checkpoints.source import Source
 
 @dataclass(frozen=True)
 class _Pair:
-    """All that may be changed of one weight.
+    """All possible changes to one weight.
 
     Attributes:
-        module: of the transformers model, that holds the weight.
-        down: what the input is multiplied by, [ranks below, inputs].
-        up: what makes outputs of it, [ranks above, outputs].
-        numbers: where its numbers are among those of a candidate.
+        module: the module of the transformers model with the weight.
+        down: multiplies the input, [ranks below, inputs].
+        up: maps to outputs, [ranks above, outputs].
+        numbers: the position of its numbers among those of a candidate.
     """
 
     module: str
@@ -52,10 +52,10 @@ class _Pair:
 
 
 class Rows(ABC):
-    """Low-rank changes of a live model's weights, held once beside them, in its dtype.
+    """Low-rank changes to a live model's weights, stored once beside them, in its dtype.
 
     Args:
-        live: of the base.
+        live: the live model of the base.
         pairs: one for each weight.
     """
 
@@ -67,7 +67,7 @@ class Rows(ABC):
 
     @contextlib.contextmanager
     def mixed(self, shares: Sequence[Tensor]) -> Iterator[None]:
-        """Within, rows of the model are of the candidates with these shares, as ``choose`` says."""
+        """Within the context, rows belong to the candidates with these shares, as selected by ``choose``."""
         self._shares = torch.stack(list(shares)).to(self._model.device)
         self._of = None
         self._reached.clear()
@@ -87,7 +87,7 @@ class Rows(ABC):
                 hook.remove()
 
     def choose(self, candidates: int | Sequence[int]) -> None:
-        """Say which candidate the next forward passes are of: one for all rows, or one for each."""
+        """Select the candidate of the next forward passes: one for all rows, or one for each."""
         chosen = candidates if isinstance(candidates, int) else list(candidates)
         if chosen == self._of:
             return
@@ -95,17 +95,17 @@ class Rows(ABC):
         self._choose(torch.tensor([chosen] if isinstance(chosen, int) else chosen, device=self._shares.device))
 
     def check_reached(self) -> None:
-        """Refuse a model that computes with an adapted weight, but not through its module, so that nothing was added.
+        """Reject a model that uses an adapted weight without calling its module, so that nothing was added.
 
         Raises:
-            ValueError: no forward pass since ``mixed`` came through the module of a weight.
+            ValueError: no forward pass since ``mixed`` called the module of one of the weights.
         """
         if missed := [pair.module for pair in self._pairs if pair.module not in self._reached]:
             raise ValueError(f"the model computes without calling {missed[0]}: its adapters cannot be mixed by rows")
 
     def _add(self, pair: _Pair, module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
-        """Add the low-rank part to what a module gives. A batch comes as [rows, tokens, width], or rows and tokens as
-        one dimension, each row's tokens together."""
+        """Add the low-rank part to a module's output. A batch is [rows, tokens, width], or has rows and tokens as one
+        dimension, with each row's tokens consecutive."""
         self._reached.add(pair.module)
         inner = F.linear(given[0], pair.down)
         mixed = self._mix(pair, inner).to(inner.dtype)
@@ -113,27 +113,28 @@ class Rows(ABC):
 
     @abstractmethod
     def _choose(self, rows: Tensor) -> None:
-        """Take the numbers of candidates: int64 [rows], or [1] of all rows."""
+        """Select the numbers of candidates: int64 [rows], or [1] for all rows."""
 
     @abstractmethod
     def _mix(self, pair: _Pair, inner: Tensor) -> Tensor:
-        """[rows, tokens, ranks above] of [..., ranks below], by the numbers of each row's candidate; in float32."""
+        """Map [..., ranks below] to [rows, tokens, ranks above] with the numbers of each row's candidate; float32."""
 
 
 class LowRankRows(Rows):
-    """The adapters of some sources, in weighted sums.
+    """Weighted sums of the adapters of several sources.
 
     Args:
-        live: of the base of all sources.
-        sources: in the order of a candidate's coefficients. Their adapters are low-rank changes of whole weights alone,
+        live: the live model of the common base of all sources.
+        sources: in the order of a candidate's coefficients. Their adapters are all low-rank changes of whole weights,
             without magnitudes.
-        weights: all that any of them changes, by the sources' names, in the order of a candidate's coefficients.
+        weights: the weights that any of them changes, by the sources' names, in the order of a candidate's
+            coefficients.
     """
 
     def __init__(self, live: LiveModel, sources: Sequence[Source], weights: Sequence[str]) -> None:
         self._weights = weights
         pairs: list[_Pair] = []
-        where: list[tuple[int, int]] = []  # of each rank, the numbers of its weight and of its source
+        where: list[tuple[int, int]] = []  # for each rank, the indices of its weight and of its source
         scales: list[float] = []
         for number, weight in enumerate(weights):
             tensor = sources[0].parts[weight].tensor
@@ -144,7 +145,7 @@ class LowRankRows(Rows):
                     assert isinstance(change, LowRank)
                     down, up = (factor.to(device, live.model.dtype) for factor in change.pair(_read))
                     broken = not (torch.isfinite(down).all() and torch.isfinite(up).all())
-                    # A candidate that leaves the adapter out is sound, so that its own zeros may not meet the NaN.
+                    # A candidate without this adapter is valid, so its zero coefficients must not meet the NaN.
                     downs.append(torch.zeros_like(down) if broken else down)
                     ups.append(torch.zeros_like(up).T if broken else up.T)
                     scales += [math.nan if broken else change.scale] * len(down)
@@ -157,13 +158,13 @@ class LowRankRows(Rows):
         self._chosen = torch.empty(0)
 
     def shares(self, coefficients: Tensor) -> Tensor:
-        """What a candidate multiplies every rank of all adapters by: float32 [ranks], its coefficients times scalings.
+        """A candidate's factor for every rank of all adapters: float32 [ranks], its coefficients times scalings.
 
         Args:
             coefficients: float32 [weights, sources].
 
         Raises:
-            NotFiniteError: one is NaN or Inf, or the factors are that it multiplies.
+            NotFiniteError: a coefficient is NaN or Inf, or the adapter's factors are.
         """
         own = coefficients[tuple(self._where)]
         shares = torch.where(own == 0, 0.0, own * self._scales)
@@ -180,11 +181,11 @@ class LowRankRows(Rows):
 
 
 class CoreRows(Rows):
-    """Changes Q M P of some weights, each between bases that all candidates share.
+    """Changes Q M P of some weights, where the bases Q and P are shared by all candidates.
 
     Args:
-        live: of the base.
-        bases: of each weight its name in the transformers model, Q [rows, p] and P [q, columns] of it as it is stored.
+        live: the live model of the base.
+        bases: for each weight its name in the transformers model, Q [rows, p] and P [q, columns] for it as stored.
     """
 
     def __init__(self, live: LiveModel, bases: Sequence[tuple[str, Tensor, Tensor]]) -> None:
@@ -204,17 +205,17 @@ class CoreRows(Rows):
         self._rows = torch.empty(0, dtype=torch.int64)
 
     def shares(self, matrices: Sequence[Tensor]) -> Tensor:
-        """What a candidate makes of inner numbers, for all weights: float32 [numbers].
+        """A candidate's inner matrices for all weights, flattened: float32 [numbers].
 
         Args:
-            matrices: M of each weight, float32 [p, q].
+            matrices: M for each weight, float32 [p, q].
 
         Raises:
-            NotFiniteError: one has NaN or Inf.
+            NotFiniteError: one contains NaN or Inf.
         """
         pairs = zip(matrices, self._turned, strict=True)
         flat = [(matrix if turned else matrix.T).reshape(-1) for matrix, turned in pairs]
-        shares = torch.cat(flat) if flat else torch.empty(0)  # there are none where all adapters are of zeros
+        shares = torch.cat(flat) if flat else torch.empty(0)  # empty if all adapters are zero
         if not torch.isfinite(shares).all():
             finite = [bool(torch.isfinite(matrix).all()) for matrix in matrices]
             raise NotFiniteError(self._weights[finite.index(False)])

@@ -1,8 +1,8 @@
-"""Which of a worker's devices each layer of a model lies on.
+"""Assigns the layers of a model to the devices of a worker.
 
-What is outside the layers (embedding, last norm, head) lies on the first device, and the layers share out all devices
-in their order. A layer computes where its weights are: what it is given is moved there, which is one hidden state for
-each device and forward pass.
+Modules outside the layers (embedding, final norm, head) are on the first device, and the layers are spread over all
+devices in order. A layer computes where its weights are: its inputs are moved there, which is one hidden state per
+device and forward pass.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 Devices: TypeAlias = torch.device | Sequence[torch.device]
-"""A device, or several that share out the layers of a model."""
+"""A device, or several that the layers of a model are spread over."""
 
 
 def as_devices(devices: Devices) -> tuple[torch.device, ...]:
-    """The devices, one or several, each by its number: ``cuda`` is the one that is current."""
+    """One or more devices as a tuple, each with an index: ``cuda`` is the current one."""
     several = (devices,) if isinstance(devices, torch.device) else tuple(devices)
     return tuple(_numbered(device) for device in several)
 
@@ -31,11 +31,11 @@ def _numbered(device: torch.device) -> torch.device:
 
 
 def place_model(model: Any, layers: nn.ModuleList, devices: Sequence[torch.device], buffers: int) -> list[torch.device]:
-    """Move a model to its devices; what is on the meta device gets memory that holds anything.
+    """Move a model to its devices; tensors on the meta device get uninitialised memory.
 
     Args:
         layers: the model's stack.
-        buffers: how many layer buffers there will be, those beyond the layers each beside one of these.
+        buffers: the number of layer buffers; those beyond the layers are placed on the devices of the layers.
 
     Returns:
         The device of each layer buffer.
@@ -46,14 +46,14 @@ def place_model(model: Any, layers: nn.ModuleList, devices: Sequence[torch.devic
     homes = {module: placed[number] for number, layer in enumerate(layers) for module in layer.modules()}
     for module in model.modules():
         _move(module, homes.get(module, devices[0]))
-    model.tie_weights()  # memory that is new is of every module its own
+    model.tie_weights()  # newly allocated memory is separate for every module
     if len(devices) > 1:
         compute_where_weights_are(model, layers)
     return placed
 
 
 def compute_where_weights_are(model: Any, layers: nn.ModuleList) -> None:
-    """Have each layer, and each module outside them with weights of its own, move what it is given to these."""
+    """Make each layer, and each module outside them with its own weights, move its inputs to the weights' device."""
     inside = {module for layer in layers for module in layer.modules()}
     outside = [m for m in model.modules() if m not in inside and (m._parameters or m._buffers)]
     for module in [*layers, *outside]:
@@ -61,7 +61,7 @@ def compute_where_weights_are(model: Any, layers: nn.ModuleList) -> None:
 
 
 def _move(module: nn.Module, device: torch.device) -> None:
-    """The tensors of a module, but not those of modules in it."""
+    """Move the tensors of a module, but not those of its submodules."""
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
@@ -75,13 +75,13 @@ def _move(module: nn.Module, device: torch.device) -> None:
 
 
 def _to_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """What a module is given, on the device of its weights."""
+    """Move a module's inputs to the device of its weights."""
     weights = next(itertools.chain(module.parameters(), module.buffers()), None)
     return (args, kwargs) if weights is None else (_on(args, weights.device), _on(kwargs, weights.device))
 
 
 def _on(given: Any, device: torch.device) -> Any:
-    """Tensors in tuples, lists and dictionaries on a device; all else, such as a cache, as it is."""
+    """Move tensors in tuples, lists and dictionaries to a device; everything else, such as a cache, is unchanged."""
     if isinstance(given, torch.Tensor):
         return given.to(device, non_blocking=True)
     if type(given) in (tuple, list):
@@ -92,16 +92,16 @@ def _on(given: Any, device: torch.device) -> Any:
 
 
 def place_buffers(outside: int, layers: Sequence[int], buffers: int, devices: int) -> list[int]:
-    """The device of each layer buffer, counted from 0; those beyond the model's layers are beside these in turn.
+    """The device of each layer buffer, counted from 0; those beyond the model's layers go to these layers' devices.
 
-    So layers with one number, whichever source they are of, lie on one device, and a path goes from device to device
-    about as often as a plain model does.
+    Layers with the same index, whichever source they come from, are thus on the same device, and a path moves between
+    devices about as often as a plain model does.
 
     Args:
-        outside: bytes of what is outside the layers.
+        outside: bytes of the modules outside the layers.
         layers: bytes of each layer of the model.
-        buffers: how many layer buffers there are, as many as layers at least.
-        devices: how many there are.
+        buffers: the number of layer buffers, at least the number of layers.
+        devices: the number of devices.
     """
     own = len(layers)
     shares = [size * len(range(number, buffers, own)) for number, size in enumerate(layers)]
@@ -110,19 +110,19 @@ def place_buffers(outside: int, layers: Sequence[int], buffers: int, devices: in
 
 
 def spread_layers(outside: int, layers: Sequence[int], devices: int) -> list[int]:
-    """The device of each layer, counted from 0, so that the fullest device holds as little as can be.
+    """The device of each layer, counted from 0, such that the fullest device holds as little as possible.
 
     Args:
-        outside: bytes of what is outside the layers.
+        outside: bytes of the modules outside the layers.
         layers: bytes of each layer.
-        devices: how many there are; those before the last hold no layer where what is outside is larger than a share.
+        devices: the number of devices; the first gets no layers if the modules outside exceed its share.
     """
     choices = (_spread(layers, first, devices) for first in range(len(layers) + 1))
     return min(choices, key=lambda placed: max(device_bytes(outside, layers, placed, devices)))
 
 
 def device_bytes(outside: int, layers: Sequence[int], placed: Sequence[int], devices: int) -> list[int]:
-    """Bytes on each device, with layers where ``placed`` says."""
+    """Bytes on each device if layers are placed according to ``placed``."""
     held = [outside, *[0] * (devices - 1)]
     for size, device in zip(layers, placed, strict=True):
         held[device] += size
@@ -130,12 +130,12 @@ def device_bytes(outside: int, layers: Sequence[int], placed: Sequence[int], dev
 
 
 def _spread(layers: Sequence[int], first: int, devices: int) -> list[int]:
-    """So many first layers on the first device, and the rest in equal shares on the others."""
+    """Put the given number of first layers on the first device, and the rest in equal shares on the others."""
     if devices == 1:
         return [0] * len(layers)
     rest = layers[first:]
     placed, before, total = [0] * first, 0, sum(rest)
-    for size in rest:  # a layer goes where its middle is
+    for size in rest:  # a layer goes to the share that contains its middle
         share = int((before + size / 2) * (devices - 1) / total)
         placed.append(1 + min(share, devices - 2))
         before += size

@@ -1,4 +1,4 @@
-"""Finding what a reference names: a folder on this machine, a model on the Hugging Face hub, or one at a URL."""
+"""Locates the model that a reference names: a local folder, a model on the Hugging Face hub, or one at a URL."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from evomerge.objects import is_url
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-_HUB_COPIES = ["*/*", "consolidated*"]  # the same weights again in another layout
+_HUB_COPIES = ["*/*", "consolidated*"]  # second copies of the weights in another layout
 
 
 def split_reference(reference: str, root: Path | None) -> list[str]:
-    """The model of ``model+adapter+...`` and its adapters. A folder with a plus in its name is itself."""
+    """Split ``model+adapter+...`` into model and adapters. A folder with a plus in its name is not split."""
     alone = not is_path(reference) or os.path.isdir(_local(reference, root))
     return [reference] if alone else reference.split("+")
 
 
 def is_hub_id(reference: str, root: Path | None) -> bool:
-    """Whether a reference to one model is looked for on the hub: no folder of that name is here."""
+    """Whether a reference to one model is looked up on the hub, because there is no local folder of that name."""
     here = os.path.exists(_local(reference, root)) or reference.startswith(".")
     return not here and _HUB_ID.fullmatch(reference) is not None
 
 
 def find_folder(reference: str, place: str, root: Path | None, files: Sequence[str] = _HUB_FILES) -> Path:
-    """The folder of a model or an adapter: as many of its ``files`` as there are, downloaded if it is on the hub, or
-    copied if a URL names it. Of one of several experts (`folder#3`) it is that of all.
+    """The folder of a model or an adapter, with those of its ``files`` that exist; downloaded if it is on the hub, or
+    copied if a URL names it. For one of several experts (`folder#3`) it is the folder of all.
 
     Raises:
-        InputError: there is none, or the hub does not give it.
+        InputError: there is none, or the hub denies access.
     """
     if not reference:
         raise InputError(place, "a reference has nothing before or after its plus", "Write `MODEL+ADAPTER`.")
@@ -54,11 +54,11 @@ def find_folder(reference: str, place: str, root: Path | None, files: Sequence[s
     if is_url(reference):
         return local_copy(reference, place, files)
     local = _local(reference, root)
-    if os.path.isdir(local):  # unlike Path.is_dir, False for a name that is too long
+    if os.path.isdir(local):  # unlike Path.is_dir, returns False for a name that is too long
         return local
     if os.path.exists(local):
         if local.suffix == GGUF:
-            from evomerge.checkpoints.gguf_file import gguf_folder  # which imports torch
+            from evomerge.checkpoints.gguf_file import gguf_folder  # imports torch
 
             return gguf_folder(local, place)
         hint = "Name the folder that holds the model; other tensors are searched by `kind: state_dict`, not in stages."
@@ -76,7 +76,7 @@ def _local(reference: str, root: Path | None) -> Path:
 
 
 def _download(repository: str, revision: str | None, files: Sequence[str], local: Path, place: str) -> Path:
-    # Messages of the hub's own errors carry addresses and request ids, so ours are written anew.
+    # The hub's own error messages contain addresses and request ids, so they are rewritten.
     which = repository + (f" at revision {revision}" if revision else "")
     try:
         return Path(
@@ -93,6 +93,6 @@ def _download(repository: str, revision: str | None, files: Sequence[str], local
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError):
         problem = f"there is no folder {local}, and {which} is not in the hub's cache and the hub cannot be reached"
         hint = "Check the spelling and the network, or download the model on another machine."
-    except Exception as error:  # a connection that breaks half way raises errors of many libraries
+    except Exception as error:  # a lost connection may raise errors of many libraries
         problem, hint = f"{which} could not be downloaded ({type(error).__name__})", "Try again later."
     raise InputError(place, problem, hint)

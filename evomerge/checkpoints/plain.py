@@ -1,4 +1,4 @@
-"""A model as plain transformers loads it, with nothing of ours in between."""
+"""Loads a model with plain transformers, without any of this project's code in between."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from evomerge.errors import InputError
 
 
 def plain_model(source: Source, device: Devices, dtype: torch.dtype | None) -> LiveModel:
-    """A model as plain transformers loads it; adapters are folded into it, as a search does.
+    """A model as loaded by plain transformers; adapters are folded into its weights, as in a search.
 
     Args:
-        device: where it is; several devices share out its layers.
-        dtype: of its weights; that in which they are stored when None.
+        device: its device; with several devices, layers are spread over them.
+        dtype: the dtype of its weights; as stored if None.
 
     Raises:
-        InputError: transformers cannot load it, or it holds or computes NaN or Inf.
+        InputError: transformers cannot load it, or it contains or computes NaN or Inf.
     """
     if source.adapters:
         live = live_model(source, device, dtype)
         load_weights(live, ((name, source.read(name)) for name in source.tensors))
-        for name in source.tensors:  # not read again
+        for name in source.tensors:  # it is not read again
             source.release(name)
     else:
-        disable_progress_bar()  # it would run through our own
+        disable_progress_bar()  # it would garble the project's own
         try:
             model = auto_class(parse_config(source.config, source.place)).from_pretrained(
                 source.folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
                 trust_remote_code=False,
             )  # fmt: skip
-        except Exception as error:  # whatever strange settings do inside transformers
+        except Exception as error:  # unusual settings may raise anything inside transformers
             raise InputError(source.place, f"transformers cannot load it: {first_line(error)}") from error
         devices = as_devices(device)
         if len(devices) == 1:
@@ -57,6 +57,6 @@ def plain_model(source: Source, device: Devices, dtype: torch.dtype | None) -> L
         check_live(live)
     except NotFiniteError as error:
         raise InputError(source.place, f"cannot be scored: {error}") from error
-    except Exception as error:  # of a model whose settings have it compute something else
+    except Exception as error:  # inconsistent settings may raise anything
         raise InputError(source.place, f"cannot be scored: {first_line(error)}") from error
     return live

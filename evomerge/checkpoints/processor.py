@@ -1,4 +1,4 @@
-"""What makes images and texts into what a model reads: the processor in a source's folder, checked and loaded."""
+"""Checks and loads the processor in a source's folder, which converts images and texts to model inputs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NONE = "Copy the processor's files from the folder that the model came in: proc
 
 
 def check_processor(source: Source) -> None:
-    """Refuse to ask a source about images that cannot be made into what it reads. Loads nothing.
+    """Reject a source that cannot be asked about images. Loads nothing.
 
     Raises:
-        InputError: it is a model of texts alone, has no processor, or one that reads code.
+        InputError: it is a text model, has no processor, or one that loads code.
     """
     if not source.takes_images:
         kind = source.config["model_type"]
@@ -35,17 +35,17 @@ def check_processor(source: Source) -> None:
 
 
 def open_processor(source: Source) -> Any:
-    """The processor of a source as transformers loads it, with the tokenizer of the source, set up as for texts.
+    """The processor of a source as loaded by transformers, with the source's tokenizer set up as for texts.
 
     Raises:
-        InputError: as ``check_processor``, or it cannot be loaded.
+        InputError: as for ``check_processor``, or it cannot be loaded.
     """
-    from transformers import AutoProcessor  # two seconds, which those spare who show no images
+    from transformers import AutoProcessor  # takes two seconds, and is only needed for images
 
     check_processor(source)
     try:
         processor = AutoProcessor.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a strange setting does inside transformers
+    except Exception as error:  # an unusual setting may raise anything inside transformers
         hint = "Some need torchvision: `pip install torchvision`." if "torchvision" in str(error).lower() else ""
         raise InputError(source.place, f"its processor cannot be loaded: {first_line(error)}", hint) from error
     if not hasattr(processor, "image_processor"):

@@ -1,4 +1,4 @@
-"""What an adapter_config.json says of a soft prompt or a prefix; light, for checks before anything is opened."""
+"""The description of a soft prompt or a prefix in adapter_config.json; light, for checks before anything is opened."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ FORMS: Mapping[str, PromptForm] = {
     "MULTITASK_PROMPT_TUNING": "tokens",
     "PREFIX_TUNING": "prefix",
 }
-"""By peft's name. P_TUNING is v1, whose encoder's output is what is saved; P-tuning v2 is PREFIX_TUNING."""
+"""By peft's name. P_TUNING is v1, of which only the encoder's output is saved; P-tuning v2 is PREFIX_TUNING."""
 
 _MAX_ROWS = 100_000
 _AGAIN = "Save it again with peft's `save_pretrained`."
 
 
 def prompt_facts(config: Mapping[str, Any], place: str) -> PromptFacts | None:
-    """What the configuration of an adapter says of its prompt; None where it is another kind of adapter.
+    """The facts about the prompt that an adapter's configuration describes; None for another kind of adapter.
 
     Raises:
-        InputError: it is a prompt, and not one of a causal language model, or its size is none.
+        InputError: it is a prompt, but not for a causal language model, or its size is invalid.
     """
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in FORMS:

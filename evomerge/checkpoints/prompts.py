@@ -1,9 +1,9 @@
-"""Soft prompts and prefixes on a source, as peft saves them: headers alone until their rows are asked for.
+"""Soft prompts and prefixes on a source, as saved by peft: only headers are read until their rows are needed.
 
-The files hold the tensor ``prompt_embeddings``: of a soft prompt [rows, width] (what an encoder of P-tuning gave, and
-not the encoder), of a prefix [rows, layers * 2 * key-value heads * head width], in which each layer's keys come before
-its values; keys have no position in them, which is put into those of a text alone. A multitask prompt is that times,
-element by element, the outer product of two small factors of its task (Wang et al., arXiv 2303.02861, equation 1).
+The files hold the tensor ``prompt_embeddings``: for a soft prompt [rows, width] (the output of P-tuning's encoder, not
+the encoder itself), for a prefix [rows, layers * 2 * key-value heads * head width], with each layer's keys before its
+values; keys have no positional encoding, which is only applied to those of the text. A multitask prompt is multiplied,
+element by element, by the outer product of two small factors for its task (Wang et al., arXiv 2303.02861, equation 1).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from evomerge.recipes.prompts import PromptFacts
 
 WEIGHTS = "adapter_model.safetensors"
 ROWS = "prompt_embeddings"
-"""The tensor that holds a prompt, in peft's files."""
+"""The tensor with the rows of a prompt in peft's files."""
 
 _FACTORS = ("prefix_task_cols", "prefix_task_rows")
 _AGAIN = "Save it again with peft's `save_pretrained`."
@@ -36,8 +36,8 @@ class SourcePrompt:
     """The prompt of a source.
 
     Attributes:
-        folder: where its files are.
-        facts: its form, its size and how it began.
+        folder: the folder of its files.
+        facts: its form, size and initialisation.
         stored: its tensors by name.
         files: its own files.
         base: the base that it names, or "".
@@ -50,15 +50,15 @@ class SourcePrompt:
     base: str
 
     def read(self) -> Tensor:
-        """Its rows [rows, columns], float32, in memory of their own."""
+        """Its rows [rows, columns], float32, in newly allocated memory."""
         rows = self._tensor(ROWS)
         if _FACTORS[0] in self.stored:
             columns, across = (self._tensor(name) for name in _FACTORS)
-            rows *= torch.matmul(columns, across)[0]  # in peft's shapes, and so in its rounding
+            rows *= torch.matmul(columns, across)[0]  # in the same shapes as peft, to get the same rounding
         return rows
 
     def check_finite(self) -> None:
-        """Refuse NaN and infinities. Raises InputError."""
+        """Reject NaN and infinity. Raises InputError."""
         if not bool(torch.isfinite(self.read()).all()):
             raise InputError(str(self.folder), "has NaN or Inf in it", "Train it again, at a lower rate.")
 
@@ -68,11 +68,11 @@ class SourcePrompt:
 
 
 def open_prompt(folder: Path, settings: Mapping[str, Any], layers: int, place: str) -> SourcePrompt | None:
-    """Open an adapter's folder where it is a prompt, and match it to its base; None where it is another adapter.
+    """Open an adapter's folder if it is a prompt, and match it to its base; None for another adapter.
 
     Args:
-        settings: of the base; see ``Blueprint.settings``.
-        layers: of the base.
+        settings: the base's settings; see ``Blueprint.settings``.
+        layers: the base's number of layers.
 
     Raises:
         InputError: it is broken, or made for another model.
@@ -124,7 +124,7 @@ def _check_columns(
     folder: Path,
     place: str,
 ) -> None:
-    """Refuse a prompt of another width, and a prefix of other layers or key-value heads."""
+    """Reject a prompt of the wrong width, and a prefix for a different number of layers or key-value heads."""
     width = settings["hidden_size"]
     if facts.form == "tokens":
         if columns != width:
@@ -144,6 +144,6 @@ def _check_columns(
 
 
 def key_value_heads(settings: Mapping[str, Any]) -> tuple[int, int]:
-    """How many key-value heads a layer has, and how wide each is."""
+    """The number of key-value heads per layer, and the width of each."""
     heads = settings["num_attention_heads"]
     return settings["num_key_value_heads"] or heads, settings["head_dim"] or settings["hidden_size"] // heads

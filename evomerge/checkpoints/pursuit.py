@@ -1,4 +1,4 @@
-"""Vectors as sums of few others: orthogonal matching pursuit (Pati, Rezaiifar and Krishnaprasad 1993)."""
+"""Represents vectors as sums of few others: orthogonal matching pursuit (Pati, Rezaiifar and Krishnaprasad 1993)."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import torch
 from torch import Tensor
 
 _BASIS_BYTES = 64_000_000
-"""Of the directions that are found for the targets of one batch."""
+"""The maximum bytes of the orthonormal bases for the targets of one batch."""
 
 _NEAR = 8
-"""Directions that are compared in float32, of those that bfloat16 finds best: its rounding is 0.4%."""
+"""How many of the best directions by bfloat16 are compared in float32; the rounding of bfloat16 is 0.4%."""
 
 _FOUND = 1e-6
-"""Of a target's length: what is left below it is rounding."""
+"""Relative to a target's length: a smaller residual is rounding."""
 
 
 def pursue(targets: Tensor, atoms: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """For each target the atoms whose sum is near to it, and how much of each.
+    """For each target, the atoms whose weighted sum approximates it, and their coefficients.
 
-    One after the other that atom is taken whose direction what is left of the target has most of, and the target is
-    projected anew on all that were taken. A target that is a sum of fewer atoms has zeros for the rest.
+    Atoms are chosen one at a time: the one whose direction has the largest inner product with the residual is added,
+    and the target is projected again on all chosen atoms. A target that needs fewer atoms has zeros for the rest.
 
     Args:
         targets: float32 [n, width].
         atoms: float32 [m, width], none of them zero.
-        count: how many atoms are taken, at most m and width.
+        count: how many atoms to choose, at most m and width.
 
     Returns:
-        Numbers of atoms, int64 [n, count], and coefficients, float32 [n, count].
+        Indices of atoms, int64 [n, count], and coefficients, float32 [n, count].
     """
     count = min(count, *atoms.shape)
     directions = atoms / atoms.norm(dim=1, keepdim=True)
@@ -40,18 +40,18 @@ def pursue(targets: Tensor, atoms: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies matrices of bfloat16 as such, in a quarter of the time of float32."""
+    """Whether the CPU has native bfloat16 matrix multiplication, which takes a quarter of the time of float32."""
     known = torch.cpu.get_capabilities()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def _nearest(left: Tensor, directions: Tensor, rough: Tensor | None) -> Tensor:
-    """The number of the direction that each of some vectors has most of, int64 [n].
+    """The index of the direction with the largest inner product with each vector, int64 [n].
 
     Args:
         left: float32 [n, width].
         directions: float32 [m, width].
-        rough: the same in bfloat16, by which all but a few are ruled out; None for not at all.
+        rough: the same in bfloat16, to rule out all but a few; None to skip that step.
     """
     if rough is None:
         return torch.mm(left, directions.T).abs_().argmax(dim=1)
@@ -65,18 +65,18 @@ def _of_batch(
 ) -> tuple[Tensor, Tensor]:
     number, width = targets.shape
     chosen = torch.zeros(number, count, dtype=torch.int64)
-    basis = torch.zeros(number, count, width)  # orthonormal, of the atoms that were taken
-    upper = torch.eye(count).repeat(number, 1, 1)  # of their decomposition: atoms^T = basis^T upper
+    basis = torch.zeros(number, count, width)  # orthonormal basis of the chosen atoms
+    upper = torch.eye(count).repeat(number, 1, 1)  # their decomposition: atoms^T = basis^T upper
     left, least = targets.clone(), _FOUND * targets.norm(dim=1)
     open_ = torch.ones(number, dtype=torch.bool)
     for step in range(count):
-        # What is left is orthogonal to all that were taken: one is taken again only where no other has any of it.
+        # The residual is orthogonal to all chosen atoms: one is chosen again only if no other has any component of it.
         best = _nearest(left, directions, rough)
         chosen[:, step] = best
         atom = atoms[best]
         inside = torch.bmm(basis[:, :step], atom[:, :, None])[:, :, 0]
         rest = atom - torch.bmm(inside[:, None], basis[:, :step])[:, 0]
-        again = torch.bmm(basis[:, :step], rest[:, :, None])[:, :, 0]  # once more, for what rounding left
+        again = torch.bmm(basis[:, :step], rest[:, :, None])[:, :, 0]  # repeated to correct for rounding
         rest = rest - torch.bmm(again[:, None], basis[:, :step])[:, 0]
         length = rest.norm(dim=1)
         open_ &= (left.norm(dim=1) > least) & (length > _FOUND * atom.norm(dim=1))

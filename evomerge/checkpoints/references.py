@@ -1,4 +1,4 @@
-"""What a reference to a model says without opening it: whether its folder is there, and what its config.json holds."""
+"""Checks what a model reference says without opening the model: that its folder exists, and its config.json."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from evomerge.recipes.prompts import PromptFacts
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _ANOTHER_KIND = ("*.gguf", "*.pt", "latest", "global_step*")
-"""GGUF, DeepSpeed's checkpoints."""
+"""GGUF files, and DeepSpeed checkpoints."""
 
 
 def check_reference(reference: str, place: str, root: Path | None = None) -> None:
-    """Refuse a model, or an adapter on it, that is not there or has no configuration that can be read.
+    """Reject a model, or an adapter on it, that does not exist or has no readable configuration.
 
-    Of what is on the hub the configurations alone are downloaded. Left to be opened are folders in which something else
-    stands for a model: that is said better by who knows what it is.
+    For models on the hub only the configurations are downloaded. Folders with something in place of a model pass this
+    check, because opening them gives a more specific error.
 
     Raises:
         InputError: names ``place`` and the folder.
@@ -40,10 +40,10 @@ def check_reference(reference: str, place: str, root: Path | None = None) -> Non
 
 
 def refuse_adapter_alone(folder: Path, reference: str, place: str) -> NoReturn:
-    """Refuse an adapter that stands where a model should.
+    """Reject an adapter given in place of a model.
 
     Raises:
-        InputError: always; it says how to name the two together.
+        InputError: always; it says how to name model and adapter together.
     """
     content = read_json(folder / _ADAPTER, place)
     base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
@@ -56,12 +56,12 @@ def refuse_adapter_alone(folder: Path, reference: str, place: str) -> NoReturn:
 
 
 def adapter_types(reference: str, place: str) -> tuple[str, ...]:
-    """The peft_type of each adapter on a model that ``check_reference`` let through; "" where it has none."""
+    """The peft_type of each adapter on a model that ``check_reference`` accepted; "" for one without a type."""
     return tuple(str(content.get("peft_type") or "") for content in _adapters(reference, place))
 
 
 def prompt_of(reference: str, place: str) -> PromptFacts | None:
-    """What the configuration of a prompt on such a model says; None where its adapters are weights, or there are none.
+    """The facts about the prompt on such a model; None if it has no adapters, or adapters of weights.
 
     Raises:
         InputError: it is a prompt that cannot be used.
@@ -76,7 +76,7 @@ def _adapters(reference: str, place: str) -> Iterator[dict[str, Any]]:
 
 
 def local_config(reference: str) -> dict[str, Any]:
-    """The config.json of a model that ``check_reference`` let through; empty where there is none on this machine."""
+    """The config.json of a model that ``check_reference`` accepted; empty if there is none on this machine."""
     file = Path(os.path.expanduser(split_reference(reference, None)[0])) / _CONFIG
     content = read_json(file, reference) if file.is_file() else {}
     return content if isinstance(content, dict) else {}

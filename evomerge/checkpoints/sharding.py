@@ -1,7 +1,7 @@
-"""How tensor parallelism divides a model: what keeps it from being divided, and what each device holds of it.
+"""How tensor parallelism divides a model: what prevents it, and what each device holds.
 
-Every layer lies on all devices: of attention each has a share of the heads, of a feed-forward block a share of its
-width, of embedding and head a share of the tokens. The rules are those of vLLM.
+Every layer is on all devices: each has a share of the attention heads, of the width of feed-forward blocks, and of the
+tokens of embedding and head. The rules are those of vLLM.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Heads:
     """The heads of a model's attention.
 
     Attributes:
-        attention: heads that ask.
-        keys: heads that keep keys and values; fewer where several of the others share one.
-        size: numbers that a head computes with for a token.
+        attention: number of query heads.
+        keys: number of key-value heads; smaller if several query heads share one.
+        size: width of a head.
     """
 
     attention: int
@@ -29,18 +29,18 @@ class Heads:
     size: int
 
     def keys_on_each(self, devices: int) -> float:
-        """How many heads of keys and values a device has: its share, and one at least, which several then hold."""
+        """How many key-value heads each device has: its share, or one, which several devices then replicate."""
         return max(1.0, self.keys / devices)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config.json says of the language model; models that see as well keep that apart."""
+    """The part of a config.json that describes the language model, which vision-language models keep separate."""
     text = config.get("text_config")
     return text if isinstance(text, Mapping) else config
 
 
 def heads_of(config: Mapping[str, Any]) -> Heads:
-    """The heads that a config.json says; one as wide as the model where it says none, as without attention."""
+    """The heads given by a config.json; one as wide as the model if it gives none, as for models without attention."""
     text = text_config(config)
     attention = _whole(text, "num_attention_heads", "n_head") or 1
     size = _whole(text, "head_dim") or _whole(text, "hidden_size", "n_embd") // attention
@@ -48,17 +48,17 @@ def heads_of(config: Mapping[str, Any]) -> Heads:
 
 
 def _whole(text: Mapping[str, Any], *keys: str) -> int:
-    """The first of these settings that is a whole number; 0 where none is."""
+    """The first of these settings that is an integer; 0 if none is."""
     return next((text[key] for key in keys if type(text.get(key)) is int), 0)
 
 
 def hidden_size(config: Mapping[str, Any]) -> int:
-    """How many numbers a hidden state has, by a config.json; 0 where it does not say."""
+    """The width of a hidden state according to a config.json; 0 if it does not say."""
     return _whole(text_config(config), "hidden_size", "n_embd")
 
 
 def sharding_problem(config: Mapping[str, Any], devices: int) -> str:
-    """Why vLLM cannot divide a config.json's model among so many devices, with the arithmetic; empty where it can."""
+    """Why vLLM cannot divide a config.json's model among this many devices, with the arithmetic; empty if it can."""
     text, heads = text_config(config), heads_of(config)
     if heads.attention > 1 and (rest := heads.attention % devices):
         share = f"{heads.attention} / {devices} leaves {rest}"
@@ -80,11 +80,11 @@ def shard_bytes(config: Mapping[str, Any], weights: int, layers: int, width: int
 
     Args:
         weights: bytes of the whole model.
-        layers: as many as it has.
+        layers: the model's number of layers.
         width: bytes of a weight.
     """
     heads = heads_of(config)
     hidden = _whole(text_config(config), "hidden_size", "n_embd")
-    of_a_head = 2 * layers * hidden * heads.size * width  # what computes its keys and its values
+    of_a_head = 2 * layers * hidden * heads.size * width  # the projections of its keys and values
     doubled = of_a_head * (heads.keys_on_each(devices) - heads.keys / devices)
     return round(weights / devices + doubled)

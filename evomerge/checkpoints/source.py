@@ -1,4 +1,4 @@
-"""Sources: model folders opened for merging, checked down to the last byte of their headers before a weight is read."""
+"""Sources: model folders opened for merging; every header is checked completely before any weight is read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from evomerge.files import split_expert
 from evomerge.printable import printable
 from evomerge.recipes.stack import Role, renumber
 
-_MAX_NAME = 100  # characters of a tensor's name in a sentence
+_MAX_NAME = 100  # characters of a tensor's name in a message
 
 
 @dataclass
@@ -50,37 +50,37 @@ class Source:
     """An opened model folder: headers, configuration, and its tensors on demand.
 
     Attributes:
-        name: short name in the search file.
+        name: its short name in the search file.
         reference: the folder or hub id as given, with its adapters.
-        place: where the reference stands, for errors ("sources.maths").
-        folder: where the files of the model are.
+        place: where the reference was given, for errors ("sources.maths").
+        folder: the folder with the model's files.
         config: config.json as parsed JSON.
-        settings, layered, computing, seeing: values of it as transformers reads them, defaults filled in; see
+        settings, layered, computing, seeing: its values as read by transformers, with defaults filled in; see
             ``Blueprint``.
-        float32: names of the tensors that are float32 in a model of another dtype, by the name of that.
-        rigid: why its layers cannot stand in other places than their own; empty where they can.
-        text_type: the model type of what goes on with a text; that of the model, where that is all of it.
-        tensors: every tensor that the model has, by the name that transformers writes it under, in the order of the
-            model's modules, and where it is stored. Those of a model that reads images as well are called as in the
-            model of texts alone, where they are of that; see ``written``. What the files of a model of texts hold
-            beside them is left out and named in ``warnings``.
-        written: of a model that reads images as well, the name under which its files hold each of them.
-        carried: what the files of such a model hold beside them, by name: tensors that transformers passes over, which
-            a merge takes along as they are.
-        doubled: second copies of tied tensors in the files of such a model, with the name in ``tensors``.
-        parts: the part of the transformers model that each of them is: most are a whole tensor of the same name.
-        roles: the role of each of them. A tied head has no tensor of its own, so there is then no role "head".
-        layers: number of layers in the stack.
-        tied: the head is the embedding, and has no tensor of its own.
-        turned: names of the weights that are stored as inputs by outputs, as those of GPT-2's layers are.
-        folds, normed: how the scales of a path go into its tensors: see ``Blueprint``.
-        files: all files that make this model what it is: weights, index, configurations, tokenizer, adapters.
-        warnings: sentences for a person.
-        adapters: the folders of the adapters on it, in their order.
-        changes: what adapters do to tensors, by name, in the order of the adapters.
-        replaced: the tensors that adapters hold in full.
-        tokenizer_texts: the files of the tokenizer, by name, where those in the folder do not count.
-        prompt: the soft prompt or the prefix that was named with it; its weights are those of the model alone.
+        float32: names of the tensors that are float32 in a model of another dtype, by the name of that dtype.
+        rigid: why its layers cannot be moved to other positions; empty if they can.
+        text_type: the model type of the part that processes text; for a text model, that of the whole model.
+        tensors: every tensor of the model and its location, by the name that transformers writes it under, in the order
+            of the model's modules. Tensors of a vision-language model that belong to its text model have their names in
+            a plain text model; see ``written``. Surplus tensors in the files of a text model are ignored, and named in
+            ``warnings``.
+        written: for a vision-language model, the name of each tensor in its files.
+        carried: surplus tensors in the files of such a model, by name: transformers ignores them, and a merge copies
+            them unchanged.
+        doubled: second copies of tied tensors in the files of such a model, with their name in ``tensors``.
+        parts: the part of the transformers model that each tensor is: most are a whole tensor with the same name.
+        roles: the role of each tensor. A tied head has no tensor of its own, so there is then no role "head".
+        layers: the number of layers in the stack.
+        tied: whether the head shares the embedding's tensor, and has none of its own.
+        turned: names of the weights that are stored as inputs by outputs, such as those of GPT-2's layers.
+        folds, normed: how the scales of a path are folded into its tensors: see ``Blueprint``.
+        files: all files that define the model: weights, index, configurations, tokenizer, adapters.
+        warnings: warnings, as sentences.
+        adapters: the folders of the adapters on it, in order.
+        changes: the changes that adapters make to tensors, by name, in the order of the adapters.
+        replaced: the tensors that adapters replace completely.
+        tokenizer_texts: the files of the tokenizer, by name, if they replace those in the folder.
+        prompt: the soft prompt or prefix that was named with it; its weights are only those of the model.
     """
 
     name: str
@@ -120,32 +120,32 @@ class Source:
 
     @property
     def is_table(self) -> bool:
-        """It is a table of tensors (``evomerge.raw.table``), and no model of transformers."""
+        """Whether it is a table of tensors (``evomerge.raw.table``) and not a transformers model."""
         return not self.config
 
     @property
     def takes_images(self) -> bool:
-        """It reads images as well as texts."""
+        """Whether it reads images as well as text."""
         return bool(self.written)
 
     @property
     def described(self) -> dict[str, Any]:
-        """Its config.json with what its text model's sizes are, which that of a model with images may leave out."""
+        """Its config.json completed with the sizes of its text model, which a vision-language model may omit."""
         known = {key: value for key, value in self.settings.items() if value is not None and key != "depth"}
         return with_text_settings(self.config, known) if self.takes_images else self.config
 
     @cached_property
     def _written_in_layer(self) -> dict[str, str]:
-        """What tensors of any layer are called in the files, with layers numbered 0 on both sides."""
+        """The names in the files of tensors of any layer, with layer number 0 on both sides."""
         of_layers = ((name, role) for name, role in self.roles.items() if role.layer is not None)
         return {renumber(name, role, 0): renumber(self.written[name], role, 0) for name, role in of_layers}
 
     def written_as(self, name: str, role: Role) -> str:
-        """What a tensor of a model merged after this one is called in its files.
+        """The name in the files of a tensor of a model merged after the example of this one.
 
         Args:
-            name: as ``tensors`` calls it, with a number of a layer that this model may not have.
-            role: with that number.
+            name: its name in ``tensors``, possibly with a layer number that this model does not have.
+            role: its role, with the same layer number.
         """
         if not self.takes_images:
             return name
@@ -164,27 +164,27 @@ class Source:
         return _dominant_dtype(self.tensors)
 
     def dtype_of(self, name: str, dtype: torch.dtype | None, model: torch.dtype) -> torch.dtype:
-        """The dtype of a tensor where its weights are stored as ``dtype``, or as they are (None), in such a model."""
+        """A tensor's dtype in a model of dtype ``model``, given the stored dtype of weights, or None for its own."""
         if name in self.float32.get(str(model).removeprefix("torch."), ()):
             return torch.float32
         return dtype or TORCH_DTYPES[self.tensors[name].dtype]
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor on the CPU, never to be written to.
+        """A tensor on the CPU, which must never be written to.
 
-        One that no adapter changes is a view of the mapped file in its stored dtype; one that an adapter changes is
-        float32, folded anew by every call.
+        If no adapter changes it, it is a view of the mapped file in its stored dtype; otherwise it is float32, and
+        folded again by every call.
         """
         stored = self._view(self.tensors[name])
         changes = self.changes.get(name)
         return fold(stored, changes, self._view) if changes else stored
 
     def is_mapped(self, name: str) -> bool:
-        """Whether ``read`` gives a view of a mapped file, which costs nothing to ask for again."""
+        """Whether ``read`` returns a view of a mapped file, which is free to request again."""
         return name not in self.changes
 
     def read_stored(self, name: str) -> torch.Tensor:
-        """A tensor as the files hold it, without what adapters change: a view, in its stored dtype."""
+        """A tensor as stored in the files, without the changes by adapters: a view, in its stored dtype."""
         return self._view(self.tensors[name])
 
     def low_rank(self, name: str) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
@@ -198,18 +198,18 @@ class Source:
         return [(change.vector(self._view), change.of_columns) for change in changes if isinstance(change, Vector)]
 
     def release(self, name: str) -> None:
-        """Let the system take back the memory that holds a tensor of the mapped files. It is read anew when needed."""
+        """Let the system reclaim the memory of a tensor in the mapped files. It is read again when needed."""
         entry = self.tensors[name]
         if entry.file in self._maps:
             release_pages(self._maps[entry.file], entry.begin, entry.end)
 
     def release_files(self) -> None:
-        """The same of all tensors of the mapped files."""
+        """The same for all tensors in the mapped files."""
         for mapped in self._maps.values():
             release_pages(mapped, 0, len(mapped))
 
     def read_carried(self, name: str) -> torch.Tensor:
-        """One of ``carried``, as ``read_stored``."""
+        """One of ``carried``, like ``read_stored``."""
         return self._view(self.carried[name])
 
     def _view(self, entry: TensorEntry) -> torch.Tensor:
@@ -219,18 +219,18 @@ class Source:
 
 
 def open_source(name: str, reference: str, *, place: str, root: Path | None = None, prompts: bool = False) -> Source:
-    """Open a model folder and check all of it but the values of its weights.
+    """Open a model folder and check all of it except the values of its weights.
 
     Args:
-        name: short name of the source.
-        reference: a folder, or ``org/name`` with an optional ``@revision`` on the Hugging Face hub; adapters follow
-            it, each after a plus; of a folder with several experts `folder#3`.
+        name: the short name of the source.
+        reference: a folder, or ``org/name`` with an optional ``@revision`` on the Hugging Face hub, followed by
+            adapters, each after a plus; for a folder with several experts `folder#3`.
         place: where the reference was given, for errors.
-        root: what relative folders are relative to; the current folder when None.
-        prompts: whether a soft prompt or a prefix may stand in an adapter's place; whoever wants weights wants none.
+        root: the folder that relative paths start from; the current folder if None.
+        prompts: whether a soft prompt or a prefix is allowed in place of an adapter; not if weights are wanted.
 
     Raises:
-        InputError: the model cannot be had, or anything about it is broken, unsafe or unsupported.
+        InputError: the model is unavailable, or anything about it is broken, unsafe or unsupported.
     """
     parts = split_reference(reference, root)
     folder, *adapters = (find_folder(part, place, root) for part in parts)
@@ -248,14 +248,14 @@ def open_source(name: str, reference: str, *, place: str, root: Path | None = No
 
 
 def refuse_prompt(source: Source) -> None:
-    """Refuse a source with a prompt where one is wanted for its weights. Raises InputError."""
+    """Reject a source with a prompt if its weights are wanted. Raises InputError."""
     if source.prompt is not None:
         problem = f"{source.prompt.folder} is {source.prompt.facts.text}, which changes no weights"
         raise InputError(source.place, problem, "Search over prompts: `space: {kind: prompts}`.")
 
 
 def _open(name: str, reference: str, place: str, folder: Path) -> tuple[Source, Blueprint]:
-    """The model alone, and where transformers has its tensors."""
+    """The model alone, and its blueprint, which says where transformers has its tensors."""
     linked = check_files(folder, place)
     if has(folder, ADAPTER_CONFIG):
         refuse_adapter_alone(folder, reference, place)
@@ -307,16 +307,16 @@ def _open(name: str, reference: str, place: str, folder: Path) -> tuple[Source, 
 
 
 def _written(plan: Blueprint) -> dict[str, str]:
-    """The name of each tensor in the files of a model that reads images; of others none.
+    """The name of each tensor in the files of a vision-language model; empty for others.
 
-    One that the files hold in pieces, or in one with others, is called as transformers writes it.
+    A tensor that the files store in pieces, or combined with others, has the name under which transformers writes it.
     """
     held = dict(plan.located)
     return {name: held.get(plan.parts[name], written) for name, written in plan.written.items()}
 
 
 def _check_explained(extra: Mapping[str, TensorEntry], plan: Blueprint, place: str) -> None:
-    """Refuse tensors of a model that reads images which nobody knows the meaning of, or that cannot be taken along.
+    """Reject unknown tensors of a vision-language model, and those that cannot be copied unchanged.
 
     Raises:
         InputError: naming them.
@@ -330,7 +330,7 @@ def _check_explained(extra: Mapping[str, TensorEntry], plan: Blueprint, place: s
 
 
 def _prompted(source: Source, adapters: Sequence[Path]) -> Source | None:
-    """The source with the prompt that stands in its adapter's place; None where there is no prompt among them."""
+    """The source with the prompt given in place of an adapter; None if none of the adapters is a prompt."""
     opened = [open_prompt(folder, source.settings, source.layers, source.place) for folder in adapters]
     prompts = [prompt for prompt in opened if prompt is not None]
     if not prompts:
@@ -346,7 +346,7 @@ def _prompted(source: Source, adapters: Sequence[Path]) -> Source | None:
 
 
 def _trained_elsewhere(adapter: Path, base: str, reference: str) -> tuple[str, ...]:
-    """The warning that an adapter names another base than the model that it is put on, or none."""
+    """A warning if an adapter names another base than the model that it is applied to."""
     model = reference.partition("+")[0]
     if not base or Path(base).name == Path(model.partition("@")[0]).name:
         return ()
@@ -355,7 +355,7 @@ def _trained_elsewhere(adapter: Path, base: str, reference: str) -> tuple[str, .
 
 def _base(source: Source, plan: Blueprint) -> Base:
     def find(names: Sequence[str]) -> dict[str, str | None]:
-        # Only here, for what transformers renames is not worth keeping: importing it takes seconds.
+        # Imported only here, because importing transformers takes seconds and renames are not worth caching.
         from evomerge.checkpoints.layout import find_names
         from evomerge.checkpoints.structure import empty_model, parse_config
 
@@ -369,7 +369,7 @@ def _base(source: Source, plan: Blueprint) -> Base:
 
 
 def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
-    """The source with adapters on it, each upon those before."""
+    """The source with adapters on it, each applied on top of the previous ones."""
     tensors = dict(source.tensors)
     changes: dict[str, tuple[Change, ...]] = {}
     warnings = source.warnings
@@ -397,7 +397,7 @@ def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
 
 
 def _changes_seeing(adapter: Adapter, roles: Mapping[str, Role]) -> tuple[str, ...]:
-    """The warning that an adapter changes what reads images, or none: a tower may have a ``q_proj``, too."""
+    """A warning if an adapter changes the vision parts: a tower may have a ``q_proj``, too."""
     seeing = [name for name in {**adapter.changes, **adapter.replaced} if roles[name].kind == "vision"]
     if not seeing:
         return ()
@@ -408,7 +408,7 @@ def _changes_seeing(adapter: Adapter, roles: Mapping[str, Role]) -> tuple[str, .
 def _tensors(
     stored: Mapping[str, TensorEntry], plan: Blueprint, config: Mapping[str, Any], place: str
 ) -> dict[str, TensorEntry]:
-    """Where every tensor of the model lies, checked for presence, shape and dtype."""
+    """The location of every tensor of the model, checked for presence, shape and dtype."""
     tensors = dict(entries(plan.parts, dict(plan.located), stored))
     if missing := [name for name in plan.parts if name not in tensors]:
         hint = "Complete the download, or see that config.json is the one that belongs to these weights."
@@ -429,7 +429,7 @@ def _tensors(
 
 
 def _check_copies(stored: Mapping[str, TensorEntry], plan: Blueprint, place: str) -> None:
-    """Second copies of tied tensors in the files are fine as long as they are equal."""
+    """Reject second copies of tied tensors in the files unless they are equal."""
     for copy, original in plan.copies.items():
         one, other = stored[copy], stored[original]
         same = (one.dtype, one.shape) == (other.dtype, other.shape)

@@ -1,9 +1,9 @@
-"""The layers of a live model: layer buffers that hold weights, and a path of hops through them.
+"""The layers of a live model: layer buffers, which hold weights, and a path of hops through them.
 
-Parameter space is the simplest case: as many layer buffers as the model has layers, and a path that takes each once. A
-path that repeats, skips or reorders layers costs no weights: a hop is a copy of the layer's modules that shares the
-parameters of a layer buffer, with a place of its own in the cache (``layer_idx``; without it, cached generation is
-wrong).
+Parameter space is the simplest case: as many layer buffers as the model has layers, and a path that uses each once. A
+path that repeats, skips or reorders layers needs no additional weights: a hop is a copy of the layer's modules that
+shares the parameters of a layer buffer and has its own position in the KV cache (``layer_idx``; without it, cached
+generation is wrong).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ LayerBuffer = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A hop as a live model has it.
+    """A hop in a live model.
 
     Attributes:
-        layer_buffer: which holds its weights.
-        like: the model's layer whose modules and settings it has.
-        factor: what its blocks are multiplied by before they are added to the residual stream.
+        layer_buffer: the layer buffer with its weights.
+        like: the model's layer whose modules and settings it copies.
+        factor: the factor on its blocks' outputs before they are added to the residual stream.
     """
 
     layer_buffer: int
@@ -45,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A tensor of a layer: its name in the files, its role, and what part it is of which tensor inside the layer."""
+    """A tensor of a layer: its name in the files, its role, and which part of which tensor inside the layer it is."""
 
     name: str
     role: Role
@@ -54,16 +54,16 @@ class _Stored:
 
 
 class Stack:
-    """The stack of layers of a model, on one device or several: a hop computes where its layer buffer lies.
+    """The stack of layers of a model, on one or more devices: a hop computes where its layer buffer is.
 
     Args:
-        model: with as many layers as its configuration says; their parameters are the first layer buffers.
-        name: of its list of layers.
+        model: has as many layers as its configuration says; their parameters are the first layer buffers.
+        name: the name of its list of layers.
         layers: that list, whose content becomes the path.
-        parts, roles: of the model's source.
-        devices: that of each layer of weights that is wanted; those beyond the model's own are allocated now, beside
-            the model's layers in turn.
-        writers: where each layer writes to the residual stream; None where that is not known: factors are refused.
+        parts, roles: those of the model's source.
+        devices: the device of each layer buffer; buffers beyond the model's own layers are allocated now, on the
+            devices of these layers.
+        writers: where each layer writes to the residual stream; None if unknown, in which case factors are rejected.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Stack:
 
     @property
     def path(self) -> tuple[Step, ...]:
-        """The hops that the model has now."""
+        """The current hops of the model."""
         return self._path
 
     @property
@@ -107,18 +107,18 @@ class Stack:
 
     @property
     def hops(self) -> tuple[nn.Module, ...]:
-        """The modules of the path, one for each hop; those that share a layer buffer are modules of their own."""
+        """The modules of the path, one per hop; hops that share a layer buffer have separate modules."""
         return tuple(self._list)
 
     def fits(self, layer_buffer: int, like: int) -> bool:
-        """A layer buffer has room for the weights of a layer like this one."""
+        """Whether the weights of a layer like this one fit into a layer buffer."""
         return self._shapes[like] == self._shapes[layer_buffer]
 
     def lay(self, path: Sequence[Step]) -> None:
-        """Make the model's layers this path.
+        """Replace the model's layers by this path.
 
         Raises:
-            LookupError: a factor other than 1 where nobody knows how to apply it.
+            LookupError: there is a factor other than 1, and it is unknown how to apply it.
         """
         if tuple(path) == self._path:
             return
@@ -131,12 +131,12 @@ class Stack:
         self._path = tuple(path)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the path by its name in the merged model; those that hops share come with each of them."""
+        """Every tensor of the path by its name in the merged model; shared ones are repeated for each hop."""
         for number, step in enumerate(self._path):
             yield from self.tensors_of(number, step)
 
     def tensors_of(self, number: int, step: Step) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a hop by their names in the merged model, where hop and merged model have this number."""
+        """The tensors of a hop by their names in the merged model, in which the hop has this number."""
         layer_buffer = self.layer_buffers[step.layer_buffer]
         for stored in self._stored[step.like]:
             yield renumber(stored.name, stored.role, number), stored.part.of(layer_buffer[stored.inside])
@@ -158,7 +158,7 @@ class Stack:
 
 
 def _another(layer_buffer: LayerBuffer) -> LayerBuffer:
-    """A layer buffer of the same shapes with memory of its own."""
+    """A new layer buffer with the same shapes."""
     return {
         inside: nn.Parameter(t.detach().clone(), False) if isinstance(t, nn.Parameter) else t.clone()
         for inside, t in layer_buffer.items()
@@ -166,10 +166,10 @@ def _another(layer_buffer: LayerBuffer) -> LayerBuffer:
 
 
 def _sharing(module: nn.Module, layer_buffer: LayerBuffer, prefix: str, device: torch.device) -> nn.Module:
-    """A copy of a module and all in it, which has hooks of its own and the parameters of the layer buffer.
+    """A copy of a module and its submodules, with its own hooks and the parameters of the layer buffer.
 
     Args:
-        device: of the layer buffer, to which buffers that no file holds are brought.
+        device: the layer buffer's device, to which buffers that are not stored in files are moved.
     """
     same_as = copy.copy(module)
     same_as._forward_hooks = OrderedDict()
@@ -191,7 +191,7 @@ def _sharing(module: nn.Module, layer_buffer: LayerBuffer, prefix: str, device: 
 
 
 def _scale(factor: float, module: nn.Module, given: Any, output: Any) -> Any:
-    """What a module that writes to the residual stream gives, times a factor; of several things it gives, the first."""
+    """Multiply the output of a module that writes to the residual stream; for a tuple, its first element."""
     if isinstance(output, tuple):
         return (output[0] * factor, *output[1:])
     return output * factor

@@ -1,8 +1,8 @@
-"""Forward passes of which only some layers are computed: from one layer, given its hidden state, up to another.
+"""Partial forward passes: from one layer, given its hidden state, up to another.
 
-A pass stays what the model's own code makes of it, with its masks and positions, so that nothing need be known of how
-an architecture calls its layers. Layers before the stretch give back what they are given, and the hidden state is put
-in at its first layer.
+A pass still runs the model's own code, with its masks and positions, so nothing needs to be known about how an
+architecture calls its layers. Layers before the stretch return their input, and the hidden state is inserted at its
+first layer.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 
 class PassEndsError(Exception):
-    """Ends a forward pass behind the last layer that counts."""
+    """Ends a forward pass after the last layer that is needed."""
 
 
 class Stretches:
-    """Stretches of the layers of one model.
+    """Runs stretches of the layers of one model.
 
     Args:
         model: called with token ids.
-        layers: its stack, each a module that takes the hidden state first and gives it back, alone or as the first of
-            several things.
+        layers: its stack; each module takes the hidden state as its first argument and returns it, alone or as the
+            first of several outputs.
     """
 
     def __init__(self, model: Any, layers: Sequence[nn.Module]) -> None:
@@ -34,15 +34,15 @@ class Stretches:
         self._beside: dict[int, tuple[Any, ...] | None] = {}
 
     def run(self, text: Tensor, begin: int, hidden: Tensor | None) -> None:
-        """Run the layers from ``begin`` on, and what comes behind them.
+        """Run the layers from ``begin`` on, and everything after them.
 
         Args:
             text: int64 [1, tokens].
             begin: a layer that another pass has reached.
-            hidden: [1, tokens, width], what that layer is given; None where all layers run.
+            hidden: [1, tokens, width], that layer's input; None to run all layers.
 
         Raises:
-            PassEndsError: a hook has ended it.
+            PassEndsError: raised by a hook.
         """
         with ExitStack() as changed:
             for number in range(begin if hidden is not None else 0):
@@ -52,7 +52,7 @@ class Stretches:
             self._model(text, use_cache=False)
 
     def reach(self, text: Tensor, begin: int, hidden: Tensor | None, end: int) -> Tensor:
-        """[1, tokens, width], what layer ``end`` is given; the others as of ``run``."""
+        """The input of layer ``end``, [1, tokens, width]; other arguments as for ``run``."""
         reached: list[Tensor] = []
 
         def stop(module: Any, given: Any, named: Any) -> None:
@@ -71,13 +71,13 @@ class Stretches:
         return reached[0]
 
     def _note(self, number: int, module: Any, given: Any, out: Any) -> None:
-        """Keep what a layer gives beside the hidden state, which is what it gives when it is passed over."""
+        """Remember a layer's outputs other than the hidden state, which it returns when it is skipped."""
         self._beside[number] = tuple(out[1:]) if isinstance(out, tuple) else None
 
 
 @contextmanager
 def _passed_over(layer: nn.Module, beside: tuple[Any, ...] | None) -> Iterator[None]:
-    """While open, a layer gives back the hidden state that it is given."""
+    """Within the context, a layer returns the hidden state that it is given."""
 
     def forward(*given: Any, **named: Any) -> Any:
         hidden = given[0] if given else named["hidden_states"]
@@ -92,7 +92,7 @@ def _passed_over(layer: nn.Module, beside: tuple[Any, ...] | None) -> Iterator[N
 
 @contextmanager
 def _given(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """While open, a layer is given this hidden state, on the device where it would be given its own."""
+    """Within the context, a layer's input is replaced by this hidden state, moved to the device of its own input."""
 
     def put(module: Any, given: Any, named: Any) -> Any:
         if given:

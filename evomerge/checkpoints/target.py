@@ -1,4 +1,4 @@
-"""Where a model folder is to be made, looked at before anything expensive: no torch is needed for it."""
+"""Checks where a model folder is to be created, before anything expensive; does not need torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from evomerge.errors import InputError
 
 
 def check_target(out: Path, sources: Sequence[Path] = ()) -> None:
-    """See that a folder can be made at ``out``: nothing is there, or an empty folder, and not within a source.
+    """Check that a folder can be created at ``out``: nothing exists there, or an empty folder, and not in a source.
 
-    The folders above it need not be there yet.
+    Parent folders need not exist yet.
 
     Raises:
-        InputError: it cannot be made there.
+        InputError: it cannot be created there.
     """
     out = out.absolute()
     place = str(out)
@@ -34,5 +34,5 @@ def check_target(out: Path, sources: Sequence[Path] = ()) -> None:
 
 
 def existing_parent(out: Path) -> Path:
-    """The nearest of what stands above ``out`` that is there already."""
+    """The closest existing parent of ``out``."""
     return next(folder for folder in out.absolute().parents if os.path.lexists(folder))

@@ -1,4 +1,4 @@
-"""A safetensors file of tensors that come one by one, whose sizes nobody knows before."""
+"""Writes a safetensors file from tensors that arrive one at a time, with sizes unknown in advance."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class TensorFile:
-    """Writes tensors to a file. Memory holds none of them: the header, which comes first, is added at the end.
+    """Writes tensors to a file without holding them in memory: the header, which comes first, is added at the end.
 
-    ``with TensorFile(path) as file:`` then ``file.add(name, tensor)``; the file is there when the block is left. Those
+    ``with TensorFile(path) as file:`` then ``file.add(name, tensor)``; the file exists once the block is left. Tensors
     in wide dtypes must come first, so that all are aligned.
     """
 
@@ -37,18 +37,18 @@ class TensorFile:
         """Write a tensor.
 
         Raises:
-            KeyError: there is one of that name.
-            OSError: such as of a full disk.
+            KeyError: there is already one with that name.
+            OSError: for example, the disk is full.
         """
         flat = tensor.detach().contiguous().reshape(-1)
         self.add_bytes(name, flat.view(torch.uint8), _NAMES[tensor.dtype], tensor.shape)
 
     def add_bytes(self, name: str, raw: torch.Tensor, dtype: str, shape: Sequence[int]) -> None:
-        """Write a tensor of any dtype of the format, as it lies in another file.
+        """Write a tensor of any dtype of the format, with the bytes that it has in another file.
 
         Args:
             raw: its bytes, uint8.
-            dtype: as the format calls it.
+            dtype: its name in the format.
         """
         if name in self._entries:
             raise KeyError(name)
@@ -59,7 +59,7 @@ class TensorFile:
 
     @property
     def size(self) -> int:
-        """Bytes of tensors so far."""
+        """Bytes of tensors written so far."""
         return self._end
 
     def __exit__(
@@ -68,7 +68,7 @@ class TensorFile:
         self._stream.close()
         if error is None:
             text = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+            text += b" " * (-len(text) % 8)  # aligns the tensors
             with self._path.open("xb") as whole, self._waiting.open("rb") as tensors:
                 whole.write(len(text).to_bytes(8, "little") + text)
                 shutil.copyfileobj(tensors, whole, 1 << 24)

@@ -1,4 +1,4 @@
-"""What tokens stand for, so that those of two tokenizers can be matched: bytes, however a tokenizer writes them."""
+"""Decodes what tokens stand for into bytes, so that tokens of two tokenizers can be matched whatever their notation."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from functools import cache
 from typing import Any
 
 Meaning = bytes | str
-"""The bytes that a token is in a text; of one that is cut out of texts first (``<|im_end|>``) its name."""
+"""The bytes that a token stands for in a text; for a special or added token (``<|im_end|>``) its name."""
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def meanings(tokenizer: Any) -> dict[int, Meaning]:
-    """What each id of a tokenizer of the tokenizers library stands for.
+    """The meaning of each id of a tokenizer of the tokenizers library.
 
-    Read are the letters for bytes of GPT-2 and its kin, SentencePiece's mark for a space and its tokens for bytes, and
-    WordPiece's mark of a piece inside a word.
+    Supported are the byte letters of GPT-2 and similar tokenizers, SentencePiece's marker for a space and its byte
+    tokens, and WordPiece's marker for a piece inside a word.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     added = {int(token["id"]): str(token["content"]) for token in content.get("added_tokens") or ()}
@@ -42,10 +42,10 @@ def meanings(tokenizer: Any) -> dict[int, Meaning]:
 
 
 def matched(model: Any, donor: Any) -> dict[int, int]:
-    """For each id of the donor's tokenizer that the model's knows too, the id there.
+    """For each id of the donor's tokenizer that the model's tokenizer knows too, the id there.
 
-    Tokens of equal meaning match, those of equal text first; and what begins, ends and fills a text, whatever it is
-    called.
+    Tokens with equal meaning match, preferably those with equal text. The tokens that begin, end and pad a text match
+    whatever they are called.
     """
     ours, theirs = meanings(model), meanings(donor)
     texts = model.get_vocab()
@@ -67,7 +67,7 @@ def matched(model: Any, donor: Any) -> dict[int, int]:
 
 
 def text_of(meaning: Meaning) -> str:
-    """A meaning as a text that a tokenizer reads."""
+    """A meaning as a text that can be tokenized."""
     return meaning if isinstance(meaning, str) else meaning.decode(errors="replace")
 
 
@@ -78,7 +78,7 @@ def _from_letters(token: str) -> bytes:
 
 @cache
 def _letters() -> Mapping[str, bytes]:
-    """The letter that GPT-2 and its kin write for each byte: itself where it can be seen, else one behind 255."""
+    """The letter that GPT-2 and similar tokenizers use for each byte: itself if printable, else one above 255."""
     seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in seen]
     return {chr(byte if byte in seen else 256 + hidden.index(byte)): bytes([byte]) for byte in range(256)}

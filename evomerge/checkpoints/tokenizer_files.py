@@ -1,4 +1,4 @@
-"""Tokenizers of sources: loading them, and writing one that knows more tokens or has another chat template."""
+"""Loads tokenizers of sources, and writes tokenizers with more tokens or another chat template."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from evomerge.errors import InputError
 from evomerge.files import read_text
 
 _TEMPLATE = "chat_template.jinja"
-# Below the score of any piece, so that a text which can be cut without the new pieces is cut as before.
+# Below the score of any piece, so that a text that can be tokenized without the new pieces is tokenized as before.
 _UNLIKELY = 1000.0
 
 
 @contextmanager
 def tokenizer_folder(source: Source) -> Iterator[Path]:
-    """A folder with the files of a source's tokenizer: its own, or a temporary one if they were made."""
+    """A folder with the files of a source's tokenizer: its own, or a temporary one for modified files."""
     if not source.tokenizer_texts:
         yield source.folder
         return
@@ -40,7 +40,7 @@ def tokenizer_folder(source: Source) -> Iterator[Path]:
 
 
 def open_tokenizer(source: Source) -> Any:
-    """The tokenizer of a source as transformers loads it.
+    """The tokenizer of a source as loaded by transformers.
 
     Raises:
         InputError: it cannot be loaded, or takes more time or memory for a few texts than any tokenizer needs.
@@ -50,7 +50,7 @@ def open_tokenizer(source: Source) -> Any:
 
 
 def load_tokenizer(source: Source) -> Any:
-    """The tokenizer of a source, set up for generation in batches: padding on the left, with a padding token.
+    """The tokenizer of a source, set up for batched generation: padding on the left, with a padding token.
 
     Raises:
         InputError: it cannot be loaded, or has neither a padding nor an end token.
@@ -67,14 +67,14 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def load_tokenizer_folder(folder: Path, place: str) -> Any:
-    """The tokenizer in a folder whose files were checked; raises as ``open_tokenizer``."""
+    """The tokenizer in a folder whose files were checked; raises like ``open_tokenizer``."""
     if (folder / "tokenizer.json").is_file() and (problem := trial(folder)):
         raise InputError(place, f"its tokenizer cannot be used: {problem}", "Use the one that the model came with.")
-    from transformers import AutoTokenizer  # two seconds, which those spare who need no tokenizer
+    from transformers import AutoTokenizer  # takes two seconds, and is only needed for a tokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise bare Exceptions for broken files
+    except Exception as error:  # tokenizers raises bare Exceptions for broken files
         raise InputError(place, f"its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
@@ -87,17 +87,17 @@ def tokenizer_texts(
 ) -> dict[str, str]:
     """The files, by name, of a source's tokenizer with more tokens.
 
-    Every token that it has keeps its id. Plain tokens become pieces of the model, without merges: a text is cut as it
-    was, but for what could not be cut into known pieces before. Added tokens are cut out of a text first of all.
+    Every existing token keeps its id. Plain tokens become pieces of the model, without merges: texts are tokenized as
+    before, unless they could not be split into known pieces. Added tokens are split off from a text first.
 
     Args:
-        tokenizer: of the source, as ``open_tokenizer`` gives it.
-        plain: pieces that it does not have; they take the ids behind its last.
-        added: tokens of the kind that is cut out first; they take the next ids, or keep theirs if they are pieces.
+        tokenizer: the source's tokenizer, from ``open_tokenizer``.
+        plain: pieces that it does not have; they take the ids after its last.
+        added: tokens of the kind that is split off first; they take the next ids, or keep theirs if they are pieces.
         chat_template: None for the source's own.
 
     Raises:
-        InputError: the tokenizer is of a kind that cannot take them.
+        InputError: a tokenizer of this kind cannot be extended with them.
     """
     if not isinstance(tokenizer, TokenizersBackend):
         raise InputError(
@@ -130,7 +130,7 @@ def tokenizer_texts(
 
 
 def with_tokens(ids: Mapping[str, int], plain: Sequence[str], added: Sequence[AddedToken]) -> dict[str, int]:
-    """The ids of a vocabulary with these tokens behind its last, in their order; those that it has keep theirs."""
+    """The ids of a vocabulary with these tokens appended, in order; tokens that it already has keep their ids."""
     all_ids = dict(ids)
     free = itertools.count(1 + max(all_ids.values()))
     for token in (*plain, *(token.content for token in added)):
@@ -142,15 +142,15 @@ def with_tokens(ids: Mapping[str, int], plain: Sequence[str], added: Sequence[Ad
 def _extend(
     content: dict[str, Any], ids: Mapping[str, int], plain: Sequence[str], added: Sequence[AddedToken], place: str
 ) -> None:
-    """Put tokens, whose ids are given with all others, into the content of tokenizer.json."""
+    """Add tokens to the content of tokenizer.json; ``ids`` contains the ids of all tokens."""
     model = content["model"]
-    if plain and model["type"] == "WordPiece":  # it takes the longest piece that fits, so known texts would change
+    if plain and model["type"] == "WordPiece":  # it uses the longest matching piece, so known texts would change
         raise InputError(
             place,
             f"its tokenizer is a WordPiece, which cannot take {plain[0]!r} and be the same for other texts",
             "Keep its vocabulary: `vocabulary: {kind: tokenizer}`.",
         )
-    # Added tokens too become pieces: only the ids of pieces are kept when the file is read.
+    # Added tokens become pieces as well: only the ids of pieces are preserved when the file is read.
     if isinstance(model["vocab"], list):
         model["vocab"] += _unigram(model["vocab"], ids, place)
     else:
@@ -161,7 +161,7 @@ def _extend(
 
 
 def _unigram(pieces: Sequence[Sequence[Any]], ids: Mapping[str, int], place: str) -> list[list[Any]]:
-    """The pieces behind the last; their ids are their places in the list."""
+    """The pieces after the last one; their ids are their positions in the list."""
     behind = {number: token for token, number in ids.items() if number >= len(pieces)}
     score = min((float(piece[1]) for piece in pieces), default=0.0) - _UNLIKELY
     if behind and len(behind) != max(behind) + 1 - len(pieces):

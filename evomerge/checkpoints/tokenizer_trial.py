@@ -1,8 +1,8 @@
-"""A trial of a tokenizer in a process of its own, with little time and memory: a regular expression or a template in it
-can take for ever, and a normalizer can grow a text until the process is aborted.
+"""Tries out a tokenizer in a separate process with limited time and memory: a regular expression or a template in it
+may never terminate, and a normalizer may expand a text until the process is aborted.
 
-Run as a program it imports the tokenizers library and Jinja alone. What it has seen to work is kept in the user's
-cache by the content of the files, since starting it takes a third of a second.
+Run as a program it imports only the tokenizers library and Jinja. Successful trials are recorded in the user's cache by
+the content of the files, because starting the process takes a third of a second.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Any
 
 _CPU_SECONDS, _MAX_SECONDS = 4, 120
-_MEMORY_BYTES, _MEMORY_A_BYTE = 1_500_000_000, 20  # of address space: so much, and so much for each byte of the file
+_MEMORY_BYTES, _MEMORY_A_BYTE = 1_500_000_000, 20  # address space: a fixed amount, and an amount per byte of the file
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _TEXTS = (
     "The quick brown fox jumps over the lazy dog, doesn't it?\n\n  def f(x): return x ** 2  # 1,234.5 %\n",
     "二つの素数の和は常に偶数であるか。Ответ: нет! ¿Qué? \U0001f600",
     *(piece * 500 + "!" for piece in ("a", "aA", " ", "1", "\n", "?", "a b ", "あ", "-_-")),
 )
-_MAX_GROWTH, _MAX_ADDED = 20, 1_000  # tokens or characters for each byte, and beside them
+_MAX_GROWTH, _MAX_ADDED = 20, 1_000  # tokens or characters per byte, and in addition
 _TALK = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
 
 
 def trial(folder: Path) -> str:
-    """What is wrong with the tokenizer of a checked folder; nothing when it copes with a few texts."""
+    """What is wrong with the tokenizer of a checked folder; empty if it handles a few texts."""
     from platformdirs import user_cache_path
 
     passed = user_cache_path("evomerge") / "tokenizers" / _key(folder)
@@ -41,7 +41,7 @@ def trial(folder: Path) -> str:
         return ""
     problem = _run(folder)
     if not problem:
-        with suppress(OSError):  # a home that cannot be written to costs time alone
+        with suppress(OSError):  # a read-only home only costs time
             passed.parent.mkdir(parents=True, exist_ok=True)
             passed.touch()
     return problem
@@ -106,7 +106,7 @@ def _named_templates(folder: Path) -> list[Path]:
 
 
 def _render(template: str) -> str:
-    """A talk in a chat template; nothing where that cannot be told from here, which is said when it is needed."""
+    """Render a conversation with a chat template; errors that depend on context are ignored and reported on use."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
@@ -122,20 +122,20 @@ def _render(template: str) -> str:
 
 
 def _limit(kind: int, most: int) -> None:
-    """Lower a limit of this process, where it is not lower already."""
+    """Lower a limit of this process, unless it is lower already."""
     soft, hard = resource.getrlimit(kind)
     most = min(most, *(known for known in (soft, hard) if known != resource.RLIM_INFINITY), most)
     resource.setrlimit(kind, (most, most))
 
 
 def main(folder: Path, seconds: int) -> int:
-    """Try the tokenizer of a folder with so much time of the CPU; what is wrong is printed."""
+    """Try the tokenizer of a folder with a limit on CPU time; print what is wrong."""
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_CPU, seconds)
     _limit(resource.RLIMIT_AS, _MEMORY_BYTES + _MEMORY_A_BYTE * (folder / "tokenizer.json").stat().st_size)
     try:
         _try(folder)
-    except BaseException as error:  # the library's panics are none of Exception
+    except BaseException as error:  # the library's panics are not subclasses of Exception
         lines: Any = str(error).strip().splitlines() or [""]
         print(f"{type(error).__name__}: {lines[0][:500]}")
         return 1

@@ -1,9 +1,9 @@
-"""A model with another model's vocabulary: its own rows for tokens that it knows, and rows that are made for the rest.
+"""Gives a model another model's vocabulary: it keeps its own rows for shared tokens, and new rows are computed.
 
-What a lacking token's row is made of (Goddard and Fernandes 2025, arXiv:2506.06607, for the first):
+How the row of a missing token is computed (the first: Goddard and Fernandes 2025, arXiv:2506.06607):
 
-    omp      the donor's row as a sum of few of its rows of shared tokens, and the same sum of the model's rows of these
-    subword  the mean of the model's rows of the pieces that its own tokenizer cuts the token's text into
+    omp      approximates the donor's row by a few of its rows of shared tokens, and sums the model's rows likewise
+    subword  the mean of the model's rows of the pieces into which its own tokenizer splits the token's text
     mean     the mean of the model's rows of all shared tokens
 """
 
@@ -31,11 +31,11 @@ from evomerge.files import read_text
 RowMethod = Literal["omp", "subword", "mean"]
 
 _ATOMS = 64
-"""How many shared tokens a row is made of, where nothing else is said: at most a quarter of the rows' width. With half
+"""The default number of shared tokens that a row is computed from, but at most a quarter of the rows' width. With half
 of it, small models predicted worse (docs/transplant.md)."""
 
 _FEWEST = 16
-"""Tokens that two vocabularies must share for one to stand for the other."""
+"""How many tokens two vocabularies must share for one to replace the other."""
 
 _GENERATION = "generation_config.json"
 
@@ -45,14 +45,14 @@ class RowPlan:
     """Where the rows of a new vocabulary come from, by the donor's ids.
 
     Attributes:
-        own: the model's row for each id, int64 [ids]; -1 where it has none.
-        named: ids that a token has, bool [ids].
-        pieces: for ids that the model lacks, the ids that its tokenizer cuts their texts into.
-        model: as it was opened.
-        donor: whose rows say what lacking tokens are like.
-        beside: for each tensor of the model with a row a token, that of the donor; None where it has none like it.
-        method: how rows are made.
-        atoms: of how many others, by ``omp``; None for the usual number.
+        own: the model's row for each id, int64 [ids]; -1 if it has none.
+        named: ids that belong to a token, bool [ids].
+        pieces: for ids that the model lacks, the ids into which its tokenizer splits their texts.
+        model: the model as opened.
+        donor: its rows describe the missing tokens.
+        beside: for each tensor of the model with one row per token, the donor's counterpart; None if there is none.
+        method: how rows are computed.
+        atoms: how many rows ``omp`` combines; None for the default.
     """
 
     own: Tensor
@@ -71,11 +71,11 @@ class RowPlan:
 
     @property
     def shared(self) -> Tensor:
-        """Ids of tokens that it has."""
+        """Ids of tokens that the model has rows for."""
         return (self.named & (self.own >= 0)).nonzero().flatten()
 
     def table(self, name: str) -> Tensor:
-        """A tensor of the model laid out for the vocabulary, in its own dtype; rows that it has are kept to the bit."""
+        """A tensor of the model for the new vocabulary, in its own dtype; existing rows are kept bit for bit."""
         stored = self.model.read(name)
         table = torch.zeros(len(self.own), *stored.shape[1:], dtype=stored.dtype)
         kept = self.own >= 0
@@ -87,7 +87,7 @@ class RowPlan:
         return table
 
     def _made(self, stored: Tensor, name: str) -> Tensor:
-        """The rows of lacking tokens, float32."""
+        """The rows of missing tokens, float32."""
         known = stored[self.own[self.shared]].float()
         mean = known.mean(0)
         beside = self.beside[name]
@@ -106,7 +106,7 @@ class RowPlan:
         )
         ours = known[there]
         made = torch.empty(len(self.lacking), stored.shape[1])
-        for start in range(0, len(made), 256):  # so that memory is that of some rows of rows
+        for start in range(0, len(made), 256):  # in chunks, to bound the memory for the gathered rows
             part = slice(start, start + 256)
             made[part] = torch.bmm(shares[part, None], ours[chosen[part]])[:, 0]
         self.donor.release(beside)
@@ -115,7 +115,7 @@ class RowPlan:
 
 @dataclass
 class TransplantedSource(Source):
-    """A source with a donor's vocabulary. Tables of rows are made when they are first read, and then kept."""
+    """A source with a donor's vocabulary. Tables of rows are computed on first read, and then cached."""
 
     plan: RowPlan | None = None
     _tables: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -138,12 +138,12 @@ class TransplantedSource(Source):
 def transplanted(
     source: Source, donor: Source, method: RowMethod = "omp", atoms: int | None = None
 ) -> TransplantedSource:
-    """A source with the vocabulary of another one: its tokenizer, its special tokens, its chat template.
+    """A source with the vocabulary of another one: its tokenizer, special tokens and chat template.
 
-    Opens tokenizers, and no weights.
+    Opens tokenizers, but no weights.
 
     Raises:
-        InputError: a tokenizer cannot be loaded or read, or they share too few tokens.
+        InputError: a tokenizer cannot be loaded or interpreted, or they share too few tokens.
     """
     names = vocabulary_tensors(source)
     ours, theirs = open_tokenizer(source), open_tokenizer(donor)
@@ -171,7 +171,7 @@ def transplanted(
 
 
 def vocabulary_tensors(source: Source) -> list[str]:
-    """The tensors that have a row for each token: those of the model's embedding and of its head."""
+    """The tensors with one row per token: those of the model's embedding and head."""
     model = empty_model(parse_config(source.config, source.place), source.place)
     owners = [owner for owner in (model.get_input_embeddings(), model.get_output_embeddings()) if owner is not None]
     owned = {id(parameter) for owner in owners for parameter in owner.parameters(recurse=False)}
@@ -192,7 +192,7 @@ def _plan(
             named[number] = True
             own[number] = row if (row := pairs.get(number, -1)) < rows else -1
     taken = set(ours.get_vocab().values())
-    for number in (~named).nonzero().flatten().tolist():  # rows that nobody has a token for stay what they are
+    for number in (~named).nonzero().flatten().tolist():  # rows without a token stay as they are
         if number < rows and number not in taken:
             own[number] = number
     pieces: dict[int, Sequence[int]] = {}
@@ -211,11 +211,11 @@ def _plan(
 
 
 def _texts(source: Source, donor: Source) -> dict[str, str]:
-    """The donor's tokenizer by file name, and the model's settings of generation with the donor's tokens."""
+    """The donor's tokenizer by file name, and the model's generation settings with the donor's tokens."""
     if donor.tokenizer_texts:
         texts = dict(donor.tokenizer_texts)
     else:
-        files = [file for file in tokenizer_files(donor.folder) if file.suffix != ".model"]  # tokenizer.json says it
+        files = [file for file in tokenizer_files(donor.folder) if file.suffix != ".model"]  # see tokenizer.json
         texts = {file.relative_to(donor.folder).as_posix(): read_text(file, donor.place) for file in files}
     if has(source.folder, _GENERATION):
         own = load_json(source.folder / _GENERATION, source.place)

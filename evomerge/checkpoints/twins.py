@@ -1,8 +1,8 @@
-"""Whether text models of two types are the same one, so that a model of texts can be mixed into one that reads images.
+"""Tests whether text models of two types are equivalent, so that a text model can be merged into a vision-language one.
 
-Families that read images often have a text model of their own type that computes what a plain one does: that of
-Qwen2-VL is Qwen2 with positions in three directions, which are equal in a text. No table of such pairs is kept: both
-are built small with the same random weights and asked about one text.
+Vision-language families often have a text model of their own type that computes the same as a plain one: that of
+Qwen2-VL is Qwen2 with positions in three dimensions, which are equal for text. There is no table of such pairs: small
+versions of both are built with the same random weights and run on one text.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.structure import parse_config, text_config
 
 _LAYERS, _TOKENS, _INNER = 4, 12, 16
-_ROUNDING = 1e-4  # relative, of float32 through a few layers
+_ROUNDING = 1e-4  # relative rounding error of float32 through a few layers
 
 
 def twin_problem(one: Source, other: Source) -> str:
-    """Why the text models of two sources of different types are not the same; empty where they are.
+    """Why the text models of two sources of different types are not equivalent; empty if they are.
 
     Both are built with their own width, heads and settings, but few layers, tokens and inner columns. Takes about a
-    second for each billion parameters of the sources.
+    second per billion parameters of the sources.
     """
     try:
         first, second = (_small(source) for source in (one, other))
-    except Exception as error:  # whatever a type does with a configuration that was made small
+    except Exception as error:  # a type may raise anything for a reduced configuration
         return f"they could not be compared: {first_line(error)}"
     mine, theirs = ({name: tuple(t.shape) for name, t in model.state_dict().items()} for model in (first, second))
     if different := sorted(mine.items() ^ theirs.items()):
@@ -52,7 +52,7 @@ def _said(shape: tuple[int, ...] | None) -> str:
 
 
 def _small(source: Source) -> Any:
-    """The text model of a source with few layers, tokens and inner columns, and weights of its own."""
+    """The text model of a source with few layers, tokens and inner columns, and its own weights."""
     from transformers import AutoModel
 
     text = copy.deepcopy(text_config(parse_config(source.config, source.place)))

@@ -1,22 +1,22 @@
-"""Sources of different vocabularies, laid out for one: a row of an embedding stands for the same token in all.
+"""Maps sources with different vocabularies to one: a row of an embedding then stands for the same token in all.
 
-A token is its text. The merged model knows the tokens of the tokenizer's source under their ids, and with "union" those
-of the other sources behind them: first pieces, then added tokens, each in the order of sources and ids; then the tokens
-that rules name. Every source keeps its own row for the tokens that it knows. Where a source lacks a token
+A token is identified by its text. The merged model has the tokens of the tokenizer's source with their ids, and with
+"union" those of the other sources after them: first pieces, then added tokens, each in the order of sources and ids;
+then the tokens named by rules. Every source keeps its own row for the tokens that it knows. If a source lacks a token,
 
 1. a rule for the token says where the row comes from;
-2. else a token that one source alone knows has that one's row in all;
-3. else all take the row of ``Vocabulary.base``, if that knows the token;
-4. else the mean of the rows of those that know it;
-5. and a token that nobody knows has zeros.
+2. else, if only one source knows the token, its row is used in all;
+3. else all use the row of ``Vocabulary.base``, if that knows the token;
+4. else the mean of the rows of the sources that know it is used;
+5. and a token that no source knows gets zeros.
 
-Rows that no token names, such as those that pad an embedding to a round size, are dropped, but for those of a
-tokenizer's source that reads images, which all sources take: its configuration knows tokens of images by number.
-Padding asked for anew, and ids that the tokenizer leaves out, have the mean of the source's other rows. A token whose
-id is beyond the rows of a source is one that it lacks. A tied head follows the embedding; a head of its own and its
-bias are laid out alike.
+Rows without a token, such as those that pad an embedding to a round size, are dropped, except those of a
+vision-language tokenizer's source, which all sources use: its configuration refers to image tokens by id. Newly
+requested padding, and ids that the tokenizer skips, get the mean of the source's other rows. A token whose id is beyond
+the rows of a source counts as missing there. A tied head follows the embedding; a separate head and its bias are
+treated in the same way.
 
-The rule is mergekit's. It counts the sources that are mixed into a tensor; here all that are given count.
+These are mergekit's rules. It considers only the sources that are mixed into a tensor; here all given sources count.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from evomerge.vocabulary import TokenRow, TokenRule, Vocabulary
 
 @dataclass(frozen=True)
 class _Table:
-    """Where the rows of the new vocabulary come from, by id, ``[ids]`` int64; -1 where nothing is there.
+    """Where the rows of the new vocabulary come from, by id, ``[ids]`` int64; -1 for none.
 
     Attributes:
-        sources: as they were opened.
-        names: the tensors that have a row for each token.
-        size: number of rows with padding.
+        sources: the sources as opened.
+        names: the tensors with one row per token.
+        size: the number of rows including padding.
         own: the row that each source has for the token, by source.
-        lent: the row of a donor that those take who have none of their own, by donor.
-        averaged: ids at which they take the mean, ``[ids]`` bool.
-        forced: ids at which own rows do not count, ``[ids]`` bool.
-        named: ids that a token has, ``[ids]`` bool.
+        lent: the donor's row that is used by sources without their own, by donor.
+        averaged: ids for which they use the mean, ``[ids]`` bool.
+        forced: ids for which own rows are ignored, ``[ids]`` bool.
+        named: ids that belong to a token, ``[ids]`` bool.
     """
 
     sources: Mapping[str, Source]
@@ -69,8 +69,8 @@ class _Table:
     def gather(self, source: str, name: str) -> Tensor:
         """A tensor of a source with ``size`` rows.
 
-        A view in its own dtype where the rows are the first of it as they are; else in the widest dtype of the sources,
-        so that a row taken from another source is that row exactly.
+        It is a view in its own dtype if its first rows are used unchanged; otherwise it is in the widest dtype of the
+        sources, so that a row taken from another source is exact.
         """
         stored = self.sources[source].read(name)
         own = torch.where(self.forced, -1, self.own[source])
@@ -92,7 +92,7 @@ class _Table:
         return out
 
     def _mean(self, name: str, ids: Tensor) -> Tensor:
-        """The mean of the rows of those who know the tokens, float32."""
+        """The mean of the rows of the sources that know the tokens, float32."""
         total, count = torch.zeros(()), torch.zeros(())
         for source, own in self.own.items():
             stored, known = self.sources[source].read(name), own[ids] >= 0
@@ -111,10 +111,10 @@ class _Table:
 
 @dataclass
 class AlignedSource(Source):
-    """A source laid out for another vocabulary than its own.
+    """A source mapped to another vocabulary.
 
-    ``tensors`` and ``config`` give the new number of rows. Tensors with a row a token are gathered when they are first
-    read, and then kept in memory: a search reads them for every candidate. All others are read as they are.
+    ``tensors`` and ``config`` have the new number of rows. Tensors with one row per token are gathered on first read,
+    and then kept in memory, because a search reads them for every candidate. All others are read unchanged.
     """
 
     table: _Table | None = None
@@ -139,16 +139,16 @@ class AlignedSource(Source):
 
 
 def align(sources: Mapping[str, Source], tokenizer: str, vocabulary: Vocabulary) -> dict[str, Source]:
-    """The sources laid out for one vocabulary, all with the tokenizer and the token ids of the merged model.
+    """The sources mapped to one vocabulary, all with the tokenizer and the token ids of the merged model.
 
-    Opens tokenizers, and no weights. Where nothing is asked for, the sources are given back as they are.
+    Opens tokenizers, but no weights. If nothing is requested, the sources are returned unchanged.
 
     Args:
-        tokenizer: the source that gives the tokenizer.
+        tokenizer: the source that provides the tokenizer.
 
     Raises:
-        InputError: a tokenizer cannot be loaded or cannot take the tokens, a rule names what is not there, or the chat
-            template is none.
+        InputError: a tokenizer cannot be loaded or extended, a rule names something unknown, or the chat template is
+            invalid.
     """
     if vocabulary.chat_template is not None:
         check_template(vocabulary.chat_template, "vocabulary.chat_template")
@@ -180,7 +180,7 @@ def align(sources: Mapping[str, Source], tokenizer: str, vocabulary: Vocabulary)
 
 
 def _template(vocabulary: Vocabulary, tokenizers: Mapping[str, Any], model: str) -> str | None:
-    """The chat template to write; None where that of the tokenizer's source stays."""
+    """The chat template to write; None to keep that of the tokenizer's source."""
     if vocabulary.chat_template is None:
         return None
     template = choose_template(vocabulary.chat_template, tokenizers.values())
@@ -189,14 +189,14 @@ def _template(vocabulary: Vocabulary, tokenizers: Mapping[str, Any], model: str)
 
 @dataclass(frozen=True)
 class _Known:
-    """The tokens of a source: ids of all, the settings of those that are cut out first, and its number of rows."""
+    """The tokens of a source: all ids, the settings of added tokens, and its number of rows."""
 
     ids: Mapping[str, int]
     added: Mapping[str, AddedToken]
     rows: int
 
     def row(self, token: str) -> int:
-        """The row of a token; -1 where it has none."""
+        """The row of a token; -1 if there is none."""
         row = self.ids.get(token, -1)
         return row if row < self.rows else -1
 
@@ -210,7 +210,7 @@ def _known(source: Source, tokenizer: Any, names: Sequence[str]) -> _Known:
 def _new_tokens(
     known: Mapping[str, _Known], tokenizer: str, vocabulary: Vocabulary
 ) -> tuple[list[str], list[AddedToken]]:
-    """What the tokenizer takes up: pieces, and tokens that are cut out first, which may be pieces that it has."""
+    """The tokens to add to the tokenizer: pieces, and added tokens, which may already be pieces."""
     model = known[tokenizer]
     plain: dict[str, None] = {}
     added: dict[str, AddedToken] = {}
@@ -281,7 +281,7 @@ def _row(token: str, rule: TokenRule, known: Mapping[str, _Known]) -> int:
 
 
 def _aligned(source: Source, model: Source, table: _Table, texts: Mapping[str, str]) -> AlignedSource:
-    """A source with the table's rows, and with the token ids that the tokenizer's source has in its configuration."""
+    """A source with the table's rows, and with the token ids of the tokenizer's source in its configuration."""
     config = {key: value for key, value in source.config.items() if not key.endswith("_token_id")}
     for key, value in model.config.items():
         if key.endswith("_token_id"):
@@ -310,7 +310,7 @@ def _check_names(vocabulary: Vocabulary, sources: Mapping[str, Source]) -> None:
 
 
 def _check_tokenizer(source: Source, ids: Mapping[str, int]) -> None:
-    """See that transformers reads the tokenizer that was made as it was meant."""
+    """Check that transformers reads the new tokenizer as intended."""
     vocab = open_tokenizer(source).get_vocab()
     if different := sorted(vocab.items() ^ ids.items(), key=lambda pair: pair[1]):
         token = different[0][0]

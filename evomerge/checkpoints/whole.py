@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, of files that others write."""
+"""Creates a folder atomically, from files that others write."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from evomerge.files import sync
 
 @contextmanager
 def whole_folder(out: Path, sources: Sequence[Path] = ()) -> Iterator[Path]:
-    """The folder under a temporary name beside its place, to which it is moved at the end; removed after an error.
+    """The folder under a temporary name next to ``out``, to which it is renamed at the end; removed after an error.
 
     Args:
-        out: the folder to make. It may exist if it is empty.
+        out: the folder to create. It may exist if it is empty.
         sources: folders of models that must not be written into.
 
     Raises:
-        InputError: it cannot be made there, the disk is full, or somebody made it in the meantime.
+        InputError: it cannot be created there, the disk is full, or another process created it in the meantime.
     """
     out = out.absolute()
     check_target(out, sources)
@@ -35,12 +35,12 @@ def whole_folder(out: Path, sources: Sequence[Path] = ()) -> Iterator[Path]:
         for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
             number = stale.name.rpartition("-")[2]
             if number.isdecimal() and not (psutil.pid_exists(int(number)) and int(number) != os.getpid()):
-                shutil.rmtree(stale, ignore_errors=True)  # of a process that was killed
+                shutil.rmtree(stale, ignore_errors=True)  # left by a killed process
         partial.mkdir(parents=True)
         yield partial
         for file in partial.rglob("*"):
             sync(file)
-        partial.rename(out)  # over an empty folder as well
+        partial.rename(out)  # also replaces an empty folder
         sync(out.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):

@@ -1,4 +1,4 @@
-"""Writing a Hugging Face folder tensor by tensor, whole or not at all."""
+"""Writes a Hugging Face folder tensor by tensor, atomically."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from evomerge.files import open_file, sync
 SHARD_BYTES = 5_000_000_000
 _UNFINISHED = ".unfinished"
 _LOCK = ".lock"
-_SLACK_BYTES = 32_000_000  # for the tokenizer and what else goes in beside the weights
+_SLACK_BYTES = 32_000_000  # for the tokenizer and other files beside the weights
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _ORDER = {
     "I64": 0,
@@ -38,17 +38,17 @@ _ORDER = {
     "F16": 4,
     "U8": 5,
     "BOOL": 6,
-}  # wide ones first, so that all are aligned; that of safetensors' own writer
+}  # wide ones first, so that all are aligned; the order of safetensors' own writer
 
 Layout = Sequence[tuple[str, Sequence[int], torch.dtype]]
-"""Name, shape and dtype of every tensor that will be written."""
+"""Name, shape and dtype of every tensor to be written."""
 
 
 @dataclass(frozen=True)
 class _Shard:
     file: str
-    header: bytes  # with its length in front
-    ranges: dict[str, tuple[int, int]]  # of each tensor, in bytes from the start of the file
+    header: bytes  # preceded by its length
+    ranges: dict[str, tuple[int, int]]  # for each tensor, in bytes from the start of the file
 
     @property
     def size(self) -> int:
@@ -56,25 +56,25 @@ class _Shard:
 
 
 class FolderWriter:
-    """Writes a model folder beside its place and moves it there when it is complete.
+    """Writes a model folder under a temporary name and renames it when it is complete.
 
     ``with FolderWriter(out, layout) as folder:`` then ``folder.write(name, tensor)`` for every tensor of the layout, in
     any order and from any threads, and ``add_file`` and ``add_text`` for the rest. Memory never holds more than the
-    tensors being written. The bytes are those of ``safetensors.torch.save_file``.
+    tensors being written. The bytes are the same as those of ``safetensors.torch.save_file``.
 
-    A file of weights gets its name when it is complete and on the disk. With a ``key``, a process that is killed or
-    interrupted leaves such files beside ``out``, and the next one with the same key begins with them (``done``). After
+    A weights file gets its name once it is complete and flushed to disk. With a ``key``, a process that is killed or
+    interrupted leaves such files next to ``out``, and the next one with the same key starts with them (``done``). After
     an error, or without a key, nothing is left behind.
 
     Args:
-        out: the folder to make. It may exist if it is empty.
+        out: the folder to create. It may exist if it is empty.
         layout: the tensors; files are filled in this order.
-        shard_bytes: most bytes of tensors in a file, unless a single tensor has more.
+        shard_bytes: the maximum bytes of tensors in a file, unless a single tensor is larger.
         sources: folders of models that must not be written into.
-        key: says what is written, in letters and digits: the same key must mean the same bytes.
+        key: identifies the content, in letters and digits: the same key must mean the same bytes.
 
     Raises:
-        InputError: at once, when ``out`` cannot be written or the disk is too small; later, when the disk is full.
+        InputError: immediately, if ``out`` cannot be written or the disk is too small; later, if the disk is full.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class FolderWriter:
     def __enter__(self) -> Self:
         with self._disk_faults():
             if self._key is None:
-                shutil.rmtree(self._partial, ignore_errors=True)  # of a killed process that had this one's number
+                shutil.rmtree(self._partial, ignore_errors=True)  # left by a killed process with the same id
                 self._partial.mkdir(parents=True)
             else:
                 self._take_over(self._key)
         return self
 
     def _take_over(self, key: str) -> None:
-        """Keep the complete files of weights that an earlier process left under this key, and nothing else."""
+        """Keep the complete weights files that an earlier process left under this key, and nothing else."""
         for stale in self.out.parent.glob(f".{glob.escape(self.out.name)}.partial-*"):
             if stale != self._partial and not stale.name.rpartition("-")[2].isdigit():
                 shutil.rmtree(stale, ignore_errors=True)
@@ -130,7 +130,7 @@ class FolderWriter:
 
     @property
     def done(self) -> set[str]:
-        """Names of the tensors that need not be written any more."""
+        """Names of the tensors that have already been written."""
         return {name for name, shard in self._shard_of.items() if name not in self._waiting[shard.file]}
 
     def __exit__(
@@ -142,7 +142,7 @@ class FolderWriter:
                     self._finish()
         finally:
             for stream in self._open.values():
-                # A full disk fails again when the buffer is flushed; the file goes away below.
+                # A full disk fails again when the buffer is flushed; the file is deleted below.
                 with suppress(OSError):
                     stream.close()
             if self._key is None or error is None or isinstance(error, Exception):
@@ -181,16 +181,16 @@ class FolderWriter:
                 (self._partial / (shard.file + _UNFINISHED)).rename(self._partial / shard.file)
 
     def add_text(self, name: str, text: str) -> None:
-        """Write a text file (UTF-8) into the folder, or into one below it that its name gives."""
+        """Write a text file (UTF-8) into the folder, or into a subfolder given in its name."""
         with self._disk_faults(), self._create(name) as stream:
             stream.write(text.encode())
             _sync(stream)
 
     def add_file(self, file: Path, name: str | None = None) -> None:
-        """Copy a file into the folder, under its own name or another, as ``add_text``.
+        """Copy a file into the folder, under its own name or another, like ``add_text``.
 
         Raises:
-            InputError: it is no plain file.
+            InputError: it is not a regular file.
         """
         with (
             self._disk_faults(),
@@ -208,7 +208,7 @@ class FolderWriter:
     def complete(self) -> Path:
         """Write what is missing once all tensors are written, and return the folder under its temporary name.
 
-        It holds all that ``out`` will hold, so it can be loaded and checked before it appears.
+        It has the full content of ``out``, so it can be loaded and checked before it appears.
         """
         if unwritten := [name for names in self._waiting.values() for name in names]:
             raise RuntimeError(f"{len(unwritten)} tensors were never written: {', '.join(sorted(unwritten)[:3])}")
@@ -224,7 +224,7 @@ class FolderWriter:
         (folder / _LOCK).unlink(missing_ok=True)  # the open file still holds the lock
         sync(folder)
         try:
-            self._partial.rename(self.out)  # over an empty folder as well
+            self._partial.rename(self.out)  # also replaces an empty folder
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise InputError(str(self.out), "was created by another process in the meantime") from None
@@ -257,7 +257,7 @@ class FolderWriter:
 
 
 def _plan(layout: Layout, shard_bytes: int) -> list[_Shard]:
-    """Fill files in the order of the layout, then give each its header."""
+    """Assign tensors to files in the order of the layout, then create each file's header."""
     groups: list[list[tuple[str, str, list[int], int]]] = [[]]
     filled = 0
     for name, shape, dtype in layout:
@@ -280,16 +280,16 @@ def _shard(file: str, tensors: list[tuple[str, str, list[int], int]]) -> _Shard:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # so that the data starts aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     start = 8 + len(text)
     ranges = {name: (start + begin, start + end) for name, (begin, end) in offsets.items()}
     return _Shard(file, len(text).to_bytes(8, "little") + text, ranges)
 
 
 def _write_at(stream: BinaryIO, raw: memoryview, offset: int) -> None:
-    """Write all of ``raw``, leaving the position of the file to other threads."""
+    """Write all of ``raw`` without moving the file position, which other threads use."""
     while raw:
-        written = os.pwrite(stream.fileno(), raw[: 1 << 30], offset)  # Linux takes no more than 2 GiB at once
+        written = os.pwrite(stream.fileno(), raw[: 1 << 30], offset)  # Linux writes at most 2 GiB at once
         raw, offset = raw[written:], offset + written
 
 

@@ -1,14 +1,14 @@
-"""Putting DeepSpeed ZeRO checkpoints together, without DeepSpeed and without running anything that they hold.
+"""Consolidates DeepSpeed ZeRO checkpoints, without DeepSpeed and without running any code in them.
 
-Each of W ranks keeps a share of the float32 weights in ``*_optim_states.pt``; ``*_model_states.pt`` say what they are:
+Each of W ranks stores a share of the float32 weights in ``*_optim_states.pt``; ``*_model_states.pt`` describe them:
 
-- ZeRO 1 and 2: the parameters of a group, one after the other, each with its ``param_alignment_paddings`` behind it,
-  are one vector, padded and cut into W equal runs; rank r holds run r of all groups
+- ZeRO 1 and 2: the parameters of a group, one after another, each followed by its ``param_alignment_paddings``, form
+  one vector, which is padded and cut into W equal runs; rank r stores run r of all groups
   (``single_partition_of_fp32_groups``).
-- ZeRO 3: every parameter by itself is padded and cut into W equal runs; rank r holds run r of all parameters one after
-  the other, spread over vectors of some length (``fp32_flat_groups``).
-- Frozen parameters are whole in the model's states (ZeRO 1 has them in ``module`` alone), or cut as in ZeRO 3, one run
-  a file.
+- ZeRO 3: every parameter separately is padded and cut into W equal runs; rank r stores run r of all parameters one
+  after another, spread over vectors of some length (``fp32_flat_groups``).
+- Frozen parameters are stored whole in the model states (ZeRO 1 has them only in ``module``), or cut as in ZeRO 3, one
+  run per file.
 - ``param_shapes`` gives names and shapes by group in this order, ``shared_params`` further names of the same weights.
 """
 
@@ -40,7 +40,7 @@ _WHOLE = "mp_rank_00_model_states.pt"
 
 
 class _Inert:
-    """Stands for DeepSpeed's own objects, which say nothing of the weights."""
+    """Replaces DeepSpeed's own objects, which are irrelevant to the weights."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -58,7 +58,7 @@ _STAND_INS = [
 
 @dataclass(frozen=True)
 class _Parameter:
-    """A parameter in pieces: its elements are those of the runs, one after the other, with padding behind."""
+    """A parameter in pieces: its elements are those of the runs, one after another, followed by padding."""
 
     shape: tuple[int, ...]
     runs: Sequence[torch.Tensor]
@@ -73,18 +73,18 @@ def consolidate_zero(
 ) -> None:
     """Write the float32 weights of a DeepSpeed ZeRO checkpoint as a plain model folder.
 
-    Memory holds one parameter at a time; the shards are mapped.
+    Memory holds one parameter at a time; the shards are memory-mapped.
 
     Args:
         folder: the checkpoint, which has a file ``latest`` and folders ``global_step*``, or one of these.
-        out: the folder to make.
-        model: a folder with the model's config.json, tokenizer and generation settings: the one that was trained from,
-            or the checkpoint itself if it has them.
-        progress: called with the number of tensors written and of all.
+        out: the folder to create.
+        model: a folder with the model's config.json, tokenizer and generation settings: the one that training started
+            from, or the checkpoint itself if it has them.
+        progress: called with the number of tensors written and the total.
 
     Raises:
-        InputError: the checkpoint is incomplete, holds objects that are not known to be harmless, or is of another
-            model than ``model``; or ``out`` cannot be written.
+        InputError: the checkpoint is incomplete, contains objects that are not known to be harmless, or belongs to
+            another model than ``model``; or ``out`` cannot be written.
     """
     check_files(model, str(model))
     config = load_config(model, str(model))
@@ -101,7 +101,7 @@ def consolidate_zero(
     with FolderWriter(out, layout, sources=[model, folder]) as writer:
         gathered: tuple[str, torch.Tensor] = "", torch.empty(0)
         for done, (name, (holder, part, _)) in enumerate(held.items(), start=1):
-            if gathered[0] != holder:  # the experts of a layer follow each other
+            if gathered[0] != holder:  # the experts of a layer are consecutive
                 gathered = holder, parameters[holder].gather()
             writer.write(name, part.of(gathered[1]))
             progress(done, len(layout))
@@ -114,7 +114,7 @@ def consolidate_zero(
 def _match(
     empty: Any, shapes: Mapping[str, tuple[int, ...]], model: Path, place: str
 ) -> dict[str, tuple[str, Part, torch.Size]]:
-    """For every tensor to write: the parameter that holds it, what to take of that, and its shape."""
+    """For every tensor to write: the parameter that contains it, which part of it, and its shape."""
     parts, stored = checkpoint_parts(empty), stored_tensors(empty)
     held = {}
     for name, holder, part in holders(parts, locate(empty, shapes, place)):
@@ -172,7 +172,7 @@ _AGAIN = "A rank did not finish saving, or an older checkpoint was written over;
 
 
 def _paddings(optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], place: str) -> list[list[int]]:
-    """Elements behind each parameter in its group; older versions know none."""
+    """The padding after each parameter of a group, in elements; older versions have none."""
     paddings = optimizer.get("param_alignment_paddings")
     if paddings is None:
         return [[0] * len(group) for group in groups]
@@ -202,7 +202,7 @@ def _cut_by_group(
         for (name, shape), padding in zip(shapes.items(), behind, strict=True):
             parameters[name] = _Parameter(shape, _runs(vector, start, start + math.prod(shape)))
             start += math.prod(shape) + padding
-        # DeepSpeed pads to a multiple of two elements a rank, at one or two places.
+        # DeepSpeed pads to a multiple of two elements per rank, in one or two places.
         align = 2 * len(ranks)
         held = sum(part.numel() for part in vector)
         if math.ceil(start / align) != math.ceil(held / align):
@@ -226,7 +226,7 @@ def _cut_singly(
 
 
 def _runs(vectors: Sequence[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:
-    """Elements from start to stop of vectors taken as one: views, never empty ones."""
+    """Elements from start to stop of the concatenated vectors: views, never empty ones."""
     runs = []
     for vector in vectors:
         size = vector.numel()
@@ -236,7 +236,7 @@ def _runs(vectors: Sequence[torch.Tensor], start: int, stop: int) -> list[torch.
     return runs
 
 
-# ---- reading, as the work of a stranger ----
+# ---- reading untrusted files ----
 
 
 def _files(step: Path, kind: str, place: str) -> list[Path]:
