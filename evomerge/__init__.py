@@ -1,4 +1,4 @@
-"""Evomerge: evolutionary search for the best way to merge language models that already exist."""
+"""Evomerge: evolutionary search for the best way to merge existing language models."""
 
 from evomerge.transformers_imports import leave_out_unused
 

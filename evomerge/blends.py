@@ -1,4 +1,4 @@
-"""What is asked of a blend as a whole: its method and the steps after it."""
+"""Operations on a blend as a whole: its method and the steps after it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def check_whole(blend: Blend, place: str, *, has_texts: bool, has_fit: bool) -> None:
-    """Refuse a blend that cannot be computed.
+    """Reject a blend that cannot be computed.
 
     Args:
-        place: of the blend, for messages.
+        place: the blend's location, for messages.
         has_texts: whether there are calibration texts.
         has_fit: whether there are items that numbers are fitted to.
 
     Raises:
-        InputError: an unknown method or step, values that it cannot have, or something that it needs and is not there.
+        InputError: an unknown method or step, invalid values, or a requirement that is not met.
     """
     method = find_method(blend.method, f"{place}.method")
     check_blend(blend, method, place)
@@ -38,7 +38,7 @@ def check_whole(blend: Blend, place: str, *, has_texts: bool, has_fit: bool) -> 
 
 
 def derivative_problem(blend: Blend) -> str | None:
-    """Why a loss has no derivative by the numbers of a blend that ``check_whole`` let through; None where it has."""
+    """Why a loss is not differentiable in the numbers of a blend that ``check_whole`` accepted; None if it is."""
     method = find_method(blend.method, "blend.method")
     if method.differentiable is None:
         return f"{method.name} makes weights by more than sums with fixed masks"
@@ -52,9 +52,9 @@ def derivative_problem(blend: Blend) -> str | None:
 
 
 def observed(recipes: Iterable[Recipe], sources: Collection[str]) -> dict[str, set[Need]]:
-    """The sources that calibration texts are run through for some recipes, and what is needed of each.
+    """The sources that calibration texts must be run through for some recipes, and what is needed of each.
 
-    Of a recipe of another kind than stacks it is not known, so that all of every source is taken.
+    For recipes of other kinds than stacks this is unknown, so everything of every source is included.
     """
     found: dict[str, set[Need]] = {name: set() for name in sources}
     for recipe in recipes:
@@ -66,7 +66,7 @@ def observed(recipes: Iterable[Recipe], sources: Collection[str]) -> dict[str, s
 
 
 def _needs_of(recipe: StackRecipe, source: str) -> set[Need]:
-    """What the blends of a recipe need of a source: methods of those that they mix, steps of the base."""
+    """What the blends of a recipe need of a source: methods of the sources they mix, steps of the base."""
     mixing = (find_method(blend.method, "blend") for blend in recipe.blends if source in blend.sources)
     of_methods = (need for method in mixing for need in method.needs)
     of_steps = (need for blend in recipe.blends if blend.base == source for need in needs_of_steps(blend))
@@ -74,12 +74,12 @@ def _needs_of(recipe: StackRecipe, source: str) -> set[Need]:
 
 
 def planned(facts: Facts, blend: Blend) -> Pass:
-    """How a tensor is made by a blend that ``check_whole`` let through."""
+    """The plan for a tensor, given a blend that ``check_whole`` accepted."""
     return stepped(facts, blend, plan_of(find_method(blend.method, "blend"), facts, blend), blend.steps)
 
 
 def stepped(facts: Facts, blend: Blend, made: Pass, steps: Sequence[BlendStep]) -> Pass:
-    """How a tensor is made after some steps of its blend; ``made`` is how it is made before them."""
+    """The plan for a tensor after some steps of its blend; ``made`` is the plan before them."""
     for given in steps:
         step = find_step(given.name, "blend.steps")
         made = step.plan(facts, blend, step.values(given.parameters), made)
@@ -87,10 +87,10 @@ def stepped(facts: Facts, blend: Blend, made: Pass, steps: Sequence[BlendStep]) 
 
 
 def shares_of(blend: Blend) -> dict[str, float]:
-    """How much a blend takes of each of its sources, in the scale of its own numbers.
+    """How much a blend takes of each source, in the scale of its own numbers.
 
-    As its method says, times the factors of the steps that multiply the whole change. A part that is not installed
-    here, as where a page shows the search of somebody else, changes nothing.
+    This is what its method says, times the factors of steps that multiply the whole change. A method or step that is
+    not installed, for example when showing somebody else's search, has no effect.
     """
     factor = 1.0
     for given in blend.steps:

@@ -1,6 +1,6 @@
-"""Calibration texts: what sources are run over, once, for methods that must know what their layers are given.
+"""Calibration texts: sources are run on them once, for methods that need to know the inputs of layers.
 
-They are no items of the search: nothing is scored on them, and they need no answers.
+They are not items of the search: nothing is scored on them, and they need no answers.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from evomerge.json_lines import read_lines, text_lines
 from evomerge.plugins import unknown_name
 
 _MIN_CHARACTERS = 20
-"""What is shorter says next to nothing of what layers are given."""
+"""Shorter texts say almost nothing about the inputs of layers."""
 
 _MISSING_HINT = "Give texts for all sources that have none of their own, or for each of these."
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Some texts, read when they are first needed, and how much of each counts.
+    """Texts, read on first use, and how much of each is used.
 
-    Whoever knows their digest and has all evidence of them never reads them.
+    If the digest is known and all evidence is cached, they are never read.
 
     Attributes:
-        read: gives the texts of the sources that have none of their own, in order; None where each has its own.
-        tokens: the most of each text that counts.
-        known_digest: the digest that a search has recorded, which the texts must have.
-        own: by source, what gives the texts that are of its own task.
+        read: returns the texts of sources without their own, in order; None if each source has its own.
+        tokens: the maximum number of tokens used of each text.
+        known_digest: the digest that a search has recorded, which the texts must match.
+        own: by source, a function that returns the texts of its own task.
     """
 
     read: Callable[[], Sequence[str]] | None
@@ -42,10 +42,10 @@ class Calibration:
     own: Mapping[str, Callable[[], Sequence[str]]] = field(default_factory=dict)
 
     def texts_of(self, source: str) -> tuple[str, ...]:
-        """The texts that a source is run over.
+        """The texts that a source is run on.
 
         Raises:
-            InputError: they cannot be read, are not those of the known digest, or there are none for this source.
+            InputError: they cannot be read, do not match the known digest, or there are none for this source.
         """
         shared, own = self._texts
         texts = own.get(source, shared)
@@ -61,7 +61,7 @@ class Calibration:
 
     @cached_property
     def _texts(self) -> tuple[tuple[str, ...] | None, dict[str, tuple[str, ...]]]:
-        """The texts of sources that have none of their own, and those of the others."""
+        """The texts shared by sources without their own, and the texts of the others."""
         shared = None if self.read is None else tuple(self.read())
         own = {source: tuple(read()) for source, read in sorted(self.own.items())}
         if self.known_digest not in (None, self._digest_of(shared, own)):
@@ -71,11 +71,11 @@ class Calibration:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits of the SHA-256 of all that the results follow from. Raises InputError: as ``texts_of``."""
+        """16 hex digits of the SHA-256 of everything that affects results. Raises InputError: as for ``texts_of``."""
         return self.known_digest or self._digest_of(*self._texts)
 
     def key_of(self, source: str) -> tuple[str, ...]:
-        """What tells the texts of a source from those of others, also where two sources hold the same."""
+        """A key that distinguishes the texts of a source from those of others, even if two sources have equal texts."""
         return (self.digest, source) if source in self.own else (self.digest,)
 
     def _digest_of(self, shared: Sequence[str] | None, own: Mapping[str, Sequence[str]]) -> str:
@@ -91,13 +91,13 @@ def calibration_from(
     known_digest: str | None = None,
     own: Mapping[str, tuple[Path, str]] | None = None,
 ) -> Calibration:
-    """The first ``prompts`` texts of a file, of which ``tokens`` tokens count each; ``read_texts`` reads them.
+    """The first ``prompts`` texts of a file, of which ``tokens`` tokens each are used; ``read_texts`` reads them.
 
     Args:
-        file: of the sources that have none of their own.
-        place: of the file's name, for messages.
-        known_digest: as a search has recorded it.
-        own: by source, the file of its own texts and the place of its name.
+        file: the file for sources without their own.
+        place: where the file is named, for messages.
+        known_digest: the digest that a search has recorded.
+        own: by source, the file of its own texts and where it is named.
     """
     return Calibration(
         None if file is None else partial(read_texts, file, prompts, place),
@@ -108,12 +108,12 @@ def calibration_from(
 
 
 def check_all_have_texts(own: Mapping[str, str], has_shared: bool, sources: Collection[str]) -> None:
-    """Refuse texts of a source that there is not, and a source that no texts are for.
+    """Reject texts for an unknown source, and a source without texts.
 
     Args:
         own: the sources that have texts of their own, with the place where each is named.
         has_shared: whether there are texts for the others.
-        sources: all there are.
+        sources: all sources.
 
     Raises:
         InputError: naming the source.
@@ -126,14 +126,14 @@ def check_all_have_texts(own: Mapping[str, str], has_shared: bool, sources: Coll
 
 
 def read_texts(file: Path, prompts: int, place: str) -> list[str]:
-    """The first texts of a file: of lines of JSON under ``text``, and of any other file its lines.
+    """The first texts of a file: the ``text`` fields of JSON Lines, or the lines of any other file.
 
     Args:
         prompts: how many.
-        place: of the file's name, for messages.
+        place: where the file is named, for messages.
 
     Raises:
-        InputError: the file cannot be read, or holds too few texts, or one that is none.
+        InputError: the file cannot be read, has too few texts, or one that is invalid.
     """
     texts = []
     for line_place, text in islice(_texts(file, place), prompts):
@@ -149,7 +149,7 @@ def read_texts(file: Path, prompts: int, place: str) -> list[str]:
 
 
 def _texts(file: Path, place: str) -> Iterator[tuple[str, str]]:
-    """Each text of a file after its place."""
+    """Each text of a file, preceded by its place."""
     if file.suffix != ".jsonl":
         for line_place, text in text_lines(file, place):
             yield line_place, text.strip()

@@ -1,4 +1,4 @@
-"""Functions compiled by numba, kept on disk."""
+"""Functions compiled by numba, with an on-disk cache."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Function = Callable[..., Any]
 
 
 def compiler(files: Sequence[Path]) -> Callable[[Function], Function]:
-    """A decorator that compiles without the GIL, and keeps the machine code in the user's cache where it can.
+    """A decorator that compiles without the GIL, and caches the machine code in the user's cache if possible.
 
-    numba sees by a function's file whether it has changed, but not what the function calls in other files; so the
-    folder is named after the content of all of them.
+    numba detects changes to a function's own file, but not to code in other files that the function calls; so the cache
+    folder is named after the content of all of these files.
 
     Args:
-        files: those that hold the functions and what they call.
+        files: the files with the functions and everything they call.
     """
     version = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     kept = str(user_cache_path("evomerge") / "compiled" / version)
@@ -29,7 +29,7 @@ def compiler(files: Sequence[Path]) -> Callable[[Function], Function]:
         folder, config.CACHE_DIR = config.CACHE_DIR, kept
         try:
             made = njit(nogil=True, cache=True, error_model="numpy")(function)
-        except RuntimeError:  # the folder cannot be made, as in some containers
+        except RuntimeError:  # the folder cannot be created, as in some containers
             made = njit(nogil=True, error_model="numpy")(function)
         finally:
             config.CACHE_DIR = folder

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with settings, in the words of whoever wrote them: the key, what is wrong, and the hint."""
+"""Translates pydantic's validation errors into user-facing errors: the key, what is wrong, and a hint."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from evomerge.plugins import find_class, unknown_name
 Model = TypeVar("Model", bound=BaseModel)
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
-"""Of names that become parts of keys, files and columns."""
+"""The pattern of names that become parts of keys, files and columns."""
 
 
 def explain(error: ValidationError, place: str, model: type[BaseModel], content: Any, joint: str = ": ") -> InputError:
-    """The first fault of a validation error: its key path in the file, what is wrong, and the hint.
+    """The first fault of a validation error: its key path in the file, what is wrong, and a hint.
 
     Args:
-        place: what stands before the key path, and ``joint`` between the two.
-        model: what the content was validated as.
-        content: what was validated. Pydantic's own paths also name which of several types a value was taken for.
+        place: what precedes the key path, separated by ``joint``.
+        model: the class that validated the content.
+        content: what was validated. Pydantic's own paths also name the variant of a union, which the content lacks.
     """
     faults = error.errors(include_url=False)
     fault, path = faults[0], _path(faults[0], content)
-    if isinstance(fault["input"], Mapping):  # of a section among other types of value, what is wrong inside of it
+    if isinstance(fault["input"], Mapping):  # if a section is one of several types, what is wrong inside it
         below = [inner for inner in faults if _path(inner, content)[: len(path)] == path]
         fault = max(below, key=lambda inner: len(_path(inner, content)) > len(path))
         path = _path(fault, content)
@@ -50,7 +50,7 @@ def explain(error: ValidationError, place: str, model: type[BaseModel], content:
         names = [name.strip().strip("'") for name in context["expected_tags"].split(",")]
         noun = path[-2].removesuffix("s") if path[-1].isdecimal() else path[-1]  # observers.0: one of the observers
         return unknown_name(context["tag"], names, f"{where}.{_tag_key(context)}", noun)
-    # A value of several types has a fault for each; those of a section that it might have been are another's.
+    # A value of several types has a fault for each type; faults of sections that it might have been are excluded.
     alike = [other for other in faults if _path(other, content) == path]
     wrong = list(dict.fromkeys(_wrong(other["type"], str(other["msg"]), other.get("ctx", {})) for other in alike))
     problem = " or ".join([wrong[0], *(text.removeprefix("must be ") for text in wrong[1:])])
@@ -62,15 +62,15 @@ def explain(error: ValidationError, place: str, model: type[BaseModel], content:
 
 
 def read_part(value: object, group: str, key: str, place: str, base: type[Model], default: str | None = None) -> object:
-    """What a section of a search file says of a part, by the class of the part that its ``key`` names.
+    """Parse a section of a search file with the settings class of the part that its ``key`` names.
 
     Args:
-        value: the section; what is none, or is read already, is given back as it is.
-        group, base: as of ``find_class``.
-        default: the part that is meant where the section names none; None where it must.
+        value: the section; a value that is not a section, or already parsed, is returned unchanged.
+        group, base: as for ``find_class``.
+        default: the part if the section names none; None if it must.
 
     Raises:
-        InputError: there is no such part, or it takes no such settings.
+        InputError: there is no such part, or it does not accept these settings.
     """
     if isinstance(value, base) or not isinstance(value, Mapping):
         return value
@@ -85,7 +85,7 @@ def read_part(value: object, group: str, key: str, place: str, base: type[Model]
 
 
 def _misspelt(missing: Sequence[str], faults: Sequence[ErrorDetails], content: Any) -> ErrorDetails | None:
-    """The fault of an unknown key beside a missing one that is spelt nearly as it."""
+    """The fault of an unknown key if a key with similar spelling is missing."""
     for fault in faults:
         path = _path(fault, content)
         beside = fault["type"] == "extra_forbidden" and path[:-1] == missing[:-1]
@@ -95,7 +95,7 @@ def _misspelt(missing: Sequence[str], faults: Sequence[ErrorDetails], content: A
 
 
 def _path(fault: ErrorDetails, content: Any) -> list[str]:
-    """Where a fault lies, by the keys that the content has; the rest of pydantic's path are names of its own."""
+    """Where a fault is, by the keys in the content; other elements of pydantic's path are names of its own."""
     path: list[str] = []
     here: Any = content
     for part in fault["loc"]:
@@ -109,7 +109,7 @@ def _path(fault: ErrorDetails, content: Any) -> list[str]:
 
 
 def _read_as(value: Any) -> str | None:
-    """What YAML took a text without quotes for."""
+    """The type that YAML has assumed for a text without quotes."""
     if isinstance(value, bool):
         return f"{str(value).lower()}, as it does yes, no, on and off"
     if isinstance(value, int | float):
@@ -120,7 +120,7 @@ def _read_as(value: Any) -> str | None:
 
 
 def _tag_key(context: Mapping[str, Any]) -> str:
-    """The key whose value decides which settings a section takes."""
+    """The key whose value decides which settings a section accepts."""
     return str(context["discriminator"]).strip("'")
 
 
@@ -130,11 +130,11 @@ _KINDS = {
     "dict_": "must be a section with keys", "model_": "must be a section with keys",
     "finite_number": "must be a number that is not infinite",
 }  # fmt: skip
-"""What a value must be, by how the type of pydantic's error begins."""
+"""What a value must be, by the prefix of the type of pydantic's error."""
 
 
 def _wrong(kind: str, message: str, context: Mapping[str, Any]) -> str:
-    """What is wrong with a value, as a clause: in the words of people where pydantic's own are those of Python."""
+    """What is wrong with a value, as a clause: reworded where pydantic's message uses Python terms."""
     if kind == "too_short":
         return f"needs at least {context['min_length']}, has {context['actual_length']}"
     if kind == "too_long":
@@ -153,27 +153,27 @@ def _wrong(kind: str, message: str, context: Mapping[str, Any]) -> str:
 
 
 def _known_keys(model: type[BaseModel], path: Sequence[str], content: Any) -> list[str]:
-    """The keys that are known in the section at a key path; none where it is of free keys."""
+    """The known keys of the section at a key path; empty if its keys are free."""
     sections, here = [model], content
     for part in path:
         here = here.get(part) if isinstance(here, Mapping) else None
         fields = [section.model_fields[part] for section in sections if part in section.model_fields]
         if fields:
             sections = [section for field in fields for section in _sections(field.annotation)]
-        if isinstance(here, Mapping):  # of several kinds of section, those that it says it is
+        if isinstance(here, Mapping):  # for several kinds of section, the one that it names
             tags = {value for value in here.values() if isinstance(value, str)}
             sections = [section for section in sections if tags & _tags(section)] or sections
     return list(dict.fromkeys(name for section in sections for name in section.model_fields))
 
 
 def _tags(section: type[BaseModel]) -> set[str]:
-    """The values of the keys by which a section is told from others."""
+    """The values of the keys that distinguish a section from others."""
     kinds = [field.annotation for field in section.model_fields.values()]
     return {value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)}
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that an annotation allows, in lists and other containers too."""
+    """The sections that an annotation allows, also in lists and other containers."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for argument in get_args(annotation) for section in _sections(argument)]

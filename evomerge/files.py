@@ -1,7 +1,7 @@
-"""Reading files that somebody else made: plain files alone, and no more of them than their kind can have.
+"""Reads files written by others: only regular files, and only up to a size limit for each kind.
 
-A FIFO in the place of a file would be waited for without an end, and a device could give bytes without one. So a file
-is opened once, looked at through its handle, and read through the same.
+A FIFO in place of a file would block forever, and a device could deliver an endless stream of bytes. So a file is
+opened once, checked through its handle, and read through the same handle.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+from typing_extensions import TypedDict  # pydantic requires it before Python 3.12
 
 from evomerge.errors import InputError
 
 JSON_BYTES = 64_000_000
-"""Most bytes of a JSON file; the largest tokenizers that there are take half of it."""
+"""The maximum bytes of a JSON file; the largest existing tokenizers take half of it."""
 
 TEXT_BYTES = 64_000_000
 
 GGUF = ".gguf"
-"""The end of the name of a file that is a model by itself."""
+"""The suffix of a file that is a complete model."""
 
 TENSORS = ".safetensors"
-"""The end of the name of a file of tensors, which is a model by itself where it is a table of these."""
+"""The suffix of a file of tensors; a table of tensors is a model in a single such file."""
 
-_MAX_VALUES = 5_000_000  # in one JSON text; as Python objects they take some 500 MB
+_MAX_VALUES = 5_000_000  # in one JSON text; as Python objects they take about 500 MB
 _MAX_DEEP = 100
 _MAX_DIGITS = 40  # 10**30 is what tokenizers write for "no limit"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -41,7 +41,7 @@ _KINDS = {
 
 
 class FileFingerprint(TypedDict):
-    """What a file held (SHA-256, hex) and how it looked from outside (size in bytes, time of change in ns)."""
+    """The content of a file (SHA-256, hex) and its metadata (size in bytes, modification time in ns)."""
 
     sha256: str
     size: int
@@ -49,22 +49,22 @@ class FileFingerprint(TypedDict):
 
 
 def open_file(file: Path, place: str, most: int | None = None) -> BinaryIO:
-    """Open a plain file for reading.
+    """Open a regular file for reading.
 
     Args:
-        place: where the fault is said to be, as in ``InputError``.
-        most: most bytes that a file of this kind can have.
+        place: the place for error messages, as in ``InputError``.
+        most: the maximum bytes of a file of this kind.
 
     Raises:
-        InputError: there is no such file, it may not be read, is no plain file, or is larger than ``most``.
+        InputError: there is no such file, it may not be read, is not a regular file, or is larger than ``most``.
     """
     try:
-        check_plain(file, place, most)  # before it is opened, which alone can set a device to work
+        check_plain(file, place, most)  # before opening it, since merely opening a device can have effects
         stream = open(file, "rb", opener=_opener)  # noqa: SIM115
-    except (OSError, ValueError) as error:  # a ValueError comes of a null byte in the name
+    except (OSError, ValueError) as error:  # a null byte in the name raises ValueError
         raise InputError(place, f"{file} {_why_not(error)}") from None
     try:
-        _check(file, os.fstat(stream.fileno()), place, most)  # what is open now may be another
+        _check(file, os.fstat(stream.fileno()), place, most)  # the file may have been replaced before it was opened
     except InputError:
         stream.close()
         raise
@@ -72,20 +72,20 @@ def open_file(file: Path, place: str, most: int | None = None) -> BinaryIO:
 
 
 def check_plain(file: Path, place: str, most: int | None = None) -> None:
-    """Refuse what is no plain file, without opening it, or is larger than ``most`` bytes.
+    """Reject, without opening it, what is not a regular file or is larger than ``most`` bytes.
 
     Raises:
-        InputError: so it is.
-        OSError: there is none.
+        InputError: it is rejected.
+        OSError: it does not exist.
     """
     _check(file, os.stat(file), place, most)
 
 
 def read_bytes(file: Path, place: str, most: int) -> bytes:
-    """All bytes of a plain file.
+    """All bytes of a regular file.
 
     Raises:
-        InputError: as ``open_file``.
+        InputError: as for ``open_file``.
     """
     with open_file(file, place, most) as stream:
         content = stream.read(most + 1)
@@ -95,13 +95,13 @@ def read_bytes(file: Path, place: str, most: int) -> bytes:
 
 
 def read_text(file: Path, place: str, most: int = TEXT_BYTES, encoding: str = "utf-8", errors: str = "strict") -> str:
-    """The text of a plain file.
+    """The text of a regular file.
 
     Args:
-        errors: what is done with bytes that are no text, as for ``bytes.decode``.
+        errors: how to handle invalid bytes, as for ``bytes.decode``.
 
     Raises:
-        InputError: as ``open_file``, or it is no text in this encoding.
+        InputError: as for ``open_file``, or it is not text in this encoding.
     """
     try:
         return read_bytes(file, place, most).decode(encoding, errors)
@@ -116,7 +116,7 @@ def read_json(file: Path, place: str, most: int = JSON_BYTES) -> Any:
     """The value in a JSON file.
 
     Raises:
-        InputError: as ``open_file``, or as ``parse_json``.
+        InputError: as for ``open_file`` or ``parse_json``.
     """
     raw = read_bytes(file, place, most)
     try:
@@ -126,13 +126,13 @@ def read_json(file: Path, place: str, most: int = JSON_BYTES) -> Any:
 
 
 def parse_json(raw: bytes, *, unique: bool = False) -> Any:
-    """The value of a JSON text in UTF-8, within bounds: of values, of depth, and of digits.
+    """The value of a JSON text in UTF-8, with limits on the number of values, nesting depth and digits.
 
     Args:
-        unique: refuse a key that stands twice in an object; else the last counts.
+        unique: reject a key that occurs twice in an object; otherwise the last value is used.
 
     Raises:
-        ValueError: it is no JSON, beyond a bound, or holds half of a surrogate pair, which no file can be written with.
+        ValueError: it is not JSON, exceeds a limit, or contains half of a surrogate pair, which cannot be encoded.
     """
     values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
     if values > _MAX_VALUES:
@@ -151,7 +151,7 @@ def parse_json(raw: bytes, *, unique: bool = False) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names in a folder."""
+    """Flush a file's content, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -160,12 +160,12 @@ def sync(path: Path) -> None:
 
 
 def is_path(text: str) -> bool:
-    """Whether a text can be the name of a file that can be written down: no null byte, no half of a surrogate pair."""
+    """Whether a text can be a file name that can be encoded: without null bytes or halves of surrogate pairs."""
     return "\0" not in text and text == text.encode("utf-8", "ignore").decode()
 
 
 def _opener(name: str, flags: int) -> int:
-    return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)  # a FIFO put there meanwhile is not waited for
+    return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)  # does not block on a FIFO that was put there meanwhile
 
 
 def _check(file: Path, status: os.stat_result, place: str, most: int | None) -> None:
@@ -219,13 +219,13 @@ def _check_depth(content: Any) -> None:
 
 
 def is_model_here(path: str) -> bool:
-    """Whether a model lies at a path: a folder, or a GGUF file."""
-    # Unlike those of Path, False for a name that no file can have.
+    """Whether there is a model at a path: a folder, or a GGUF file."""
+    # Unlike the methods of Path, these return False for names that no file can have.
     return os.path.isdir(path) or (path.endswith(GGUF) and os.path.isfile(path))
 
 
 def split_expert(reference: str, root: Path | None) -> tuple[str, int | None]:
-    """The folder and the number of `folder#3`: one of several experts in it. A folder of that very name is itself."""
+    """The folder and index in `folder#3`, one of several experts in a folder. An existing folder of that name wins."""
     folder, mark, number = reference.rpartition("#")
     if not mark or not folder or re.fullmatch(r"[0-9]{1,4}", number) is None:
         return reference, None
@@ -235,12 +235,12 @@ def split_expert(reference: str, root: Path | None) -> tuple[str, int | None]:
 
 
 def with_expert(folder: str, expert: int | None) -> str:
-    """A folder and which expert in it, as ``split_expert`` reads it."""
+    """A reference to one expert in a folder, in the form that ``split_expert`` reads."""
     return folder if expert is None else f"{folder}#{expert}"
 
 
 def absolute_reference(reference: str, root: Path) -> str:
-    """A folder that exists becomes an absolute path; anything else stays as it is (a hub id, or an error later)."""
+    """Make the path of an existing folder absolute; anything else is unchanged (a hub id, or an error later)."""
     if not is_path(reference):
         return reference
     folder = os.path.join(root, os.path.expanduser(reference))

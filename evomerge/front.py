@@ -1,4 +1,4 @@
-"""The Pareto front of candidates, by their losses (every objective minimised). Dominance and volumes are moocore's."""
+"""The Pareto front of candidates by their losses, all minimised. Dominance and hypervolumes are computed by moocore."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 
 def nondominated(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which rows no other row dominates: a bool mask of shape [n] for ``losses`` of shape [n, m].
+    """Which rows are not dominated by any other: a bool mask of shape [n] for ``losses`` of shape [n, m].
 
-    Of equal rows the first is kept. A row with an infinite or missing loss, a failed candidate's, is never kept.
+    Of equal rows only the first is kept. Rows of failed candidates, with infinite or missing losses, are never kept.
     """
     mask: NDArray[np.bool_] = np.asarray(np.isfinite(losses).all(axis=1))
     mask[mask] = moocore.is_nondominated(losses[mask])
@@ -22,7 +22,7 @@ def nondominated(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
 def extend_front(
     front: Mapping[int, Sequence[float]], new: Mapping[int, Sequence[float]]
 ) -> dict[int, Sequence[float]]:
-    """The front of ``front`` and ``new`` together, each candidates' numbers with their losses, in order of number.
+    """The joint front of ``front`` and ``new``, each with losses by candidate number, in order of number.
 
     Of candidates with equal losses the lowest number stays, so the front does not depend on the order of arrival.
     """
@@ -53,6 +53,6 @@ def knee(losses: NDArray[np.float64]) -> int:
 
 
 def hypervolume(losses: NDArray[np.float64], reference: NDArray[np.float64]) -> float:
-    """Volume between ``losses`` [n, m] and ``reference`` [m]; a row adds nothing unless it is better everywhere."""
+    """The volume between ``losses`` [n, m] and ``reference`` [m]; rows that are not better everywhere add nothing."""
     finite = losses[np.isfinite(losses).all(axis=1)]
     return float(moocore.hypervolume(finite, ref=reference)) if len(finite) else 0.0

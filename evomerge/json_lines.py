@@ -1,4 +1,4 @@
-"""Files of JSON lines, or of lines of text: read line by line, each with the place where it stands."""
+"""JSON Lines and plain text files, read line by line, each line with its place."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from evomerge.errors import InputError
 from evomerge.files import open_file, parse_json
 
-_MAX_BYTES = 2_000_000_000  # of a file
-_LINE_BYTES = 8_000_000  # an item of as many is beyond any model's context
+_MAX_BYTES = 2_000_000_000  # per file
+_LINE_BYTES = 8_000_000  # a longer item would exceed any model's context
 
 
 @dataclass(frozen=True)
 class Line:
-    """The JSON object on one line of a file; ``place`` says where it was read, for people."""
+    """The JSON object on one line of a file; ``place`` says where it was read, for messages."""
 
     fields: Mapping[str, Any]
     place: str
@@ -26,11 +26,11 @@ class Line:
 def read_lines(
     file: Path, name: str | None = None, *, example: str = '{"prompt": "1 + 1 =", "answer": "2"}'
 ) -> Iterator[Line]:
-    """The objects of a file in order; blank lines are passed over.
+    """The objects of a file in order; blank lines are skipped.
 
     Args:
-        name: of the file in places; its path when None.
-        example: of a line, for messages.
+        name: the file's name in places; its path if None.
+        example: an example of a line, for messages.
 
     Raises:
         InputError: a file that cannot be read, or a line that is not a JSON object.
@@ -46,10 +46,10 @@ def read_lines(
 
 
 def text_lines(file: Path, name: str | None = None) -> Iterator[tuple[str, str]]:
-    """The lines of a file that are not blank, each after its place.
+    """The non-blank lines of a file, each preceded by its place.
 
     Args:
-        name: of the file in places; its path when None.
+        name: the file's name in places; its path if None.
 
     Raises:
         InputError: the file cannot be read, or a line is not UTF-8, or too long.
@@ -60,7 +60,7 @@ def text_lines(file: Path, name: str | None = None) -> Iterator[tuple[str, str]]
         raise InputError(name or str(file), f"there is no such file{which}", hint)
     with open_file(file, name or str(file), _MAX_BYTES) as stream:
         for number in itertools.count(1):
-            raw = stream.readline(_LINE_BYTES + 1)  # in bytes, for text would also be cut inside of it, at U+2028
+            raw = stream.readline(_LINE_BYTES + 1)  # in bytes, because text would also be split at U+2028
             if not raw:
                 return
             place = f"{name or file}, line {number}"

@@ -1,7 +1,7 @@
-"""Object storage: a folder that a URL such as s3://bucket/prefix names, in any storage that fsspec knows.
+"""Object storage: a folder named by a URL such as s3://bucket/prefix, in any storage that fsspec supports.
 
-The storage's own library finds the credentials, in its environment variables and files. No URL holds one here, and no
-message shows one.
+The storage's own library finds the credentials in its environment variables and files. URLs here never contain
+credentials, and no message shows any.
 """
 
 from __future__ import annotations
@@ -18,45 +18,45 @@ from typing import NamedTuple
 from evomerge.errors import InputError
 
 PARTIAL = ".partial"
-"""The end of the name of a file that is being written, in a storage where others could see it half."""
+"""The suffix of a file being written, in a storage where others could see an incomplete file."""
 
 _PROBE = ".evomerge-probe-"
 
-# Here an object appears whole or not at all, and there are no folders: to make one could make a bucket.
+# In these storages objects appear atomically, and there are no folders: creating one could create a bucket.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
-_EXTRAS = {"s3": "s3", "s3a": "s3"}  # the extra of ours that brings what a kind of URL needs
+_EXTRAS = {"s3": "s3", "s3a": "s3"}  # this project's extra with the packages for a kind of URL
 
 _SECRET_NAME = re.compile(r"KEY|SECRET|TOKEN|PASSWORD", re.IGNORECASE)
-_SECRET_LENGTH = 8  # what is shorter is no secret, and would be found in ordinary words
+_SECRET_LENGTH = 8  # shorter values are not secrets, and would match ordinary words
 _WITH_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]*@")
-_MAX_SHOWN = 300  # characters of what a storage's library says
+_MAX_SHOWN = 300  # characters of a message from a storage's library
 
 
 _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "created")
-"""What storages say of a file that is another once it is written anew, the surest first."""
+"""Metadata of a file that changes when it is rewritten, the most reliable first."""
 
 
 class FileVersion(NamedTuple):
-    """A file in a storage: its size in bytes, and its tag or time there, where the storage tells any."""
+    """A file in a storage: its size in bytes, and its tag or time there, if the storage provides one."""
 
     size: int
     tag: str
 
 
 class StorageError(InputError):
-    """The storage cannot be reached, or refuses what was asked of it. Another time it may not."""
+    """The storage cannot be reached, or rejects an operation. It may succeed when retried."""
 
 
 def is_url(text: str) -> bool:
-    """Whether a place is a URL, not a path."""
+    """Whether a place is a URL and not a path."""
     return "://" in text
 
 
 def check_url(url: str, place: str) -> None:
-    """Refuse what is not the URL of a folder in a storage, or would tell a secret; ``place`` says who named it.
+    """Reject anything but the URL of a folder in a storage, and URLs with secrets; ``place`` says where it was given.
 
     Raises:
-        InputError: the message never holds the URL.
+        InputError: the message never contains the URL.
     """
     if not is_url(url):
         raise InputError(place, "is not a URL", "Write it like s3://bucket/prefix.")
@@ -69,16 +69,16 @@ def check_url(url: str, place: str) -> None:
 
 
 class Storage:
-    """A folder in object storage. Names of its files are relative to it; one in a folder below is ``logs/c0001.log``.
+    """A folder in object storage. Names of its files are relative to it, including subfolders: ``logs/c0001.log``.
 
-    Every method raises StorageError when the storage cannot be reached or refuses.
+    Every method raises StorageError if the storage cannot be reached or rejects the operation.
 
     Args:
-        url: of the folder, which need not exist.
-        place: what messages name where the URL cannot be used at all: a key of the search file, an argument.
+        url: the folder's URL; the folder need not exist.
+        place: named in messages if the URL cannot be used at all: a key of the search file, or an argument.
 
     Raises:
-        InputError: the URL holds a secret, is of no kind that is known, or needs a package that is missing.
+        InputError: the URL contains a secret, is of an unknown kind, or needs a package that is missing.
     """
 
     def __init__(self, url: str, place: str | None = None) -> None:
@@ -90,14 +90,14 @@ class Storage:
         _check_kind(kind, place or self.url)
         from fsspec.core import url_to_fs
 
-        # Other processes write there too, so nothing that was seen before is believed.
+        # Other processes write there too, so listings must not be cached.
         options = {} if self._has_folders else {"use_listings_cache": False}
         with self._faults("opened"):
             self._system, root = url_to_fs(self.url, skip_instance_cache=True, **options)
         self._root = str(root).rstrip("/")
 
     def probe(self) -> datetime:
-        """See that files can be written, looked at and removed here; the time by the storage's own clock."""
+        """Check that files can be written, inspected and removed here; return the storage's own time."""
         name = _PROBE + secrets.token_hex(4)
         self.write(name, b"evomerge")
         try:
@@ -106,7 +106,7 @@ class Storage:
             self.remove([name])
 
     def files(self) -> dict[str, int]:
-        """All files here and below, with their sizes in bytes; but for what a probe left that was cut off."""
+        """All files here and in subfolders, with their sizes in bytes, except remains of an interrupted probe."""
         with self._faults("listed"):
             entries = self._system.find(self._root, detail=True)
         above = f"{self._root}/"
@@ -114,7 +114,7 @@ class Storage:
         return {name: int(entry["size"]) for name, entry in sorted(inside.items()) if not name.startswith(_PROBE)}
 
     def versions(self) -> dict[str, FileVersion]:
-        """The files here, without those below: of each its size, and what changes when it is written anew."""
+        """The files here, without subfolders, each with its size and metadata that changes when it is rewritten."""
         with self._faults("listed"):
             found = self._system.find(self._root, maxdepth=1, detail=True)
         above = f"{self._root}/"
@@ -126,18 +126,18 @@ class Storage:
         }
 
     def put(self, file: Path, name: str, progress: Callable[[int], None] = lambda sent: None) -> None:
-        """Copy a file there, whole or not at all; ``progress`` hears how many of its bytes were sent."""
+        """Upload a file atomically; ``progress`` is called with the number of bytes sent so far."""
         from fsspec.callbacks import Callback
 
         callback = Callback(hooks={"sent": lambda size, value, **_: progress(value)})
         self._whole(name, lambda path: self._system.put_file(str(file), path, callback=callback))
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file, whole or not at all."""
+        """Write a small file atomically."""
         self._whole(name, lambda path: self._system.pipe_file(path, content))
 
     def read(self, name: str) -> bytes | None:
-        """The content of a small file; None where there is none."""
+        """The content of a small file; None if there is none."""
         with self._faults("read"):
             try:
                 content: bytes = self._system.cat_file(f"{self._root}/{name}")
@@ -146,13 +146,13 @@ class Storage:
             return content
 
     def get(self, name: str, file: Path) -> None:
-        """Copy a file from there; folders above ``file`` are made."""
+        """Download a file; parent folders of ``file`` are created."""
         file.parent.mkdir(parents=True, exist_ok=True)
         with self._faults("read"):
             self._system.get_file(f"{self._root}/{name}", str(file))
 
     def size(self, name: str) -> int:
-        """How many bytes a file has there."""
+        """The size of a file there, in bytes."""
         with self._faults("looked at"):
             return int(self._system.info(f"{self._root}/{name}")["size"])
 
@@ -163,7 +163,7 @@ class Storage:
             return written_at
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove files, one after the other; those that are not there are passed over."""
+        """Remove files one by one, ignoring those that do not exist."""
         with self._faults("removed from"):
             for name in names:
                 if self._system.exists(f"{self._root}/{name}"):
@@ -181,7 +181,7 @@ class Storage:
 
     @contextmanager
     def _faults(self, done: str) -> Iterator[None]:
-        """Every storage has exceptions of its own, few of them OSErrors."""
+        """Convert exceptions to StorageError: every storage has its own, few of them OSErrors."""
         try:
             yield
         except Exception as error:
@@ -190,7 +190,7 @@ class Storage:
 
 
 def _check_kind(kind: str, place: str) -> None:
-    """Refuse a kind of storage that is not known or not installed."""
+    """Reject a kind of storage that is unknown or not installed."""
     import fsspec
 
     try:
@@ -204,7 +204,7 @@ def _check_kind(kind: str, place: str) -> None:
 
 
 def _public(error: Exception) -> str:
-    """What an exception says, in a line, without what the environment keeps secret."""
+    """The message of an exception, on one line, without secrets from the environment."""
     text = (str(error).strip() or type(error).__name__).partition("\n")[0]
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= _SECRET_LENGTH:

@@ -1,7 +1,7 @@
-"""Finding parts by name: this project's own, and those that packages add through entry points.
+"""Finds parts by name: this project's own, and those that packages add through entry points.
 
-One lookup for merge methods and the steps after them, search spaces, kinds of recipes and their builders, evaluators,
-optimizers and observers. A part is imported when it is first asked for by name.
+There is one lookup for merge methods and steps, search spaces, kinds of recipes and their builders, evaluators,
+optimizers and observers. A part is imported when it is first requested by name.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "wandb": "evomerge.observers.wandb:WandbSettings",
     },
 }
-"""This project's parts: for each group of entry points, where each name is. They need no installation, so that a new
-one is there as soon as its line is; a package's part of the same name does not replace one of them."""
+"""This project's parts: for each group of entry points, the location of each name. They need no installation, so that a
+new one is available as soon as its line is here; a package's part with the same name does not replace it."""
 
 NOUNS: Mapping[str, str] = {
     "evomerge.merge_methods": "merge method",
@@ -139,7 +139,7 @@ NOUNS: Mapping[str, str] = {
     "evomerge.optimizers": "optimizer",
     "evomerge.observers": "observer",
 }
-"""What a part of each group is called."""
+"""The noun for a part of each group."""
 
 Base = TypeVar("Base")
 
@@ -147,13 +147,13 @@ _MAX_NAME, _MAX_LISTED = 100, 300  # characters
 
 
 def plugins(group: str) -> Mapping[str, EntryPoint]:
-    """Every part of a group by name: this project's own first, then those of packages by name."""
+    """Every part of a group by name: this project's own first, then those of packages, sorted by name."""
     return _installed(group, tuple(sys.path))
 
 
 @cache
 def _installed(group: str, path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
-    """``plugins`` while packages are looked for in these places: reading them all takes ten milliseconds."""
+    """``plugins`` for this search path, cached, because reading the metadata of all packages takes ten milliseconds."""
     own = {name: EntryPoint(name, target, group) for name, target in OWN.get(group, {}).items()}
     added = sorted(entry_points(group=group), key=lambda point: point.name)
     return own | {point.name: point for point in added if point.name not in own}
@@ -163,14 +163,14 @@ def find_plugin(group: str, name: str, place: str) -> object:
     """Load the part ``name`` of ``group``.
 
     Raises:
-        InputError: there is none of that name (says the nearest, or all), or the package that brings it fails.
+        InputError: there is none with that name (suggests the closest, or lists all), or its package fails to load.
     """
     known, noun = plugins(group), NOUNS[group]
     if name not in known:
         raise unknown_name(name, known, place, noun)
     try:
         return _load(known[name])
-    except Exception as error:  # whatever a package's own code does on import
+    except Exception as error:  # a package's code may raise anything on import
         if name in OWN.get(group, {}):
             raise
         what = f"{noun} {name!r} of {known[name].value} cannot be loaded: {type(error).__name__}: {error}"
@@ -178,7 +178,7 @@ def find_plugin(group: str, name: str, place: str) -> object:
 
 
 class Named(Protocol):
-    """What knows its own name."""
+    """An object that knows its own name."""
 
     @property
     def name(self) -> str: ...
@@ -191,7 +191,7 @@ def find_named(group: str, name: str, place: str, kind: type[Part]) -> Part:
     """Load the part ``name`` of a group whose entry points name objects of one class, such as merge methods.
 
     Raises:
-        InputError: as ``find_plugin``; or it is of another class, or calls itself otherwise.
+        InputError: as for ``find_plugin``; or the object has another class or another name.
     """
     part = find_plugin(group, name, place)
     if not isinstance(part, kind):
@@ -203,10 +203,10 @@ def find_named(group: str, name: str, place: str, kind: type[Part]) -> Part:
 
 
 def find_class(group: str, name: str, place: str, base: type[Base]) -> type[Base]:
-    """The class that is the part ``name`` of ``group``: of what a search file may say of it.
+    """The settings class of the part ``name`` of ``group``.
 
     Raises:
-        InputError: as ``find_plugin``, or it is no subclass of ``base``.
+        InputError: as for ``find_plugin``, or it is not a subclass of ``base``.
     """
     part = find_plugin(group, name, place)
     if not (isinstance(part, type) and issubclass(part, base)):
@@ -217,12 +217,12 @@ def find_class(group: str, name: str, place: str, base: type[Base]) -> type[Base
 
 @cache
 def _load(point: EntryPoint) -> object:
-    """Merging asks for a method by name for every tensor."""
+    """Cached, because merging looks up the method for every tensor."""
     return point.load()
 
 
 def unknown_name(name: str, known: Iterable[str], place: str, noun: str) -> InputError:
-    """The error for a name that is not among those known: the nearest is named, or as many as fit on a line or two."""
+    """The error for an unknown name, with the closest known name, or as many known names as fit on a line or two."""
     names = sorted(known)
     near = difflib.get_close_matches(name[:_MAX_NAME], names, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"There are: {_listed(names)}."

@@ -1,4 +1,4 @@
-"""What workers cost: the prices that a search file gives, and the time that workers and their GPUs are held."""
+"""The cost of workers: the prices in a search file, and the time for which workers and their GPUs are reserved."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ HOUR_S = 3600.0
 
 
 class WorkerTime(NamedTuple):
-    """Seconds that workers have been held, whether at work or not: of each worker, of each GPU of theirs, and of the
-    clock meanwhile.
+    """Seconds for which workers have been reserved, busy or not: summed over workers, summed over their GPUs, and in
+    wall-clock time.
     """
 
     worker_s: float = 0.0
@@ -18,13 +18,13 @@ class WorkerTime(NamedTuple):
     held_s: float = 0.0
 
     def plus(self, workers: float, gpus: float, seconds: float) -> WorkerTime:
-        """The time with so many workers and GPUs held for so many seconds more."""
+        """Add a period of ``seconds`` during which this many workers and GPUs were reserved."""
         return WorkerTime(self.worker_s + workers * seconds, self.gpu_s + gpus * seconds, self.held_s + seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What an hour costs, in ``currency``: of each GPU, and of each worker whatever GPUs it has."""
+    """Prices per hour, in ``currency``: for each GPU, and for each worker regardless of its GPUs."""
 
     gpu_hour: float
     worker_hour: float
@@ -32,20 +32,20 @@ class Prices:
 
     @classmethod
     def of(cls, gpu_hour: float | None, worker_hour: float | None, currency: str) -> Prices | None:
-        """Those of a search file; None where it gives none."""
+        """The prices in a search file; None if it has none."""
         if gpu_hour is None and worker_hour is None:
             return None
         return cls(gpu_hour or 0.0, worker_hour or 0.0, currency)
 
     def cost(self, held: WorkerTime) -> float:
-        """What this time costs."""
+        """The cost of this time."""
         return (held.worker_s * self.worker_hour + held.gpu_s * self.gpu_hour) / HOUR_S
 
     def cost_an_hour(self, workers: float, gpus: float) -> float:
-        """What so many workers with so many GPUs in all cost in an hour."""
+        """The cost per hour of this many workers with this many GPUs in total."""
         return workers * self.worker_hour + gpus * self.gpu_hour
 
 
 def amount_text(amount: float, currency: str) -> str:
-    """An amount as people read it: 12.40 EUR."""
+    """An amount for display: 12.40 EUR."""
     return f"{amount:,.2f} {currency}"

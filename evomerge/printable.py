@@ -1,7 +1,7 @@
-"""Text of others as it may be printed: nothing that moves the cursor, hides or turns letters, and never without an end.
+"""Makes foreign text printable: nothing that moves the cursor, hides or reorders letters, and a limited length.
 
-Names of files and tensors, values of configurations and messages of libraries are somebody else's text. Printed as they
-come they can fake lines of output, set a terminal's title, or run on for megabytes.
+Names of files and tensors, values of configurations and messages of libraries are written by others. Printed unchanged,
+they can fake lines of output, set a terminal's title, or run on for megabytes.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_CHARACTERS = 480
-"""Of a message, so that it stays below 500 with what a command puts before it."""
+"""The maximum length of a message, so that it stays below 500 with the prefix that a command adds."""
 
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
-"""Characters that print nothing although they are letters or marks to Unicode."""
+"""Characters that print nothing although Unicode classifies them as letters or marks."""
 
 
 def printable(text: str, most: int = MAX_CHARACTERS) -> str:
-    """A text on one line of at most ``most`` characters, what cannot be seen written as an escape (``\\x1b``).
+    """A text on one line of at most ``most`` characters, with invisible characters written as escapes (``\\x1b``).
 
-    What is left out of the middle is marked by an ellipsis. A text that is printable and short enough stays as it is.
+    Omissions in the middle are marked by an ellipsis. A text that is printable and short enough is unchanged.
     """
-    if len(text) > 2 * most:  # so that megabytes are not looked at letter by letter
+    if len(text) > 2 * most:  # avoids examining megabytes character by character
         text = text[:most] + text[-most:]
     if not text.isprintable() or _INVISIBLE.search(text):
         text = "".join(map(_escaped, text))
@@ -35,7 +35,7 @@ def printable(text: str, most: int = MAX_CHARACTERS) -> str:
 
 
 def fitted(texts: Sequence[str], most: int = MAX_CHARACTERS) -> list[str]:
-    """Texts that are printed together, printable and of at most ``most`` characters in all: the longest are cut."""
+    """Make texts that are printed together printable, with a total of ``most`` characters; shortens the longest."""
     shown = [printable(text, most) for text in texts]
     room = dict.fromkeys(range(len(shown)), 0)
     left = most
@@ -46,7 +46,7 @@ def fitted(texts: Sequence[str], most: int = MAX_CHARACTERS) -> list[str]:
 
 
 def ranges(numbers: Sequence[int], to: str = "-") -> str:
-    """Rising numbers in runs: 0-9, 12, 20-29."""
+    """Ascending numbers as ranges: 0-9, 12, 20-29."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -57,7 +57,7 @@ def ranges(numbers: Sequence[int], to: str = "-") -> str:
 
 
 def without_nan(content: Any) -> Any:
-    """The same for JSON, which has no word for NaN and infinities: such numbers become null."""
+    """The same content for JSON, which has no NaN and infinities: such numbers become null."""
     if isinstance(content, float) and not math.isfinite(content):
         return None
     if isinstance(content, Mapping):

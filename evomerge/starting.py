@@ -1,4 +1,4 @@
-"""What a program of the project does first."""
+"""What every program of the project does at startup."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _NEW_OBJECTS = 10_000
 
 
 def collect_rarely() -> None:
-    """Have Python look for cycles of objects after ten thousand new ones, in the place of 700.
+    """Make Python's garbage collector run after ten thousand new objects instead of 700.
 
-    Imports make over a million objects and hardly a cycle, and looking through all of them again and again took a fifth
-    of the processor time until a command had something to say. What is in no cycle is freed at once, as ever.
+    Imports create over a million objects and hardly any cycles, and scanning them again and again took a fifth of the
+    CPU time until a command had any output. Objects that are not part of cycles are still freed immediately.
     """
     gc.set_threshold(_NEW_OBJECTS)

@@ -1,8 +1,8 @@
-"""What transformers imports and nobody here uses is left out.
+"""Prevents transformers from importing packages that are not needed here.
 
-``transformers.generation`` imports scikit-learn where that is installed, as it is with lm-eval: for how sure an
-assistant model is of its drafts. With scipy and pandas behind it that takes a second and 100 MB of every process. The
-losses of models that find objects in images, which come with every model, import ``scipy.optimize``: 0.4 seconds.
+``transformers.generation`` imports scikit-learn if it is installed, as it is with lm-eval, for the confidence of
+assistant models. Together with scipy and pandas this costs every process a second and 100 MB. The losses of object
+detection models, which are imported with every model, import ``scipy.optimize``: 0.4 seconds.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _ASKS = {
     "transformers.generation.candidate_generator": "is_sklearn_available",
     **{f"transformers.loss.loss_{name}": "is_scipy_available" for name in _FINDING},
 }
-"""What modules ask ``transformers.utils`` before they import it."""
+"""The functions of ``transformers.utils`` that modules call before they import a package."""
 
 
 class _WithoutIt(SourceFileLoader):
-    """Runs a module of transformers that does not see what it asks for; all others go on seeing it."""
+    """Runs a module of transformers for which these packages seem unavailable; other modules still see them."""
 
     def exec_module(self, module: ModuleType) -> None:
         utils: Any = importlib.import_module("transformers.utils")
@@ -49,5 +49,5 @@ class _Finder(MetaPathFinder):
 
 
 def leave_out_unused() -> None:
-    """Have transformers not import these, where it has not done so already."""
+    """Prevent these imports by transformers, unless they have already happened."""
     sys.meta_path.insert(0, _Finder())

@@ -1,4 +1,4 @@
-"""What a recipe or a search file says of the vocabulary of merged models."""
+"""The vocabulary of merged models as described by a recipe or a search file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ZeroRow(_Frozen):
 
 
 class TokenRow(_Frozen):
-    """The row that another token has in a source: a token of its vocabulary, or a row by number."""
+    """The row of another token in a source: a token of its vocabulary, or a row by index."""
 
     kind: Literal["model_token"]
     model: str
@@ -33,9 +33,9 @@ class TokenRow(_Frozen):
 
 
 class TokenRule(_Frozen):
-    """Where the sources that lack a token take its row from: a source's own row for it, or another row.
+    """Where sources that lack a token take its row from: a source's own row for it, or another row.
 
-    With ``force`` every source takes it from there.
+    With ``force``, all sources take it from there.
     """
 
     source: str | ZeroRow | TokenRow
@@ -43,24 +43,24 @@ class TokenRule(_Frozen):
 
     @property
     def donor(self) -> str | None:
-        """The source that gives the row."""
+        """The source that provides the row."""
         if isinstance(self.source, str):
             return self.source
         return self.source.model if isinstance(self.source, TokenRow) else None
 
 
 class Vocabulary(_Frozen):
-    """Which tokens the merged model knows, and the template of its chats.
+    """The tokens of the merged model, and its chat template.
 
-    ``kind`` "same": all sources must know the same tokens under the same numbers. "tokenizer": the merged model knows
-    those of the tokenizer's source. "union": those, and behind them what the other sources know beside.
-    "transplant": those of the tokenizer's source, and each other source makes rows for what it lacks out of its own, as
-    the tokenizer's source's row is a sum of others (``checkpoints/transplant.py``).
+    ``kind`` "same": all sources must have the same tokens with the same ids. "tokenizer": the merged model has those of
+    the tokenizer's source. "union": those, followed by additional tokens of the other sources. "transplant": those of
+    the tokenizer's source, where each other source computes the rows that it lacks from its own rows, in the same way
+    as the row in the tokenizer's source is a sum of others (``checkpoints/transplant.py``).
 
-    ``base`` is the source whose row the others take for a token that they lack; where it is None or lacks the token as
-    well, they take the mean of the rows that there are.
+    ``base`` is the source whose row the others use for a token that they lack; if it is None or lacks the token as
+    well, they use the mean of the existing rows.
 
-    ``tokens`` are rules for single tokens; one that is not in the vocabulary is added to it, in the order of the texts.
+    ``tokens`` are rules for single tokens; unknown ones are added to the vocabulary, in the order of their texts.
     ``pad_to_multiple_of`` rounds the number of rows up. ``chat_template`` is a template's text, a name such as chatml,
     or "auto": the one that most sources have.
     """
@@ -73,7 +73,7 @@ class Vocabulary(_Frozen):
 
     @property
     def aligns(self) -> bool:
-        """The rows of the embedding are laid out anew."""
+        """Whether the rows of the embedding are rearranged."""
         return self.kind != "same" or bool(self.tokens) or self.pad_to_multiple_of is not None
 
     @model_validator(mode="after")
@@ -83,6 +83,6 @@ class Vocabulary(_Frozen):
         return self
 
     def used_sources(self) -> set[str]:
-        """Names of the sources that give rows."""
+        """Names of the sources that provide rows."""
         donors = (self.base, *(rule.donor for rule in self.tokens.values()))
         return {name for name in donors if name is not None}

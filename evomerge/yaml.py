@@ -1,7 +1,8 @@
-"""YAML as people mean it: a key twice is an error, 1e-3 is a number, 1:30 is none, nothing runs code or explodes.
+"""YAML as people expect it: duplicate keys are errors, 1e-3 is a number, 1:30 is not, nothing runs code or expands
+without bound.
 
-A few hundred bytes of aliases can stand for billions of values, and a few thousand brackets keep a parser for minutes.
-So the events of a text are counted before anything is made of them, and its values with every alias written out.
+A few hundred bytes of aliases can stand for billions of values, and a few thousand brackets keep a parser busy for
+minutes. So the events of a text are counted before it is parsed, and its values are counted with aliases expanded.
 """
 
 from __future__ import annotations
@@ -15,26 +16,26 @@ import yaml
 from evomerge.errors import InputError
 
 MAX_VALUES = 200_000
-"""Of a text, and of what it says once its aliases are written out."""
+"""The maximum number of values, before and after expanding aliases."""
 
 _MAX_DEEP = 100
 _MAX_SCALAR = 1_000_000  # characters
 _MAX_DIGITS = 40
-_LONG = 100_000  # characters that the slower of the two parsers need not look at when the other finds fault with them
+_LONG = 100_000  # characters from which a text that the fast parser rejects is not given to the slow one
 _MERGE = "tag:yaml.org,2002:merge"
 _STR, _INT = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TEXTS = {"bool": "true or false", "int": "a number", "float": "a number", "null": "nothing", "timestamp": "a date"}
-"""What YAML may take a key without quotes for, by the end of its tag."""
+"""The types that YAML may assume for an unquoted key, by the suffix of its tag."""
 
 _HALF = "holds half of a surrogate pair, which no file can be written with"
 _LOADERS: tuple[Any, ...] = (*([yaml.CSafeLoader] if yaml.__with_libyaml__ else []), yaml.SafeLoader)
-"""For the counting: the first is quick; where it finds fault with a text, the other may go on."""
+"""For counting: the first is fast; the second may accept texts that the first rejects."""
 
 
 class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        # Before <<: is unfolded, since a key of what it brings may rightly be given again.
+        # Before << is merged, because keys from a merge may be overridden.
         first: dict[Hashable, yaml.Mark] = {}
         for key_node, _ in node.value:
             if key_node.tag == _MERGE:
@@ -69,7 +70,7 @@ _StrictLoader.add_constructor(_INT, _StrictLoader.construct_yaml_int)
 _StrictLoader.yaml_constructors = {
     tag: constructor
     for tag, constructor in _StrictLoader.yaml_constructors.items()
-    if tag is None or tag.rpartition(":")[2] not in ("binary", "set", "omap", "pairs")  # which no setting is
+    if tag is None or tag.rpartition(":")[2] not in ("binary", "set", "omap", "pairs")  # which settings never are
 }
 
 
@@ -77,12 +78,12 @@ class _Dumper(yaml.SafeDumper):
     pass
 
 
-# PyYAML follows YAML 1.1, where 1e-3 without a point is a string. The dumper must know, to quote such strings.
+# PyYAML follows YAML 1.1, where 1e-3 without a point is a string. The dumper must know this to quote such strings.
 for _class in (_StrictLoader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
-# There 1:30 is 90, in sixties. First in line, so that it is a text; the dumper goes on to quote it.
+# In YAML 1.1, 1:30 is the base-60 number 90. This resolver comes first, to make it text; the dumper still quotes it.
 _StrictLoader.yaml_implicit_resolvers = {
     first: [(_STR, re.compile(r"[-+]?[0-9][0-9_]*(:[0-9_]+)+(\.[0-9_]*)?$")), *resolvers]
     if first in "-+0123456789"
@@ -92,31 +93,30 @@ _StrictLoader.yaml_implicit_resolvers = {
 
 
 def load_yaml(text: str, place: str, *, most_values: int = MAX_VALUES) -> Any:
-    """The content of one YAML document; None when it is empty.
+    """The content of one YAML document; None if it is empty.
 
     Raises:
-        InputError: no YAML, a key twice in one mapping, a key or number that YAML reads otherwise than people, a tag
-            that asks for more than plain data, or more of anything than a text of settings has; names ``place`` and
-            the line.
+        InputError: invalid YAML, a duplicate key in a mapping, a key or number that YAML reads differently from people,
+            a tag for anything but plain data, or more of anything than settings need; names ``place`` and the line.
     """
     check_yaml(text, place, most_values=most_values)
     try:
-        return yaml.load(text, _StrictLoader)  # a SafeLoader: it builds plain data alone
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError comes of dates such as 2024-99-99
+        return yaml.load(text, _StrictLoader)  # a SafeLoader: it builds only plain data
+    except (yaml.YAMLError, ValueError) as error:  # dates such as 2024-99-99 raise ValueError
         raise _no_yaml(error, place) from None
     except RecursionError:
         raise InputError(place, "is nested too deeply") from None
 
 
 _DOCUMENT = re.compile(r"^---[ \t]*(?:#.*)?$", re.MULTILINE)
-"""What divides documents: inside one, no line can be so."""
+"""The separator of documents: within a document, no line can look like this."""
 
 
 def load_documents(text: str, place: str) -> list[Any]:
-    """The contents of the YAML documents of a text, which lines of three dashes divide; empty ones are left out.
+    """The contents of the YAML documents in a text, separated by lines of three dashes; empty ones are omitted.
 
     Raises:
-        InputError: as ``load_yaml``, by the number of the document.
+        InputError: as for ``load_yaml``, with the number of the document.
     """
     parts = _DOCUMENT.split(text)
     if len(parts) == 1:
@@ -126,10 +126,10 @@ def load_documents(text: str, place: str) -> list[Any]:
 
 
 def check_yaml(text: str, place: str, *, most_values: int = MAX_VALUES) -> None:
-    """Refuse a YAML text that would explode; no value is made of it, and no tag is looked at.
+    """Reject a YAML text that would expand without bound; no values are built, and tags are ignored.
 
     Raises:
-        InputError: it is nested too deeply, says too much, or holds a text that is too long.
+        InputError: it is nested too deeply, has too many values, or contains a text that is too long.
     """
     for loader in _LOADERS:
         try:
@@ -139,7 +139,7 @@ def check_yaml(text: str, place: str, *, most_values: int = MAX_VALUES) -> None:
         except yaml.YAMLError as error:
             if len(text) > _LONG:
                 raise _no_yaml(error, place) from None
-            continue  # what is no YAML is said with its line by whoever reads it
+            continue  # invalid YAML is reported with its line when it is loaded
         except UnicodeEncodeError:
             raise InputError(place, _HALF) from None
 
@@ -179,7 +179,7 @@ def _count_events(events: Iterable[yaml.Event], place: str, most: int) -> None:
 
 
 def _count_values(node: yaml.Node | None, place: str, most: int) -> None:
-    """Count the values of a document with its aliases written out: an alias is the very node that it stands for."""
+    """Count the values of a document with aliases expanded: an alias is the same node object as its anchor."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, above: frozenset[int]) -> int:

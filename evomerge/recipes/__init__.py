@@ -1,1 +1,1 @@
-"""Recipes: models as data, of one kind a file. They hold no tensor and open no file."""
+"""Recipes: models as data, one kind per file. They hold no tensors and open no files."""

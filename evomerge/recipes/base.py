@@ -1,8 +1,8 @@
-"""What every kind of recipe is: a model of a search as data, with one canonical text and a hash of it.
+"""The base of all kinds of recipes: a model of a search as data, with a canonical text and a hash of it.
 
-A kind is a subclass of ``Recipe`` under the entry point group ``evomerge.recipes``; what makes its models is a builder
-(``merging/building/builders.py``) under ``evomerge.builders``, of the same name. Reading a recipe needs no builder, so
-that searches can be looked at without one.
+A kind is a subclass of ``Recipe`` in the entry point group ``evomerge.recipes``. Its models are made by a builder
+(``merging/building/builders.py``) with the same name under ``evomerge.builders``. Reading a recipe needs no builder, so
+that searches can be inspected without one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from evomerge.plugins import find_plugin
 DType = Literal["float32", "float16", "bfloat16"]
 
 STACK = "stack"
-"""The kind that a canonical text is of when it names none: recipes are older than their kinds."""
+"""The kind of a canonical text that names none: recipes are older than kinds."""
 
 
 class Frozen(BaseModel):
-    """Data that does not change, and refuses what it does not know."""
+    """Immutable data that rejects unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,19 +34,20 @@ class Recipe(Frozen, ABC):
     """One model of a search, as data.
 
     ``sources`` maps the short names that the recipe uses to references (a folder or ``org/name@revision``). References
-    say where weights lie today, so the hash leaves them out; what they hold is fixed by the fingerprints of a search.
+    only say where weights currently are, so the hash excludes them; their contents are fixed by a search's
+    fingerprints.
 
-    ``tokenizer`` names the source that gives tokenizer, configuration and chat template. ``dtype`` is what the model's
-    weights are stored as (that of the tokenizer's source when None). ``seed`` keys whatever is drawn.
-    ``calibration`` is the digest of the texts that it is made by, where a method needs any, and ``fit`` that of the
-    items and settings by which numbers of it are fitted (``merging/fitting/fit.py``).
+    ``tokenizer`` names the source that provides tokenizer, configuration and chat template. ``dtype`` is the dtype in
+    which the model's weights are stored (that of the tokenizer's source if None). ``seed`` keys random numbers.
+    ``calibration`` is the digest of the calibration texts, if a method needs them, and ``fit`` that of the items and
+    settings to which some of its numbers are fitted (``merging/fitting/fit.py``).
     """
 
     kind: ClassVar[str]
-    """The name of this kind, which is that of its entry points."""
+    """The name of this kind, which is also that of its entry points."""
 
     takes_prompts: ClassVar[bool] = False
-    """Whether its sources may be soft prompts and prefixes, which change no weights."""
+    """Whether its sources may be soft prompts and prefixes, which do not change weights."""
 
     sources: dict[str, str]
     tokenizer: str
@@ -60,37 +61,37 @@ class Recipe(Frozen, ABC):
         """Names of the sources whose weights this recipe reads."""
 
     def mixed_sources(self) -> set[str]:
-        """Those of them that stand in the model themselves: not a base that changes are taken against alone."""
+        """The sources that are part of the model itself: without a base that only serves to compute changes."""
         return self.used_sources()
 
     def refuse_unknown_sources(self, used: Iterable[str] = ()) -> None:
-        """Raise ValueError where a source that is used, or ``used`` besides, is none of the recipe's."""
+        """Raise ValueError if a source that is used, or one of ``used``, is not one of the recipe's."""
         if missing := sorted((self.used_sources() | {*used, self.tokenizer}) - set(self.sources)):
             raise ValueError(f"unknown source {missing[0]!r}; the sources are {', '.join(sorted(self.sources))}")
 
     @abstractmethod
     def lines(self) -> list[str]:
-        """What the model is made of, in a few lines that people read."""
+        """A description of what the model consists of, in a few lines."""
 
     @property
     def is_fitted(self) -> bool:
-        """Whether numbers of it are fitted to the items of ``fit``, which take that long to find."""
+        """Whether some of its numbers are fitted to the items of ``fit``, which takes as long as a fit."""
         return self.fit is not None
 
     forms: ClassVar[tuple[str, ...]] = ()
-    """In what other forms than the usual one models of this kind are exported, for `evomerge export --as`."""
+    """Additional forms in which models of this kind can be exported, for `evomerge export --as`."""
 
     def unlike(self, form: str | None) -> str:
-        """What an exported model is where it is another one than was scored, as a sentence; empty where it is the same.
+        """A sentence on what the exported model is, if it differs from the scored one; empty if it is the same.
 
         Args:
-            form: one of ``forms``; None for the usual one.
+            form: one of ``forms``; None for the default.
         """
         return ""
 
     @property
     def rounds_on_export(self) -> bool:
-        """Whether the exported model rounds otherwise than the live one, so that scores may differ by as much."""
+        """Whether the exported model rounds differently from the live one, so that scores may differ slightly."""
         return False
 
     @model_validator(mode="before")
@@ -111,11 +112,11 @@ class Recipe(Frozen, ABC):
         return content if self.kind == STACK else {"kind": self.kind, **content}
 
     def written(self, content: dict[str, Any]) -> dict[str, Any]:
-        """What is written down of the fields' ``content``: a kind leaves out what says nothing."""
+        """The ``content`` of the fields to write: a kind omits those that carry no information."""
         return content
 
     def canonical(self) -> str:
-        """The one JSON text of this recipe: sorted keys, shortest floats, no white space, no references."""
+        """The canonical JSON text of this recipe: sorted keys, shortest floats, no white space, no references."""
         return canonical_text(self.model_dump(mode="json") | {"sources": sorted(self.sources)})
 
     @property
@@ -125,7 +126,7 @@ class Recipe(Frozen, ABC):
 
 
 class LayerCount(Protocol):
-    """Layers that follow each other, and something that is alike in all of them."""
+    """Consecutive layers with something in common."""
 
     @property
     def layers(self) -> int: ...
@@ -135,7 +136,7 @@ _Group = TypeVar("_Group", bound=LayerCount)
 
 
 def group_holding(groups: Sequence[_Group], layer: int) -> _Group:
-    """The group that holds a layer, counted from 0 through all groups. IndexError where there is none."""
+    """The group that contains a layer, counted from 0 through all groups. IndexError if there is none."""
     for group in groups:
         if layer < group.layers:
             return group
@@ -144,7 +145,7 @@ def group_holding(groups: Sequence[_Group], layer: int) -> _Group:
 
 
 def read_recipe(text: str, sources: Mapping[str, str]) -> Recipe:
-    """Read a canonical text back; ``sources`` gives the references that it leaves out.
+    """Parse a canonical text; ``sources`` provides the references that it omits.
 
     Raises:
         InputError: it is of a kind that is not installed.
@@ -155,7 +156,7 @@ def read_recipe(text: str, sources: Mapping[str, str]) -> Recipe:
 
 
 def recipe_kind(content: Mapping[str, Any], place: str) -> type[Recipe]:
-    """The kind of recipe that some content says it is.
+    """The kind of recipe that the content names.
 
     Raises:
         InputError: the kind is not installed, or its entry point is something else.
@@ -173,5 +174,5 @@ def canonical_text(content: object) -> str:
 
 
 def text_hash(canonical: str) -> str:
-    """The hash of a recipe whose canonical text is at hand."""
+    """The hash of a recipe, given its canonical text."""
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

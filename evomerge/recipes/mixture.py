@@ -1,12 +1,12 @@
-"""The recipe of a plain mixture of experts, made of dense fine-tunes of one base.
+"""The recipe of a plain mixture of experts, made from dense fine-tunes of one base.
 
-The mlp of each layer becomes several, its *slots*, each made by a blend of the sources as any merged mlp is; attention,
-norms, embedding and head are merged once. A router gives each token, from what the mlp is given, a logit for each slot
-of the layer, W x; the ``top_k`` best slots compute the token, weighted by the gates that the architecture makes of
-their logits (docs/mixtures.md). What comes of it is a model of transformers with no code of its own.
+The mlp of each layer is replaced by several, its *slots*, each made by a blend of the sources like any merged mlp;
+attention, norms, embedding and head are merged once. From the mlp's input x, a router computes a logit for each slot of
+the layer, W x; the ``top_k`` best slots process the token, weighted by gates that the architecture computes from their
+logits (docs/mixtures.md). The result is a transformers model without custom code.
 
-What the recipe says are numbers and names; the routers' weights follow from it, from the sources, and from texts
-(``prototypes``) or the items of ``fit`` (``fitted``): they are evidence, as what methods know of their sources is.
+The recipe only contains numbers and names. The routers' weights are determined by it, the sources, and texts
+(``prototypes``) or the items of ``fit`` (``fitted``): they are evidence, like everything that methods measure.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ Architecture = Literal["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe"]
 RouterKind = Literal["prototypes", "fitted", "random", "uniform"]
 
 BIASED: Architecture = "glm4_moe"
-"""The architecture whose routers have a bias for each expert, by which some can also be missing in a layer."""
+"""The architecture whose routers have a selection bias per expert, with which experts can also be absent in a layer."""
 
 
 class SlotRouter(Frozen):
-    """How the routers' rows are found, one row for each slot and layer.
+    """How the router rows are found, one row for each slot and layer.
 
-    They are found once, with slots and the rest of the model made as said here, whatever other blends a recipe has: so
-    all candidates of a search share them.
+    They are found once, with slots and the rest of the model made as given here, whatever other blends a recipe has, so
+    that all candidates of a search share them.
 
     Attributes:
-        kind: "prototypes": the mean of what the router is given on the texts of a slot, minus that on the others'.
-            "fitted": by gradient, with all slots at once. "random": normally distributed by the recipe's seed.
-            "uniform": zero, so that all slots weigh the same.
-        rest: the blend of all but the mlps, by number.
+        kind: "prototypes": the mean of the router's inputs on the texts of a slot, minus that on the others'. "fitted":
+            by gradient descent, with all slots at once. "random": normally distributed, from the recipe's seed.
+            "uniform": zero, so that all slots have equal weight.
+        rest: the index of the blend of everything but the mlps.
         slots: the blend of each slot's mlps; the names are those of the texts.
-        against: slots that have texts of what they are not for, under the name "not NAME".
+        against: slots with negative texts, which have the name "not NAME".
     """
 
     kind: RouterKind
@@ -61,13 +61,13 @@ class SlotRouter(Frozen):
 
 
 class SlotGroup(Frozen):
-    """Layers that follow each other, and the experts of all of them.
+    """Consecutive layers, and the experts of all of them.
 
     Attributes:
         layers: how many.
-        slots: the blend of each slot that is there, by number.
-        temperature: that logits are divided by: the router's rows are, which is exact.
-        bias: added to a slot's score where the best are chosen, and nowhere else; of ``glm4_moe`` alone.
+        slots: the index of the blend of each slot that is present.
+        temperature: divides the logits; applied exactly by dividing the router's rows.
+        bias: added to a slot's score only for selecting the best; for ``glm4_moe`` only.
     """
 
     layers: int = Field(ge=1)
@@ -90,7 +90,7 @@ class SlotGroup(Frozen):
 
 
 class SharedExpert(Frozen):
-    """A mlp beside the slots that computes every token: its blend, and what its result is multiplied by."""
+    """A mlp beside the slots that processes every token: its blend, and the factor on its output."""
 
     blend: int
     scale: Number = 1.0
@@ -99,8 +99,8 @@ class SharedExpert(Frozen):
 class MixtureRecipe(Recipe):
     """One mixture of experts, as data.
 
-    ``rest`` is the blend of attention and norms, ``embedding`` that of embedding and head. ``normalised`` says that
-    the gates of the slots that a token keeps are divided by their sum.
+    ``rest`` is the blend of attention and norms, ``embedding`` that of embedding and head. ``normalised`` means that
+    the gates of a token's selected slots are divided by their sum.
     """
 
     kind: ClassVar[str] = "mixture"
@@ -154,7 +154,7 @@ class MixtureRecipe(Recipe):
         return tuple(self.router.slots)
 
     def group_of(self, layer: int) -> SlotGroup:
-        """The group that holds a layer. IndexError where there is none."""
+        """The group that contains a layer. IndexError if there is none."""
         return group_holding(self.groups, layer)
 
     def used_sources(self) -> set[str]:
@@ -164,9 +164,9 @@ class MixtureRecipe(Recipe):
         return {name for blend in self.blends for name in blend.sources}
 
     def dense(self, slot: str | None) -> StackRecipe:
-        """The dense model that has a slot's mlps in every layer, those of the shared expert when None.
+        """The dense model with one slot's mlps in every layer, or those of the shared expert if None.
 
-        In a layer that lacks the slot its mlp is some other one's, which the mixture does not use.
+        In a layer that lacks the slot, its mlp is that of another slot, which the mixture does not use.
         """
         numbers = []
         for layer in range(self.layers):
@@ -176,7 +176,7 @@ class MixtureRecipe(Recipe):
         return self._dense(self.rest, self.embedding, [n if n is not None else self.rest for n in numbers])
 
     def landmark(self) -> MixtureRecipe:
-        """The mixture that the router's rows are found with: every slot in every layer, and all of them kept."""
+        """The mixture with which the router rows are found: every slot in every layer, with all of them selected."""
         router = self.router
         group = SlotGroup(layers=self.layers, slots=router.slots)
         changes = {"groups": (group,), "top_k": len(router.slots), "rest": router.rest, "embedding": router.rest}

@@ -1,16 +1,16 @@
-"""The recipe of a model with a soft prompt or a prefix before every text, put together from those of sources.
+"""The recipe of a model with a soft prompt or a prefix before every text, assembled from those of sources.
 
-A soft prompt is rows of the embedding that no token has (Lester et al., "Prompt tuning", arXiv 2104.08691); a prefix is
-keys and values of every layer (Li and Liang, "Prefix-tuning", arXiv 2101.00190; in every layer it is P-tuning v2, Liu
-et al., arXiv 2110.07602). The weights of the model are the base's own.
+A soft prompt consists of embedding rows without tokens (Lester et al., "Prompt tuning", arXiv 2104.08691); a prefix of
+keys and values for every layer (Li and Liang, "Prefix-tuning", arXiv 2101.00190; known as P-tuning v2 in every layer,
+Liu et al., arXiv 2110.07602). The model's weights are those of the base.
 
-Rows of a source's prompt are taken as they are, one run after another, which is concatenation; or a row of several is
+Rows of a source's prompt are used unchanged, one run after another, which is concatenation; or rows are combined as
 
     p0 + sum_k w_k (p_k - p0)
 
-for the rows p_k of prompts that began as the same row p0 (Belanec et al., "Task Prompt Vectors", arXiv 2408.01119,
-equations 2 and 3); with weights that sum to 1 it is their mean. Prompts that began otherwise have nothing to do with
-each other row by row, and a prefix is a set of keys: for these there is concatenation alone.
+for the rows p_k of prompts that were initialised with the same row p0 (Belanec et al., "Task Prompt Vectors", arXiv
+2408.01119, equations 2 and 3); with weights that sum to 1 this is their weighted mean. Rows of prompts with different
+initialisations are unrelated, and a prefix is an unordered set of keys: these can only be concatenated.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ PromptForm = Literal["tokens", "prefix"]
 
 @dataclass(frozen=True)
 class PromptFacts:
-    """What is known of a source's prompt without its numbers.
+    """What is known about a source's prompt without its numbers.
 
     Attributes:
         form: a soft prompt or a prefix.
-        kind: peft's name of how it was trained.
+        kind: peft's name for how it was trained.
         rows: how many tokens it stands for.
-        start: the text whose embedding it was at first; None where nobody knows what it was.
+        start: the text whose embedding initialised it; None if unknown.
     """
 
     form: PromptForm
@@ -45,16 +45,16 @@ class PromptFacts:
 
     @property
     def text(self) -> str:
-        """In words: "a soft prompt of 16 tokens (PROMPT_TUNING)"."""
+        """A description: "a soft prompt of 16 tokens (PROMPT_TUNING)"."""
         what = "a soft prompt of" if self.form == "tokens" else "a prefix of keys and values for"
         return f"{what} {self.rows} token{'s' * (self.rows != 1)} ({self.kind})"
 
 
 class PromptRun(Frozen):
-    """Rows that follow each other, from the same place of one prompt or of several.
+    """Consecutive rows, from the same position of one or more prompts.
 
     Attributes:
-        weights: of each source's prompt; that of one alone is 1.
+        weights: the weight of each source's prompt; 1 for a single source.
         first: the first row.
         rows: how many.
     """
@@ -65,13 +65,13 @@ class PromptRun(Frozen):
 
     @property
     def single(self) -> str | None:
-        """The one source whose rows are taken as they are; None where rows are mixed."""
+        """The only source, whose rows are used unchanged; None if rows are combined."""
         name, weight = next(iter(self.weights.items()))
         return name if len(self.weights) == 1 and weight == 1.0 else None
 
     @property
     def text(self) -> str:
-        """In words, rows counted from 0."""
+        """A description, with rows counted from 0."""
         rows = f"row {self.first}" if self.rows == 1 else f"rows {self.first} to {self.first + self.rows - 1}"
         if self.single is not None:
             return f"{rows} of {self.single}"
@@ -80,9 +80,9 @@ class PromptRun(Frozen):
 
 
 class PromptsRecipe(Recipe):
-    """A model as it is, and the runs of rows that stand before every text; without any it is the model alone.
+    """A base and the runs of rows before every text; without any it is the base alone.
 
-    Runs of one source that go on where the one before ended are one run, so that equal prompts have equal texts.
+    Consecutive runs of one source without a gap are joined to one run, so that equal prompts have equal texts.
     """
 
     kind: ClassVar[str] = "prompts"
@@ -104,7 +104,7 @@ class PromptsRecipe(Recipe):
 
     @classmethod
     def joined(cls, runs: tuple[PromptRun, ...]) -> tuple[PromptRun, ...]:
-        """Runs in which those that go on where the one before ended are one."""
+        """Join runs that continue where the previous one ended."""
         made: list[PromptRun] = []
         for run in runs:
             last = made[-1] if made else None
@@ -116,12 +116,12 @@ class PromptsRecipe(Recipe):
 
     @property
     def rows(self) -> int:
-        """How many tokens stand before a text."""
+        """How many tokens precede a text."""
         return sum(run.rows for run in self.runs)
 
     @property
     def rounds_on_export(self) -> bool:
-        # peft puts a prefix before other batches than a search does, with no room for it in their tokens.
+        # peft forms other batches than a search, because its batches have no tokens for the prefix.
         return self.form == "prefix" and bool(self.runs)
 
     def used_sources(self) -> set[str]:

@@ -1,12 +1,12 @@
-"""The recipe of a model whose adapters are mixed anew for every token, by routers.
+"""The recipe of a model whose adapters are mixed by routers, separately for every token.
 
-A module of stored weight W0 gives, of the experts e with the changes D_e that are present in its layer,
+A module with stored weight W0 computes, for the experts e with changes D_e that are present in its layer,
 
     y = W0 x + gain sum_e g_e(x) D_e x,        g(x) = gates of the logits R x + b
 
-(MoLORA, arXiv 2309.05444, equation 3; of (IA)3 vectors instead of low-rank changes it is MoV, equation 2). What the
-recipe says are numbers and names alone; the routers' weights R and b follow from it, from the sources and, where they
-are fitted, from the items of ``fit``: they are evidence, as what methods know of their sources is.
+(MoLORA, arXiv 2309.05444, equation 3; with (IA)3 vectors instead of low-rank changes it is MoV, equation 2). The recipe
+only contains numbers and names. The routers' weights R and b are determined by it, the sources and, if they are fitted,
+the items of ``fit``: they are evidence, like everything that methods measure.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Where = Literal["all", "attention", "mlp"]
 
 
 class Balance(Frozen):
-    """How much losses of the use of experts count beside that of right answers while routers are fitted.
+    """Weights of balancing losses, relative to the loss on right answers, while routers are fitted.
 
-    ``switch`` is that of Switch Transformers, as MoLA takes it; ``localized`` that of LoRAMoE, whose two groups differ
-    by ``delta``; ``z`` the mean square of log sum exp of the logits (ST-MoE, arXiv 2202.08906, equation 5).
+    ``switch`` is the loss of Switch Transformers, as used by MoLA; ``localized`` that of LoRAMoE, whose two groups
+    differ by ``delta``; ``z`` the mean square of log sum exp of the logits (ST-MoE, arXiv 2202.08906, equation 5).
     """
 
     switch: Number = Field(default=0.0, ge=0)
@@ -37,18 +37,18 @@ class Balance(Frozen):
 
 
 class Router(Frozen):
-    """What routers look at, and how their logits become gates.
+    """The inputs of routers, and how their logits become gates.
 
     Attributes:
         kind: how the routers' weights are found.
-        gate: softmax over the experts that are present and kept, or a sigmoid of each logit, which sums to anything.
-        per: one router for each adapted module, or one for attention and one for the mlp of each layer, which looks at
-            what the block is given.
-        heads: of keys and values each head of a token is routed by itself, on its own activation (MoV).
-        base_expert: "no adapter" is one more expert, with a logit of its own.
-        renormalised: softmax gates of the kept experts are divided by their sum.
-        balance: of fitted routers.
-        refitted: they are fitted to the very experts, temperatures and gains of the recipe, not once for all recipes.
+        gate: softmax over the experts that are present and selected, or a sigmoid of each logit, with any sum.
+        per: one router for each adapted module, or one for attention and one for the mlp of each layer, whose input is
+            that of the block.
+        heads: for keys and values each head of a token is routed separately, by its own activation (MoV).
+        base_expert: "no adapter" is one more expert, with its own logit.
+        renormalised: the softmax gates of the selected experts are divided by their sum.
+        balance: the balancing losses of fitted routers.
+        refitted: routers are fitted to exactly the experts, temperatures and gains of this recipe, not shared.
     """
 
     kind: RouterKind = "fitted"
@@ -79,15 +79,15 @@ class Router(Frozen):
 
 
 class LayerGroup(Frozen):
-    """Layers that follow each other, and how experts are gated in all of them.
+    """Consecutive layers, and how experts are gated in all of them.
 
     Attributes:
         layers: how many.
-        experts: those that are present; none leaves the layers as the base has them.
-        top_k: how many of them a token keeps; all when None.
-        temperature: that logits are divided by.
-        gain: what the gated sum is multiplied by, in attention and in the mlp.
-        bias: added to the logits after their temperature, by expert; those that are left out have none.
+        experts: those that are present; without any, the layers equal those of the base.
+        top_k: how many of them a token uses; None for all.
+        temperature: divides the logits.
+        gain: multiplies the gated sum, in attention and in the mlp.
+        bias: added to the logits after division by the temperature, by expert; missing ones are 0.
     """
 
     layers: int = Field(ge=1)
@@ -112,7 +112,7 @@ class LayerGroup(Frozen):
 class RoutedRecipe(Recipe):
     """A base, adapters of it as experts, and how they are gated from layer to layer.
 
-    ``where`` says which blocks are routed; the other one is made by the blend ``rest``, of the base alone when None.
+    ``where`` says which blocks are routed; the other one is made by the blend ``rest``, and is the base's if None.
     """
 
     kind: ClassVar[str] = "routed"
@@ -140,12 +140,12 @@ class RoutedRecipe(Recipe):
         return self
 
     def group_of(self, layer: int) -> LayerGroup:
-        """The group that holds a layer. IndexError where there is none."""
+        """The group that contains a layer. IndexError if there is none."""
         return group_holding(self.groups, layer)
 
     @property
     def is_fitted(self) -> bool:
-        return self.router.kind == "fitted"  # of others the items are what the use of experts is measured on
+        return self.router.kind == "fitted"  # for other kinds, the use of experts is measured on the items
 
     def used_sources(self) -> set[str]:
         rest = () if self.rest is None else (*self.rest.sources, *filter(None, (self.rest.base,)))

@@ -1,10 +1,10 @@
-"""The recipe of a model whose layers are merged, repeated, left out or laid in another order.
+"""The recipe of a model whose layers are merged, repeated, omitted or reordered.
 
 It lists the *blends* that it uses (a merge method with its parameters) and says which blend makes which part of the
 model.
 
-The stack of layers is a list of *hops*. Where weights alone are merged, hop i is layer i of every source; the list is
-what lets a search over data flow repeat, skip or reorder layers with the same form.
+The stack of layers is a list of *hops*. If only weights are merged, hop i is layer i of every source; in a search over
+data flow, the same list can repeat, skip or reorder layers.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Basis = Literal["core"]
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What a tensor is in the model: the part of the recipe that decides how it is made.
+    """A tensor's function in the model, by which the recipe decides how it is made.
 
-    ``layer`` is None outside the stack of layers. A "norm" with a layer is a norm that stands in that layer outside its
-    attention and its mlp; a "norm" without one is the norm before the head. "vision" is all that makes images into
-    what the layers read: tower, projector, and what else stands beside the text model. "matrix" is the weight of a
-    linear layer of a table of tensors, whose layers nobody knows; all else there is "embedding", whose blend it has.
+    ``layer`` is None outside the stack of layers. A "norm" with a layer is a norm in that layer outside its attention
+    and its mlp; a "norm" without one is the norm before the head. "vision" is everything that processes images: tower,
+    projector, and all else beside the text model. In a table of tensors, whose layers are unknown, "matrix" is the
+    weight of a linear layer, and everything else is "embedding" and uses its blend.
     """
 
     kind: RoleKind
@@ -54,11 +54,11 @@ def _no_negative_zero(value: float) -> float:
 
 Number = Annotated[FiniteFloat, AfterValidator(_no_negative_zero)]
 ChoiceName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$", max_length=100)]
-"""The name of a choice, which cannot be read as a number."""
+"""The name of a choice, which cannot be mistaken for a number."""
 
 
 class BlendStep(Frozen):
-    """A step that changes what the method of a blend made; parameters that are left out are at their defaults."""
+    """A step that changes the result of a blend's method; omitted parameters have their defaults."""
 
     name: str
     parameters: dict[str, Number | ChoiceName] = Field(default_factory=dict)
@@ -67,16 +67,16 @@ class BlendStep(Frozen):
 class Blend(Frozen):
     """How one part of a model is made: a method, the sources it mixes, and its numbers.
 
-    ``parameters`` maps a parameter's name to one value, to a value for each source by name, or to a yes/no switch. A
-    value is a number (a whole one, too, is a float) or the name of a choice.
-    ``sources`` never holds the base unless the base is mixed in as a source as well (as in a linear average with it).
+    ``parameters`` maps a parameter's name to one value, to a value per source by name, or to a yes/no switch. A value
+    is a number (stored as a float, even if whole) or the name of a choice. ``sources`` contains the base only if the
+    base is also mixed in as a source (as in a linear average with it).
 
-    ``basis`` says in which coordinates the method merges: those of the weights, or "core", the few that hold all that
-    low-rank adapters change of a weight. The method is then given changes of ``base``, whose own is zero, and what it
-    makes of them is put on the base (``merging/core_space.py``).
+    ``basis`` is the coordinate system in which the method merges: that of the weights, or "core", the few coordinates
+    that hold everything that low-rank adapters change in a weight. The method is then given changes of ``base``, whose
+    own change is zero, and its result is added to the base (``merging/core_space.py``).
 
-    ``steps`` change what the method made, one after the other, in the weights' own coordinates; in core space those
-    that are the same in any (``Step.in_any_basis``) there.
+    ``steps`` change the method's result, one after another, in the weights' own coordinates; in core space, steps that
+    are independent of the basis (``Step.in_any_basis``) are applied there.
     """
 
     method: str
@@ -96,20 +96,20 @@ class Blend(Frozen):
 
     @classmethod
     def copy_of(cls, source: str) -> Blend:
-        """One source as it is."""
+        """One source, unchanged."""
         return cls(method="passthrough", sources=(source,), parameters={"scale": {source: 1.0}})
 
     @classmethod
     def weighted_sum(cls, weights: Mapping[str, Number | ChoiceName]) -> Blend:
-        """The sum of sources, each times its weight."""
+        """The sum of sources, each multiplied by its weight."""
         return cls(method="linear", sources=tuple(weights), parameters={"weight": dict(weights), "normalize": False})
 
     def value(self, name: str, source: str | None = None) -> float:
-        """One number of this blend; of ``source`` where the parameter has a value for each. KeyError when absent."""
+        """A number of this blend; for ``source`` if the parameter has one per source. KeyError if absent."""
         return float(self._value(name, source))
 
     def choice(self, name: str, source: str | None = None) -> str:
-        """What is chosen, as ``value``."""
+        """The name of a choice, looked up like ``value``."""
         return str(self._value(name, source))
 
     def _value(self, name: str, source: str | None) -> bool | float | str:
@@ -127,10 +127,10 @@ LayerIndex = Annotated[int, Field(ge=0)]
 
 
 class Hop(Frozen):
-    """One step of the path: a layer of the sources, and the blends (by number) that make its three kinds of tensor.
+    """One step of the path: a layer of the sources, and the indices of the blends for its three kinds of tensor.
 
-    ``layer`` is one number where the sources give the same layer, and else a number for each source by name.
-    ``scale`` is a number of this step alone; what it multiplies is said by ``Recipe.scaling``.
+    ``layer`` is a single number if all sources use the same layer, otherwise a number per source by name. ``scale``
+    applies to this step only; ``Recipe.scaling`` says what it multiplies.
     """
 
     layer: LayerIndex | dict[str, LayerIndex]
@@ -156,21 +156,21 @@ class Hop(Frozen):
         return written
 
     def layer_of(self, source: str) -> int:
-        """The layer that ``source`` gives to this hop. KeyError where the hop takes none of it."""
+        """The layer that ``source`` contributes to this hop. KeyError if the hop does not use it."""
         return self.layer[source] if isinstance(self.layer, dict) else self.layer
 
 
 class _Numbering:
-    """Numbers equal blends once, in the order in which they are met.
+    """Numbers distinct blends, in the order of first use.
 
     Attributes:
-        blends: those that were met, by their numbers.
+        blends: the blends so far, by their numbers.
     """
 
     def __init__(self) -> None:
         self.blends: list[Blend] = []
         self._numbers: dict[str, int] = {}
-        # By identity: a blend takes a while to write down, and often stands in many places.
+        # By identity, because serialising a blend takes a while, and the same object is often used in many places.
         self._met: dict[int, tuple[Blend, int]] = {}
 
     def __call__(self, blend: Blend) -> int:
@@ -186,17 +186,18 @@ class _Numbering:
 class StackRecipe(Recipe):
     """One merged model, as data: a blend for each part of it. ``seed`` keys the random drops of DARE.
 
-    ``tensors`` are those made otherwise than their part: the tensor's name in the merged model, which is its name in
-    the files of the tokenizer's source with the number of the hop in the layer's place, and the blend's number.
+    ``tensors`` are exceptions, which are made differently from their part: the tensor's name in the merged model, which
+    is its name in the files of the tokenizer's source with the number of the hop in place of the layer, and the index
+    of the blend.
 
-    ``vocabulary`` says which tokens the model knows where sources differ in that.
+    ``vocabulary`` says which tokens the model has if sources differ in that.
 
-    ``vision`` is the blend of what makes images into what the layers read; where it is left out, that is the
-    tokenizer's source's own, and the sources need not have it.
+    ``vision`` is the blend of the vision parts; if omitted, they are the tokenizer's source's own, and the other
+    sources need not have them.
 
     ``scaling`` says what the scale s of a hop does to the hidden state x of the residual stream: "stream" multiplies
     all of it before the hop, x -> s x + blocks(norm(s x)); "update" what the hop adds, x -> x + s blocks(norm(x)).
-    Both exist in the wild and are different models (docs/data-flow.md).
+    Both are used in practice and give different models (docs/data-flow.md).
     """
 
     kind: ClassVar[str] = STACK
@@ -232,7 +233,7 @@ class StackRecipe(Recipe):
         mixed = _sources(self.blends[index] for index in (hop.attention, hop.mlp, hop.norm))
         if missing := sorted(mixed - set(layers)):
             raise ValueError(f"hop {number} mixes {missing[0]!r}, but does not say which layer of it")
-        # A tensor made otherwise may mix sources that the rest of its hop does not.
+        # An exception may mix sources that the rest of its hop does not use.
         if unused := sorted(set(layers) - mixed - _sources(self.blends[index] for index in self.tensors.values())):
             raise ValueError(f"hop {number} names a layer of {unused[0]!r}, but does not mix it")
 
@@ -267,11 +268,11 @@ class StackRecipe(Recipe):
         calibration: str | None = None,
         fit: str | None = None,
     ) -> StackRecipe:
-        """Build a recipe from blends, numbering equal blends once, in order of first use.
+        """Build a recipe from blends; equal blends are numbered once, in order of first use.
 
-        ``hops`` gives (layer, attention, mlp, norm), ``scales`` a number for each of them. The numbering is a function
-        of the content, so two recipes that say the same thing have the same text and hash; ``vision`` is numbered
-        after the path, and ``tensors`` last, in the order of their names.
+        ``hops`` gives (layer, attention, mlp, norm), ``scales`` a number for each hop. The numbering depends only on
+        the content, so equivalent recipes have the same text and hash; ``vision`` is numbered after the path, and
+        ``tensors`` last, in the order of their names.
         """
         number = _Numbering()
         first, stack = number(embedding), list(hops)
@@ -320,7 +321,7 @@ class StackRecipe(Recipe):
         dtype: DType | None = None,
         fit: str | None = None,
     ) -> StackRecipe:
-        """The same blend for every part of a model of ``layers`` layers, but for what reads images."""
+        """The same blend for every part of a model with ``layers`` layers, except for the vision parts."""
         return cls.compose(
             sources=sources,
             tokenizer=tokenizer,
@@ -336,15 +337,15 @@ class StackRecipe(Recipe):
         )
 
     def blend_for(self, role: Role, name: str | None = None) -> Blend:
-        """The blend that makes a tensor of this role; ``role.layer`` counts hops here.
+        """The blend that makes a tensor with this role; ``role.layer`` counts hops here.
 
-        With ``name``, its name in the merged model, that of this very tensor, which may be made otherwise.
+        With ``name``, the tensor's name in the merged model, exceptions for this tensor are taken into account.
         """
         number = self.blend_number(role, name)
         return Blend.copy_of(self.tokenizer) if number is None else self.blends[number]
 
     def blend_number(self, role: Role, name: str | None = None) -> int | None:
-        """The number of that blend; None where it is the tokenizer's source's own tensor without being said."""
+        """The number of that blend; None for a tensor copied from the tokenizer's source by default."""
         if name in self.tensors:
             return self.tensors[name]
         if role.kind == "vision":
@@ -356,23 +357,23 @@ class StackRecipe(Recipe):
 
     @property
     def seen(self) -> Blend | None:
-        """The blend of what reads images; None where that is the tokenizer's source's own."""
+        """The blend of the vision parts; None if they are the tokenizer's source's own."""
         return None if self.vision is None else self.blends[self.vision]
 
     @property
     def is_scaled(self) -> bool:
-        """A hop has a scale other than 1."""
+        """Whether any hop has a scale other than 1."""
         return any(hop.scale != 1.0 for hop in self.hops)
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """What each hop's blocks are multiplied by before they are added to the residual stream.
+        """The factor on each hop's blocks before they are added to the residual stream.
 
         With scaling "update" these are the scales. With "stream", let p_t be the product of the scales up to hop t, x_t
-        the hidden state after it, and y_t = x_t / p_t. Blocks see norms of the stream, which its size does not change,
-        so x_t = s_t x_{t-1} + blocks(norm(s_t x_{t-1})) is y_t = y_{t-1} + blocks(norm(y_{t-1})) / p_t: the factor is
-        1 / p_t, and the norm before the head takes out the rest. So a scaled path is a plain model with other output
-        projections. (The norms' eps, some 1e-6 beside the mean square of x, is not scaled along.)
+        the hidden state after it, and y_t = x_t / p_t. Blocks read the stream through norms, which are independent of
+        its size, so x_t = s_t x_{t-1} + blocks(norm(s_t x_{t-1})) becomes y_t = y_{t-1} + blocks(norm(y_{t-1})) / p_t:
+        the factor is 1 / p_t, and the norm before the head removes the rest. So a scaled path is a plain model with
+        different output projections. (The norms' eps, about 1e-6 of the mean square of x, is not scaled.)
         """
         if self.scaling == "update":
             return tuple(hop.scale for hop in self.hops)
@@ -397,7 +398,7 @@ def _sources(blends: Iterable[Blend]) -> set[str]:
 
 
 def renumber(name: str, role: Role, layer: int) -> str:
-    """The name of the tensor that is in layer ``layer`` what ``name``, of this role, is in its own layer."""
+    """The name of the tensor that corresponds in layer ``layer`` to ``name``, which has this role in its own layer."""
     if role.layer in (None, layer):
         return name
     parts = name.split(".")

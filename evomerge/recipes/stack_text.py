@@ -1,4 +1,4 @@
-"""A stack recipe in a few lines that people read: which parts of the model each blend makes, and of what."""
+"""A description of a stack recipe in a few lines: which parts of the model each blend makes, and from what."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from evomerge.printable import ranges
 if TYPE_CHECKING:
     from evomerge.recipes.stack import Blend, BlendStep, StackRecipe
 
-_SCALE = "scale"  # the step that profiles over depth are made of
-_MAX_TENSORS = 3  # tensors of their own that a line names
+_SCALE = "scale"  # the step by which profiles over depth are expressed
+_MAX_TENSORS = 3  # maximum number of tensors that a line lists by name
 
 
 def stack_lines(recipe: StackRecipe) -> list[str]:
     """A line for each blend: attention of layers 0 to 9: ties of maths, json on base; weight maths 0.5, json 0.9.
 
-    Blends that differ in nothing but by what they are scaled at last, as those of a profile, have one line; so have
-    those that differ in digits that nobody is told.
+    Blends that differ only in a final scaling, such as those of a profile, share one line, and so do those that differ
+    only in digits that are not shown.
     """
     alike: dict[str, list[int]] = {}
     for number, blend in enumerate(recipe.blends):
@@ -37,7 +37,7 @@ def stack_lines(recipe: StackRecipe) -> list[str]:
 
 
 def _is_scaled(blend: Blend) -> bool:
-    """Whether the last that is done to a blend's change is to scale it."""
+    """Whether the last step of a blend is a scaling of its change."""
     return bool(blend.steps) and blend.steps[-1].name == _SCALE
 
 
@@ -46,16 +46,16 @@ def _without_last_scale(blend: Blend) -> Blend:
 
 
 def _last_factor(blend: Blend) -> str:
-    """By what a blend is scaled at last, if it is."""
+    """A description of a blend's final scaling, if it has one."""
     return value_text(blend.steps[-1].parameters.get("factor", 1.0)) if _is_scaled(blend) else "1"
 
 
 def _parts(recipe: StackRecipe, number: int) -> str:
-    """Which parts of the model a blend makes, in few words."""
+    """A short description of the parts of the model that a blend makes."""
     if len(recipe.blends) == 1:
         return "the whole model"
     names = [name for name in ("embedding", "norm", "head") if getattr(recipe, name) == number]
-    layers: dict[str, list[str]] = {}  # kinds of parts by the layers that the blend makes of them
+    layers: dict[str, list[str]] = {}  # kinds of parts, by the layers for which the blend makes them
     for kind in ("attention", "mlp", "norm"):
         if hops := [i for i, hop in enumerate(recipe.hops) if getattr(hop, kind) == number]:
             layers.setdefault(ranges(hops, " to "), []).append(kind)
@@ -71,7 +71,7 @@ def _parts(recipe: StackRecipe, number: int) -> str:
 
 
 def value_text(value: float | str) -> str:
-    """A number in few digits; the name of a choice."""
+    """A number with few digits; the name of a choice."""
     return value if isinstance(value, str) else f"{value:.4g}"
 
 

@@ -1,4 +1,4 @@
-"""Recipes in stages: merges of which later ones use earlier ones, as they would use a model."""
+"""Recipes in stages: a sequence of merges in which later ones use earlier ones like models."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Stage(Frozen):
     """One merge of several.
 
     Attributes:
-        name: by which later stages use it.
-        takes: for each source of the recipe what it is: a source of the whole, or an earlier stage.
-        recipe: the merge; its own references say nothing.
+        name: the name by which later stages refer to it.
+        takes: for each source of its recipe, the source of the whole recipe or the earlier stage that it is.
+        recipe: the merge; its own references are meaningless.
     """
 
     name: str = Field(min_length=1)
@@ -26,15 +26,15 @@ class Stage(Frozen):
 
     @classmethod
     def of(cls, name: str, takes: Mapping[str, str], recipe: StackRecipe) -> Stage:
-        """A stage of a recipe, whose references are left out."""
+        """A stage for a recipe, without the recipe's references."""
         bare = recipe.model_copy(update={"sources": dict.fromkeys(recipe.sources, "")})
         return cls(name=name, takes={source: takes[source] for source in recipe.sources}, recipe=bare)
 
 
 class StagedRecipe(Recipe):
-    """Merges one after another, each of sources and of the merges before it; the last of them is the model.
+    """A sequence of merges, each of sources and of earlier merges; the last one is the model.
 
-    A stage is never rounded on its way into the next: it is computed in float32 tensor by tensor, as the next asks.
+    A stage is never rounded before the next one uses it: it is computed in float32, tensor by tensor, on demand.
     """
 
     kind: ClassVar[str] = "staged"
@@ -60,7 +60,7 @@ class StagedRecipe(Recipe):
 
     @classmethod
     def of(cls, stages: tuple[Stage, ...], sources: Mapping[str, str]) -> StagedRecipe:
-        """The recipe of some stages; the tokenizer is that of the source from which the last one has its own."""
+        """The recipe for some stages; the tokenizer is that of the source from which the last stage takes its own."""
         by_name = {stage.name: stage for stage in stages}
         tokenizer = stages[-1].name
         while tokenizer in by_name:

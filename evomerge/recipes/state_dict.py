@@ -1,4 +1,4 @@
-"""The recipe of a merged table of tensors that no transformers architecture stands behind, by groups of its tensors."""
+"""The recipe of a merged table of tensors without a transformers architecture, by groups of tensors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from evomerge.recipes.base import Frozen, Recipe
 from evomerge.recipes.stack import Blend
 
 Keys = Literal["same", "union", "intersection"]
-"""What becomes of tensors that not all tables have: they are an error, copied from the first that has them, or left
-out."""
+"""How to treat tensors that not all tables have: as an error, copied from the first table that has them, or omitted."""
 
 
 class TensorGroup(Frozen):
-    """Tensors that are made alike.
+    """Tensors that are made in the same way.
 
     Attributes:
-        name: for people.
-        patterns: of the names of its tensors or of blocks; see ``evomerge.raw.blocks.grouped``.
+        name: its display name.
+        patterns: patterns of the names of tensors or blocks; see ``evomerge.raw.blocks.grouped``.
         blend: how they are made.
     """
 
@@ -30,10 +29,10 @@ class TensorGroup(Frozen):
 
 
 class StateDictRecipe(Recipe):
-    """A table of tensors. A tensor is of the first group that has a pattern of it; one of none is copied.
+    """A table of tensors. A tensor belongs to the first group with a matching pattern; others are copied.
 
-    ``tokenizer`` is the source that is copied from, and gives the layout: a table reads no texts. ``dtype`` is what the
-    tensors of groups are stored as; what is copied stays as it is.
+    ``tokenizer`` is the source that tensors are copied from, and that provides the layout: a table reads no texts.
+    ``dtype`` is the dtype in which tensors of groups are stored; copied tensors are unchanged.
     """
 
     kind: ClassVar[str] = "state_dict"
@@ -64,7 +63,7 @@ class StateDictRecipe(Recipe):
 
 
 def _line(group: TensorGroup) -> str:
-    """A group in words: "IN04: linear of a 0.3, b 0.7"."""
+    """A description of a group: "IN04: linear of a 0.3, b 0.7"."""
     blend = group.blend
     base = "" if blend.base is None else f" on {blend.base}"
     said = []

@@ -1,4 +1,4 @@
-"""How a model of experts used them: measured while it is scored, and kept beside its scores."""
+"""How much a routed model uses its experts: measured during scoring, and stored with the scores."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from evomerge.recipes.base import Frozen
 
 
 class ExpertUse(Frozen):
-    """What the tokens of a task were given.
+    """How much the tokens of a task use each expert.
 
     Attributes:
-        experts: by name; the base last, where routers may abstain.
-        tokens: that passed, padding left out.
-        shares: of each layer, of all that gates let through, the share of each expert; nothing of layers without
-            routers.
-        entropy: of each layer, of a token's gates divided by their sum, in nats, a mean over tokens; None without
+        experts: by name; the base last, if routers may abstain.
+        tokens: the number of tokens, without padding.
+        shares: for each layer, the share of each expert in the sum of all gates; empty for layers without routers.
+        entropy: for each layer, the entropy of a token's normalised gates, in nats, averaged over tokens; None without
             routers.
     """
 
@@ -30,33 +29,33 @@ class ExpertUse(Frozen):
 
     @property
     def mean_shares(self) -> tuple[float, ...]:
-        """The share of each expert, a mean over layers with routers."""
+        """The share of each expert, averaged over layers with routers."""
         known = [shares for shares in self.shares if shares]
         return tuple(fmean(of) for of in zip(*known, strict=True))
 
     @property
     def variation_within(self) -> float | None:
-        """The coefficient of variation of shares within each half of the experts, a mean over halves and layers."""
+        """The coefficient of variation of shares within each half of the experts, averaged over halves and layers."""
         halves = [half for shares in self.shares for half in _halves(self._own(shares)) if half]
         return fmean(map(variation, halves)) if halves else None
 
     @property
     def variation_between(self) -> float | None:
-        """That of the two halves' mean shares, a mean over layers (LoRAMoE's groups, arXiv 2312.09979)."""
+        """That of the two halves' mean shares, averaged over layers (LoRAMoE's groups, arXiv 2312.09979)."""
         both = [[fmean(half) for half in _halves(self._own(shares)) if half] for shares in self.shares if shares]
         return fmean(map(variation, both)) if both else None
 
     def _own(self, shares: Sequence[float]) -> Sequence[float]:
-        """Those of experts, without that of the base."""
+        """The shares of experts, without that of the base."""
         return shares[: len(self.experts) - (self.experts[-1:] == (BASE,))]
 
 
 BASE = "base alone"
-"""How abstaining is called among experts: no source has a name with a space."""
+"""The name of abstaining among experts: no source has a name with a space."""
 
 
 def variation(numbers: Sequence[float]) -> float:
-    """The coefficient of variation, standard deviation over mean; 0 where all are 0."""
+    """The coefficient of variation, standard deviation over mean; 0 if all are 0."""
     mean = fmean(numbers)
     return math.sqrt(fmean((number - mean) ** 2 for number in numbers)) / mean if mean else 0.0
 
@@ -66,7 +65,7 @@ def _halves(shares: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def together(uses: Iterable[ExpertUse]) -> ExpertUse | None:
-    """The use in several passes of one model, as one; None where there is none."""
+    """Combine the use in several passes of one model; None if there is none."""
     known = [use for use in uses if use.tokens]
     if not known:
         return None

@@ -33,16 +33,16 @@ SPLITS: tuple[Split, ...] = ("search", "held_out")
 
 
 HARMLESS = frozenset({"allow_task_code", "batch_size", "batch_tokens", "count_tokens", "max_gigabytes", "max_seconds"})
-"""Settings of the evaluators here that change no score, and so need not change a version: how items are batched, what
-code may do, and what ``counted`` adds with a version of its own."""
+"""Settings of this project's evaluators that affect no score, and so need not affect a version: how items are batched,
+what code may do, and the metric added by ``counted``, which has its own version."""
 
 
 class EvaluatorContract:
-    """Override ``settings``: splits of some ten items are enough. ``live`` is tiny, random, and reads any text.
+    """Override ``settings``: splits of about ten items suffice. ``live`` is tiny, random, and reads any text.
 
     Attributes:
-        harmless: settings that change no score; a version need not follow from them.
-        changes: another valid value of a setting, where none can be made up from its type.
+        harmless: settings that affect no score, and need not affect the version.
+        changes: another valid value for a setting, if none can be derived from its type.
     """
 
     harmless: ClassVar[frozenset[str]] = HARMLESS
@@ -50,7 +50,7 @@ class EvaluatorContract:
 
     @pytest.fixture
     def settings(self) -> EvaluatorSettings:
-        """Settings whose ``build`` gives the evaluator under test."""
+        """Settings whose ``build`` returns the evaluator under test."""
         raise NotImplementedError
 
     @pytest.fixture
@@ -150,7 +150,7 @@ class EvaluatorContract:
                 score(evaluator, live, "search", [index])
 
     def test_answers_are_of_the_model_at_hand(self, evaluator: Evaluator, live: LiveModel) -> None:
-        """Weights change in place under an evaluator; nothing may be remembered from the model before."""
+        """Weights change in place under an evaluator; it must not remember anything from the previous model."""
         whole = range(len(evaluator.items("search")))
         before = score(evaluator, live, "search", whole).scores
         saved = {name: tensor.clone() for name, tensor in live.model.state_dict().items()}
@@ -183,10 +183,10 @@ class EvaluatorContract:
             assert list(rebuilt.items(split)) == list(evaluator.items(split))
 
     def test_the_version_follows_from_every_setting(self, settings: EvaluatorSettings, evaluator: Evaluator) -> None:
-        """Scores are kept by version: where it stays the same, scores of other settings are taken for its own.
+        """Scores are cached by version: if it does not change, scores of other settings are reused by mistake.
 
-        Each setting is given another value. Names of files and models are left as they are, and so is a setting whose
-        other values are refused; ``changes`` gives one that is not.
+        Each setting is given another value, except names of files and models, and settings whose other values are all
+        rejected; ``changes`` provides a valid value for these.
         """
         missing = []
         for name, field in type(settings).model_fields.items():
@@ -200,18 +200,18 @@ class EvaluatorContract:
 
 
 def _built(settings: EvaluatorSettings, name: str, values: Sequence[object]) -> Iterator[Evaluator]:
-    """The evaluators of the same settings with each of some values of one of them; refused values give none."""
+    """The evaluators for other values of one setting; rejected values are skipped."""
     for value in values:
         try:
             changed = type(settings).model_validate(settings.model_dump() | {name: value})
-            if changed != settings:  # zero has no half
+            if changed != settings:  # half of zero is zero
                 yield changed.build()
         except (ValidationError, InputError):
             continue
 
 
 def _others(field: FieldInfo, value: object) -> Sequence[object]:
-    """Other values that a setting may have, the likelier to be valid first; none for files, models and mappings."""
+    """Other values that a setting may have, the most likely valid ones first; none for files, models and mappings."""
     kinds = _kinds(field.annotation)
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     if choices:
@@ -231,7 +231,7 @@ def _others(field: FieldInfo, value: object) -> Sequence[object]:
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """The types that a value may have: of ``X | None``, X and None."""
+    """The types that a value may have: for ``X | None``, X and None."""
     alternatives = [] if get_origin(annotation) is Literal else get_args(annotation)
     is_union = bool(alternatives) and get_origin(annotation) not in (tuple, list, dict)
     return [kind for inner in alternatives for kind in _kinds(inner)] if is_union else [annotation]

@@ -1,4 +1,4 @@
-"""One driver a search, and the words it hears: what every database must hold to."""
+"""The lease of a search's only driver, and the commands sent to it: the contract of every database."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LeaseContract(StoreFixtures):
         for part in (f"process {me.pid}", me.host, "since 20"):
             assert part in refusal.value.problem
         assert current_holder(reader) == me
-        store.set_state("running")  # the attempt did the holder no harm
+        store.set_state("running")  # the attempt did not affect the holder
 
     def test_a_released_lease_is_free_at_once(self, store: Store, reader: Store) -> None:
         first = acquire(store)
@@ -85,7 +85,7 @@ class LeaseContract(StoreFixtures):
             assert reader.events() == before
             assert reader.candidate(0).status == "running"
             lease.release()
-            assert current_holder(reader) is not None  # it did not give away what is no longer its own
+            assert current_holder(reader) is not None  # it did not release a lease that it no longer holds
 
     def test_the_heartbeat_renews_the_lease(self, store: Store) -> None:
         with acquire(store, expiry_s=1.0):

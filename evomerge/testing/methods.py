@@ -34,16 +34,16 @@ THREADS = WorkerThreads(2)
 
 
 Models = Mapping[str, Mapping[str, Tensor]]
-"""All tensors of each model, by names."""
+"""All tensors of each model, by name."""
 
 
 def plan(
     method: Method, base: Tensor | None, sources: Sequence[Tensor], blend: Blend, models: Models | None = None
 ) -> tuple[Pass, list[Tensor]]:
-    """What a method plans for these tensors, which are ``blend.base`` and ``blend.sources``, and what it reads.
+    """A method's plan for these tensors, which are ``blend.base`` and ``blend.sources``, and the tensors it reads.
 
     Args:
-        models: what the models have beside them, for facts of whole models; nothing where None.
+        models: the other tensors of the models, for facts about whole models; none if None.
     """
     held: dict[Ref, Tensor] = {(name, TENSOR): x for name, x in zip(blend.sources, sources, strict=True)}
     if base is not None and blend.base is not None:
@@ -61,25 +61,25 @@ def plan(
 
 
 class MadeUpInputs:
-    """Inputs of layers whose weights are [out, in], other ones for every source and always the same."""
+    """Inputs of layers with weights [out, in], different for every source but deterministic."""
 
     def __init__(self, held: Mapping[Ref, Tensor]) -> None:
         self._held = held
 
     def of(self, ref: Ref) -> LayerInput:
-        """Random ones of the width of the tensor."""
+        """Random inputs with the width of the tensor."""
         width = self._held[ref].shape[-1]
         generator = torch.Generator().manual_seed(zlib.crc32(ref[0].encode()))
         rows = torch.randn((2 * width, width), generator=generator)
         return LayerInput(rows.T @ rows / len(rows), rows.abs().mean(0), axis=1)
 
     def channels(self, ref: Ref) -> Tensor:
-        """Of these inputs."""
+        """The channel sizes of these inputs."""
         return self.of(ref).size
 
 
 class MadeUpCoefficients:
-    """Coefficients, other ones for every source and always the same."""
+    """Coefficients, different for every source but deterministic."""
 
     def of(self, base: str, sources: Sequence[str], tensor: str) -> list[float]:
         """Multiples of an eighth between 0 and 2."""
@@ -94,7 +94,7 @@ def merge(
     dtype: torch.dtype = torch.float32,
     models: Models | None = None,
 ) -> Tensor:
-    """One tensor, merged as an export or a search would; ``models`` as of ``plan``."""
+    """One tensor, merged as in an export or a search; ``models`` as for ``plan``."""
     planned, read = plan(method, base, sources, blend, models)
     out = torch.full(sources[0].shape, torch.nan, dtype=dtype)
     THREADS.run([TensorJob(planned, read, out)])
@@ -110,7 +110,7 @@ def tensors(
 
 
 def _step(parameter: MethodParameter, fraction: float) -> Value:
-    """The value that is so far within the range of a parameter."""
+    """The value at this fraction of the range of a parameter."""
     if parameter.kind == "choice":
         return parameter.choices[int(fraction * (len(parameter.choices) - 1))]
     value = parameter.low + (parameter.high - parameter.low) * fraction
@@ -118,7 +118,7 @@ def _step(parameter: MethodParameter, fraction: float) -> Value:
 
 
 def any_value(parameter: MethodParameter) -> st.SearchStrategy[Value]:
-    """Any value within the limits of a parameter, the ends and the default often."""
+    """Any value within the limits of a parameter, often the ends and the default."""
     if parameter.kind == "choice":
         return st.sampled_from(parameter.choices)
     low, high = parameter.limits or (parameter.low, parameter.high)
@@ -134,15 +134,14 @@ def _far(one: Tensor, other: Tensor) -> str:
 
 
 class MethodContract:
-    """What every merge method keeps. Override what differs for yours.
+    """The properties of every merge method. Override what differs for yours.
 
     Attributes:
         method: the method under test.
-        symmetric: the order of sources does not matter, as long as their numbers go with them.
-        whole: values by which a source is taken whole: alone with these, it comes out as it was. None where a method
-            has no such values.
-        tolerance: relative to the largest element, by which results may differ that are equal but for rounding.
-            Decompositions need more than sums.
+        symmetric: whether the order of sources is irrelevant, if their numbers are permuted along.
+        whole: values by which a single source is returned unchanged. None if a method has no such values.
+        tolerance: relative to the largest element, for results that are equal except for rounding. Decompositions need
+            a larger one than sums.
     """
 
     method: ClassVar[Method]
@@ -156,7 +155,7 @@ class MethodContract:
         return min(max(3, self.method.min_sources), self.method.max_sources or 3)
 
     def blend(self, values: Mapping[str, float] | None = None, count: int | None = None) -> Blend:
-        """A blend of sources s0, s1, ... with the method's defaults; ``values`` replace those of the same name."""
+        """A blend of sources s0, s1, ... with the method's defaults, overridden by ``values``."""
         method = self.method
         names = tuple(f"s{i}" for i in range(self.count if count is None else count))
         parameters = default_parameters(method, names)
@@ -166,7 +165,7 @@ class MethodContract:
         return Blend(method=method.name, sources=names, base="b" if method.needs_base else None, parameters=parameters)
 
     def merge(self, base: Tensor, sources: Sequence[Tensor], blend: Blend) -> Tensor:
-        """Run the method, and see that it left its inputs as they were."""
+        """Run the method, and check that it does not modify its inputs."""
         before = [tensor.clone() for tensor in (base, *sources)]
         merged = merge(self.method, base, sources, blend)
         for old, new in zip(before, (base, *sources), strict=True):
@@ -174,7 +173,7 @@ class MethodContract:
         return merged
 
     def near(self, one: Tensor, other: Tensor) -> bool:
-        """Whether two results are equal but for rounding."""
+        """Whether two results are equal except for rounding."""
         return bool((one - other).abs().max() <= self.tolerance * max(1.0, float(other.abs().max())))
 
     def test_defaults_are_a_blend_that_is_let_through(self) -> None:
@@ -208,12 +207,12 @@ class MethodContract:
         planned, _ = plan(self.method, base, sources, self.blend())
         monkeypatch.setattr(jobs, "PIECE", 4)
         cut = self.merge(base, sources, self.blend())
-        # Torch's powers, sigmoids and long sums round the last elements of a run otherwise, what is compiled does not.
+        # torch's powers, sigmoids and long sums round the last elements of a run differently; compiled code does not.
         same = self.near(cut, whole) if planned.kernel() is None else torch.equal(cut, whole)
         assert same, f"{_far(cut, whole)}: {_WHOLE}"
 
     def test_large_tensors_are_made_as_the_plain_definition_makes_them_whole(self) -> None:
-        """Tensors above ``jobs.PIECE`` are cut: what needs whole rows or the whole tensor must say so."""
+        """Tensors above ``jobs.PIECE`` are split: a method that needs whole rows or the whole tensor must say so."""
         shape = (800, 701)
         base, *sources = tensors(1 + self.count, shape)
         planned, read = plan(self.method, base, sources, self._graded(self.blend()))
@@ -247,7 +246,7 @@ class MethodContract:
     def test_is_a_function_of_its_arguments(self) -> None:
         base, *sources = tensors(1 + self.count)
         first = self.merge(base, sources, self.blend())
-        torch.rand(3)  # the global generator has no part in it
+        torch.rand(3)  # the global generator must not matter
         again = self.merge(base, sources, self.blend())
         assert torch.equal(first, again), f"{_far(first, again)}: what is random follows from `facts.stream(source)`"
 
@@ -262,7 +261,7 @@ class MethodContract:
         assert self.near(merged, other), f"{_far(merged, other)}; where it should matter: symmetric = False"
 
     def _graded(self, blend: Blend) -> Blend:
-        """Different numbers for different sources: quarters of the range of each parameter, where those are exact."""
+        """Different numbers for different sources: quarters of the range of each parameter, if those are exact."""
         parameters = dict(blend.parameters)
         for p in self.method.parameters:
             if p.scope == "source":
@@ -278,7 +277,7 @@ class MethodContract:
         assert torch.equal(merged, source), f"{_far(merged, source)} at {self.whole}; without such values: whole = None"
 
     def at(self, point: Point) -> Blend:
-        """A blend with the values of a point, and the method's defaults where it has none."""
+        """A blend with the values of a point, and the method's defaults for the others."""
         blend = self.blend()
         names = {p.name: p.scope for p in self.method.parameters}
         assert set(point) <= set(names), "the point has values of what is not a parameter"
@@ -318,7 +317,7 @@ class MethodContract:
         self._is(merged, base + 0.7 * sum(source - base for source in sources))
 
     def test_derivatives_are_what_differences_say(self) -> None:
-        """Of a loss that is a random mean of the elements, where the method says that there are any."""
+        """For a loss that is a random mean of the elements, if the method says that derivatives exist."""
         if self.method.differentiable is None:
             pytest.skip("the method says that it has no derivatives")
         generator = torch.Generator().manual_seed(1)
@@ -338,7 +337,7 @@ class MethodContract:
 
     @staticmethod
     def _moved(blend: Blend, name: str, by: float) -> Blend:
-        """The blend with one parameter moved, of several sources that of the first."""
+        """The blend with one parameter changed; for the first source, if there is one per source."""
         value = blend.parameters[name]
         if isinstance(value, dict):
             first = blend.sources[0]
@@ -359,9 +358,9 @@ class MethodContract:
         assert self.near(merged, base)
 
     def test_finite_in_gives_finite_out(self) -> None:
-        """For any numbers within the limits, zeros among them, and any switches."""
+        """For any numbers within the limits, including zeros, and any switches."""
 
-        # Given inside: hypothesis refuses one given test that several classes inherit.
+        # Applied inside, because hypothesis rejects one given test that several classes inherit.
         @settings(max_examples=settings().max_examples // 2, deadline=None)
         @given(st.data())
         def check(data: st.DataObject) -> None:

@@ -1,4 +1,4 @@
-"""A tiny random Llama and a tokenizer of bytes, for tests of what is asked of a model."""
+"""A tiny random Llama and a byte tokenizer, for tests of requests to models."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def observed(
 ) -> Observation:
     """An observation whose features are the genome's first numbers, in units of their ranges.
 
-    Of its items each has a bound of its own, and is solved below it.
+    Each item has its own threshold, below which it is solved.
     """
     shares = [(value - p.low) / ((p.high - p.low) or 1.0) for value, p in zip(genome, parameters, strict=True)]
     items = [(loss > np.linspace(0.0, 1.0, 9)).astype(np.float32) for loss in losses]
@@ -48,7 +48,7 @@ def observed(
 
 
 def sphere(genome: Genome, objectives: int = 1, parameters: Sequence[Parameter] = SPACE) -> list[float]:
-    """Squared distances, in units of each range, from a point of its own for each objective (0.7, 0.2, 0.7 ...)."""
+    """Squared distances, in units of each range, from a separate point for each objective (0.7, 0.2, 0.7 ...)."""
     low = np.array([p.low for p in parameters])
     width = np.array([p.high - p.low for p in parameters])
     return [float((((genome - low) / width - (0.7, 0.2)[k % 2]) ** 2).sum()) for k in range(objectives)]
@@ -75,12 +75,12 @@ def drive(
 
 
 def bits(history: Sequence[Sequence[Observation]]) -> list[list[str]]:
-    """Every genome of a history, exactly."""
+    """The exact representation of every genome of a history."""
     return [[o.genome.tobytes().hex() for o in generation] for generation in history]
 
 
 def inside(genome: Genome, parameters: Sequence[Parameter]) -> bool:
-    """Whether a genome is a point of the space of these parameters."""
+    """Whether a genome is a point of the space with these parameters."""
     return (
         isinstance(genome, np.ndarray)
         and genome.dtype == np.float64
@@ -102,7 +102,7 @@ def run_elsewhere(
     generations: int,
     features: Sequence[Feature],
 ) -> None:
-    """In a process of its own: build an optimizer from its settings, drive it, print its bits as JSON."""
+    """In a separate process: build an optimizer from its settings, drive it, and print its bits as JSON."""
     settings: Settings = getattr(importlib.import_module(module), name).model_validate_json(text)
     optimizer = settings.build(space, objectives, 5, features)
     history = drive(optimizer, objectives, generations, parameters=space, features=features)
@@ -110,9 +110,9 @@ def run_elsewhere(
 
 
 class OptimizerContract:
-    """What a search relies on. Override ``settings``, and the class's attributes where they do not fit.
+    """The properties that a search relies on. Override ``settings``, and the class's attributes if they do not fit.
 
-    An optimizer that takes only some spaces, draws nothing at random or ends by itself overrides the tests that expect
+    An optimizer that accepts only some spaces, is not random or stops by itself overrides the tests that expect
     otherwise.
     """
 
@@ -127,7 +127,7 @@ class OptimizerContract:
 
     @pytest.fixture
     def make(self, settings: Settings) -> Callable[..., Optimizer]:
-        """Builds the optimizer: make(seed)."""
+        """A function that builds the optimizer: make(seed)."""
 
         def build(seed: int = 5) -> Optimizer:
             return settings.build(self.space, self.objectives, seed, self.features)
@@ -138,7 +138,7 @@ class OptimizerContract:
     def silent_and_tidy(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> Iterator[None]:
-        """Around every test: no file is written, nothing is printed, logged or warned."""
+        """Around every test: no file is written, nothing is printed, logged or warned about."""
         monkeypatch.chdir(tmp_path)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -181,11 +181,11 @@ class OptimizerContract:
             keeps, population = optimizer.keeps, optimizer.population
             assert not isinstance(keeps, Best) or 1 <= keeps.count <= population
             genomes = optimizer.ask(population)
-            assert optimizer.keeps == keeps  # of what is out now, not of what comes next
+            assert optimizer.keeps == keeps  # for the pending generation, not the next one
             optimizer.tell([self._observed(g) for g in genomes])
 
     def test_generations_may_come_back_with_no_ask_in_between(self, make: Callable[..., Optimizer]) -> None:
-        """With many workers and no barrier, more than one generation is out, and may be told before the next ask."""
+        """With many workers and no barrier, several generations may be pending, and be told before the next ask."""
         optimizer = make(0)
         out = [genome for _ in range(3 * optimizer.population) for genome in optimizer.ask(1)]
         for genome in out:
@@ -235,7 +235,7 @@ class OptimizerContract:
             f"{kind.__qualname__!r}, {settings.model_dump_json()!r}, {tuple(self.space)}, {self.objectives}, "
             f"{self.generations}, {tuple(self.features)})"
         )
-        # Other threads and another order of hashing: both differ between the machines of one search.
+        # A different number of threads and hash seed, as on different machines of one search.
         surroundings = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7", "OPENBLAS_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code], env=os.environ | surroundings, capture_output=True, text=True
@@ -262,7 +262,7 @@ class OptimizerContract:
         assert (np.random.get_state()[1].tolist(), random.getstate()) == before  # type: ignore[index]
 
     def test_replay_by_asking_continues_bit_for_bit(self, make: Callable[..., Optimizer]) -> None:
-        """Uneven asks, a baseline, a failure, tells out of order and in parts; compared at every step."""
+        """Asks of different sizes, a baseline, a failure, tells out of order and in parts; compared at every step."""
         rebuilt = make()
         for kind, genomes, results in self._record(make()):
             if kind == "tell":
@@ -271,7 +271,7 @@ class OptimizerContract:
                 assert _equal(rebuilt.ask(len(genomes)), genomes)
 
     def test_replay_of_a_record_continues_bit_for_bit(self, make: Callable[..., Optimizer]) -> None:
-        """The same record, broken off before each of its last two asks."""
+        """The same record, interrupted before each of its last two asks."""
         steps = self._record(make())
         for stop in [i for i, (kind, _, _) in enumerate(steps) if kind == "ask"][-2:]:
             rebuilt = make()

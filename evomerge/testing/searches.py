@@ -1,4 +1,4 @@
-"""A made-up search in a real space: what measures the driver, or breaks it, needs no model."""
+"""An artificial search in a real space, for measuring or stressing the driver without a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from search_spaces.parameter_space import ParameterSpace, ParameterSpaceSettings
 
 
 def made_up_space(layers: int = 8, granularity: str = "model", sources: int = 3) -> ParameterSpace:
-    """Weights of so many sources over a base that nobody has: one each by "model", ``layers`` + 3 each by "layer"."""
+    """Weights of several sources over a fictitious base: one per source with "model", ``layers`` + 3 with "layer"."""
     names = ("base", *(f"source {i}" for i in range(sources)))
     context = SpaceContext(
         sources=dict.fromkeys(names, ""),
@@ -30,7 +30,7 @@ def made_up_space(layers: int = 8, granularity: str = "model", sources: int = 3)
 
 
 def made_up_setup(space: ParameterSpace, candidates: int, items: int, **others: Any) -> Setup:
-    """A search for one made-up score by CMA-ES. ``others`` are fields of ``Setup`` that are to be otherwise."""
+    """A search for one artificial score with CMA-ES. ``others`` override fields of ``Setup``."""
     return Setup(
         **{
             "name": "made up",

@@ -40,11 +40,11 @@ MADE: Mapping[str, Pass] = {
     "a function of rows": Elementwise(("s1", "b"), lambda given, first: given[1] + 0.5 * (given[0] - given[1])),
     "a function of the whole": Whole(("b", "s0"), lambda given: given[0] + (given[1] - given[0]).clamp(-1, 1)),
 }
-"""What a method may have made of the base b and the sources s0 and s1."""
+"""Possible results of a method for the base b and the sources s0 and s1."""
 
 
 def plan(step: Step, made: Pass, held: Sequence[Tensor], values: Mapping[str, Value]) -> tuple[Pass, list[Tensor]]:
-    """What a step plans where ``made`` is planned already, and the tensors that it reads.
+    """The plan of a step after the plan ``made``, and the tensors that it reads.
 
     Args:
         held: the base and the two sources.
@@ -59,7 +59,7 @@ def plan(step: Step, made: Pass, held: Sequence[Tensor], values: Mapping[str, Va
 
 
 def run(planned: Pass, read: Sequence[Tensor]) -> Tensor:
-    """A tensor made as an export or a search would make it, of what the plan reads; this is seen to stay as it is."""
+    """Compute a tensor as in an export or a search, and check that the inputs are not modified."""
     before = [tensor.clone() for tensor in read]
     out = torch.full(read[0].shape, torch.nan, dtype=torch.float32)
     THREADS.run([TensorJob(planned, read, out)])
@@ -68,18 +68,18 @@ def run(planned: Pass, read: Sequence[Tensor]) -> Tensor:
 
 
 def plain(planned: Pass, read: Sequence[Tensor]) -> Tensor:
-    """The same by the plain definition, whole."""
+    """The same by the plain definition, on the whole tensor."""
     shape = read[0].shape
     return planned.run([in_grain(planned.grain, x.view(-1), shape) for x in read], 0, call).reshape(shape)
 
 
 class StepContract:
-    """What every step keeps, whatever the method before it planned. Override what differs for yours.
+    """The properties of every step, whatever the method before it. Override what differs for yours.
 
     Attributes:
         step: the step under test.
-        values: of its parameters, at which it changes something; the defaults of others.
-        tolerance: relative to the largest element, by which results may differ that are equal but for rounding.
+        values: values of its parameters at which it has an effect, overriding the defaults.
+        tolerance: relative to the largest element, for results that are equal except for rounding.
     """
 
     step: ClassVar[Step]
@@ -91,7 +91,7 @@ class StepContract:
         return run(*plan(self.step, made, held, self.values if values is None else values))
 
     def near(self, one: Tensor, other: Tensor) -> bool:
-        """Whether two results are equal but for rounding."""
+        """Whether two results are equal except for rounding."""
         return bool((one - other).abs().max() <= self.tolerance * max(1.0, float(other.abs().max())))
 
     def test_its_parameters_are_let_through_and_lie_within_their_limits(self) -> None:
@@ -127,7 +127,7 @@ class StepContract:
     def test_is_a_function_of_its_arguments(self, kind: str) -> None:
         held = tensors(3)
         first = self.merge(MADE[kind], held)
-        torch.rand(3)  # the global generator has no part in it
+        torch.rand(3)  # the global generator must not matter
         assert torch.equal(first, self.merge(MADE[kind], held))
 
     @pytest.mark.parametrize("kind", MADE)
@@ -140,7 +140,7 @@ class StepContract:
         assert torch.equal(self.merge(MADE[kind], held, {**self.values, **self.step.neutral}), made)
 
     def test_changes_something_elsewhere(self) -> None:
-        """Else these tests would see nothing."""
+        """Otherwise these tests would check nothing."""
         held, made = tensors(3), MADE["a sum with the base"]
         assert not torch.equal(self.merge(made, held), run(made, held))
 
@@ -162,7 +162,7 @@ class StepContract:
     def test_finite_in_gives_finite_out(self) -> None:
         """For any values within the limits, and any change."""
 
-        # Given inside: hypothesis refuses one given test that several classes inherit.
+        # Applied inside, because hypothesis rejects one given test that several classes inherit.
         @settings(max_examples=settings().max_examples // 2, deadline=None)
         @given(st.data())
         def check(data: st.DataObject) -> None:

@@ -1,4 +1,4 @@
-"""What the contracts of stores and leases share: sample rows, and a store with a lease and a reader."""
+"""Shared by the contracts of stores and leases: sample rows, and a store with a lease and a reader."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FINGERPRINTS = {
 
 
 def create(place: str | Path, name: str = "unit") -> Store:
-    """A store at a fresh place, its lease not taken."""
+    """A new store at this place, without taking its lease."""
     return Store.create(
         place,
         name=name,
@@ -55,7 +55,7 @@ def candidate(number: int, **changes: object) -> NewCandidate:
 
 
 def scores(split: str = "search", start: float = 0.0) -> Scores:
-    """Two metrics on three items of a split, with values that only float32 holds exactly."""
+    """Two metrics on three items of a split, with values that are exact only in float32."""
     values = np.array([start, 1 / 3, np.inf], dtype=np.float32)
     items = np.array([4, 0, 7], dtype=np.int32)
     return Scores("task@1", split, items, {"acc": values, "chrf": values[::-1]})
@@ -66,19 +66,19 @@ def estimate(mean: float) -> Estimate:
 
 
 def finish(store: Store, number: int, mean: float) -> None:
-    """Dispatch a candidate that was asked, and record its result."""
+    """Dispatch a pending candidate, and record its result."""
     store.record_dispatch(number, 1, "worker-0")
     assert store.record_result(number, 1, [scores()], {"merge": 0.5}, {"acc": estimate(mean)}, "worker-0")
 
 
 def expire(store: Store) -> None:
-    """Make the lease look as if its holder had been silent for long."""
+    """Make the lease look as if its holder had not renewed it for a long time."""
     with store.transaction(writes=True) as connection:
         connection.execute(update(tables.lease).values(expires_at=0.0, expires_since_boot=0.0))
 
 
 def content(row: ListedCandidate) -> dict[str, object]:
-    """A row as plain values that ``==`` compares, float bits included."""
+    """A row as plain values that ``==`` can compare, including the bits of floats."""
     values = {field.name: getattr(row, field.name) for field in fields(row)}
     return {name: value.tobytes() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""What every database must do to hold a search. Inherit ``StoreContract`` and give it a place."""
+"""The contract of every database that holds a search. Inherit ``StoreContract`` and provide a place."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def drawn(split: str, drawings: dict[int, bytes]) -> Answers:
 
 
 class StoreContract(LeaseContract):
-    """Tests that hold for a store in any database.
+    """Tests for a store in any database.
 
     Override ``place``: a path, or the URL of an empty database.
     """
@@ -232,7 +232,7 @@ class StoreContract(LeaseContract):
         assert [event.kind for event in store.events()][-5:] == ["ask", "dispatch", "result", "front", "tell"]
         with store.batching():
             store.record_dispatch(1, 1, "w")
-            assert store.candidate(1).status == "running"  # which writes what came before
+            assert store.candidate(1).status == "running"  # reading writes the buffered operations first
             store.record_tell(1, {}, front=(), spent_s=2.0)
         assert store.writes == before + 3
 
@@ -297,7 +297,7 @@ class StoreContract(LeaseContract):
         assert store.scores(0, "search")[0].metrics["acc"][0] == 0.0
         assert store.candidate(0).status == "done"
 
-    # What a status page and a resumed driver ask
+    # Queries of a status page and of a resumed driver
 
     def test_every_candidate_is_counted_once(self, store: Store, lease: Lease, reader: Store) -> None:
         assert reader.counts() == dict.fromkeys(("asked", "running", "done", "eliminated", "failed", "cached"), 0)
