@@ -1,1 +1,1 @@
-"""The driver: it asks, dispatches, tells and confirms. It knows neither models nor files."""
+"""The driver: it asks, dispatches, tells and confirms. It knows nothing about models and files."""

@@ -1,4 +1,4 @@
-"""Whose answers the store keeps, where it keeps those of the best alone."""
+"""Which candidates' answers the store keeps, if it keeps only those of the best."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from evomerge.search.driving.kept import Kept
 
 
 class BestAnswers:
-    """Follows who is among the best: the baselines, the front, the elites, and the first few by each objective.
+    """Tracks the best candidates: the baselines, the front, the elites, and the first few by each objective.
 
     Args:
         best: how many by each objective.
@@ -22,11 +22,11 @@ class BestAnswers:
         self._best = best
         self._ranked: list[list[tuple[float, int]]] = [[] for _ in range(objectives)]  # losses, the least first
         self._baselines: set[int] = set()
-        self._answered_by: dict[int, int] = {}  # of those that were answered from another one's scores, by which
+        self._answered_by: dict[int, int] = {}  # for cached candidates: the one whose scores they took
         self.kept: set[int] = set()
 
     def take(self, candidates: Sequence[Candidate], kept: Kept) -> list[int]:
-        """Take candidates that are told; those of whom no answers to search items are to be kept from now on."""
+        """Add told candidates; returns those whose answers to search items are no longer kept."""
         for c in candidates:
             if c.same_as is not None:
                 self._answered_by[c.number] = c.same_as

@@ -14,25 +14,25 @@ from evomerge.store import Estimate
 from evomerge.store.rows import Status
 
 FAVOURITE = "favourite"
-"""Where a candidate comes from that the optimizer believes in and did not ask for."""
+"""The origin of a candidate that the optimizer considers best but did not ask for."""
 
 PROXY = "proxy"
-"""Where a candidate comes from that the gradient of a proxy led to."""
+"""The origin of a candidate found by following the gradient of a proxy."""
 
 START = "start"
-"""Where a candidate comes from that an earlier search found good."""
+"""The origin of a candidate taken from an earlier search."""
 
 REFIT = "refit"
-"""Where a candidate comes from that is one of the best, fitted anew."""
+"""The origin of a candidate that is one of the best, fitted again."""
 
 
 @dataclass
 class Candidate:
-    """A candidate that is being scored. ``step`` is the ask that it came in; ``origin`` is a baseline's kind, the name
+    """A candidate that is being scored. ``step`` is the ask it belongs to; ``origin`` is a baseline's kind, the name
     of the optimizer, FAVOURITE, PROXY, START or REFIT.
 
-    ``reached`` is the last rung that it was scored at; ``out`` says why it left the race, if it did. ``same_as`` is an
-    earlier candidate of the same recipe, whose scores are its own.
+    ``reached`` is the last rung it was scored at; ``out`` says why it left the race, if it did. ``same_as`` is an
+    earlier candidate with the same recipe, whose scores it shares.
     """
 
     number: int
@@ -56,21 +56,21 @@ class Candidate:
 
     @property
     def is_eliminated(self) -> bool:
-        """Too poor for the optimizer to learn more of it than that."""
+        """Whether it left the race early because it was too poor."""
         return self.out in ("eliminated", "screened")
 
     @property
     def finished(self) -> bool:
-        """No more of it will be scored, and the store says so already."""
+        """Whether nothing more of it will be scored, as recorded in the store."""
         return self.status in ("done", "cached", "failed")
 
 
 class Proposals(Protocol):
-    """Where candidates come from and go back to: the driver, as a way of scoring sees it.
+    """The source and destination of candidates: the driver, as seen by a way of scoring.
 
     Attributes:
-        optimizer: what candidates are proposed by; a way of scoring reads how many it wants and what it keeps.
-        asked_after: the seq of an event before the asks of all that waited when this driver began.
+        optimizer: proposes candidates; a way of scoring reads how many it wants and what it keeps.
+        asked_after: the seq of an event before the asks of all candidates that were open when this driver began.
     """
 
     @property
@@ -81,12 +81,12 @@ class Proposals(Protocol):
 
     @property
     def waiting(self) -> list[Candidate]:
-        """The candidates that were asked for and are not told yet, in the order asked."""
+        """The candidates that were asked for and not told yet, in the order asked."""
         ...
 
     @property
     def rivals(self) -> Grid:
-        """What a new candidate must better to be kept: the front, or the elites of each niche."""
+        """What a new candidate must beat to be kept: the front, or the elites of each niche."""
         ...
 
     @property
@@ -96,17 +96,17 @@ class Proposals(Protocol):
 
     @property
     def is_starting(self) -> bool:
-        """Whether candidates of an earlier search are to be told before anything is asked for."""
+        """Whether candidates of an earlier search must be told before anything is asked for."""
         ...
 
     def prepare(self) -> bool:
-        """Work out what the next ask needs of workers; False when a stop came first."""
+        """Compute what the next ask needs from workers; False if a stop came first."""
         ...
 
     def ask(self, count: int) -> list[Candidate]:
-        """So many new candidates, or what is left of the budget; perhaps the optimizer's favourite beside them."""
+        """This many new candidates, or as many as the budget has left; possibly also the optimizer's favourite."""
         ...
 
     def tell(self, candidates: Sequence[Candidate]) -> None:
-        """Candidates are known as well as they need to be: rank them, write it down, and learn from it."""
+        """Candidates are scored as far as needed: rank them, record it, and let the optimizer learn."""
         ...

@@ -2,10 +2,10 @@
 
 The best of many noisy scores is mostly luck: of 1,000 equally good candidates, the best looks 4 points better than it
 is on 1,069 items. So a shortlist is frozen first, and then scored on the held-out split beside every baseline. More of
-the best may be scored there to draw how far search scores fall; they come when the winner is named, and never win.
+the best may be scored there to plot how far search scores drop; that happens after the winner is named.
 
-What decides is the objective, or the scalarisation of several. Several without one have no winner: the best at each and
-the knee are written down. The winner keeps the constraints there too. Where no model does, it is the one that misses
+The objective decides, or the scalarisation of several. Several without one have no winner: the best at each and
+the knee are recorded. The winner must meet the constraints there too. If no model does, it is the one that violates
 them least, and the record says so.
 """
 
@@ -29,7 +29,7 @@ from evomerge.search.work.jobs import Descended, Failed, Finished, Measured
 from evomerge.store import CandidateRow, Estimate, Store
 from evomerge.store.events import Chosen, ConfirmFailed, Confirming, Shortlist, Stale, State, Winner
 
-_OURS = ("confirming", "paused")  # states that say nothing of the search that is being confirmed
+_OURS = ("confirming", "paused")  # states that belong to the confirmation, not to the search
 
 
 class Confirmation:
@@ -48,14 +48,14 @@ class Confirmation:
         self.models = self.items = 0  # that were scored in this run
 
     def run(self, recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
-        """Score what has no held-out scores yet; True when the choice is made, False when a stop came first.
+        """Score what has no held-out scores yet; True once the choice is made, False if a stop came first.
 
         ``recipe_of`` gives a candidate's recipe with its sources' references.
         """
         return self._held(lambda: self._confirm(recipe_of))
 
     def _held(self, act: Callable[[], bool]) -> bool:
-        """Do something on the held-out split, after which the search is in the state that it was in before."""
+        """Run ``act`` in the state "confirming", then restore the search's state."""
         why = self._store.search().why
         states = [event.read(State).state for event in self._store.events(kinds=("state",))]
         before = next((state for state in reversed(states) if state not in _OURS), "created")
@@ -66,7 +66,7 @@ class Confirmation:
             self._store.set_state(before, why=why, worker_time=self._meter.read())
 
     def score(self, rows: Iterable[CandidateRow], recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
-        """Score what of some candidates has no held-out scores yet; False when a stop came first. Nothing is chosen."""
+        """Score candidates that lack held-out scores; False if a stop came first. Nothing is chosen."""
         return self._held(lambda: self._score(rows, recipe_of))
 
     def _confirm(self, recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
@@ -83,7 +83,7 @@ class Confirmation:
         return self._score(drawn, recipe_of)
 
     def _choose(self, contenders: Sequence[int]) -> None:
-        """Write down what the held-out split chooses: the winner where there is one, else what a front offers."""
+        """Record what the held-out split chooses: the winner if there is one, otherwise the choices of a front."""
         if not contenders:
             return
         estimates = [self._held_out(number) for number in contenders]
@@ -98,7 +98,7 @@ class Confirmation:
             self._store.record_event(Chosen(chosen=chosen, feasible=feasible))
 
     def _score(self, rows: Iterable[CandidateRow], recipe_of: Callable[[CandidateRow], Recipe]) -> bool:
-        """Score what has no held-out scores yet; False when a stop came first."""
+        """Score what has no held-out scores yet; False if a stop came first."""
         todo = [
             # A cached candidate's scores are those of the one that answered it.
             Pending(row.number if row.same_as is None else row.same_as, 1, recipe_of(row), row.recipe_hash, self._tasks)
@@ -110,14 +110,14 @@ class Confirmation:
         return self._dispatcher.run(feed_of(todo), self)
 
     def _freeze(self) -> tuple[list[CandidateRow], list[CandidateRow]]:
-        """What will be scored, written down before any held-out item is: the shortlist, and what is only drawn."""
+        """Record what will be scored before any held-out item is scored: the shortlist, and what is only plotted."""
         shortlist, drawn = _wanted(self._store, self._preference, self._setup.confirm)
         numbers = [row.number for row in shortlist], [row.number for row in drawn]
         self._store.record_event(Shortlist(candidates=numbers[0], drawn=numbers[1]))
         return shortlist, drawn
 
     def _held_out(self, number: int) -> dict[str, Estimate]:
-        """What a model is worth on the held-out split, by objective and constraint."""
+        """A model's estimates on the held-out split, by objective and constraint."""
         by_version = {scores.evaluator: scores.metrics for scores in self._store.scores(number, "held_out")}
         return {
             m.name: mean_and_error(by_version[self._setup.evaluators[m.evaluator].version][m.metric])
@@ -161,7 +161,7 @@ class Confirmation:
 
 
 def is_confirmed(store: Store, confirm: Confirm, preference: Preference, versions: Collection[str]) -> bool:
-    """Whether a confirmation would score nothing: the choice among what it would score is made, and all of it scored.
+    """Whether a confirmation has nothing to do: everything is scored, and the choice is made.
 
     Args:
         versions: of the evaluators that models are judged by.
@@ -177,10 +177,10 @@ def is_confirmed(store: Store, confirm: Confirm, preference: Preference, version
 
 
 def _wanted(store: Store, preference: Preference, confirm: Confirm) -> tuple[list[CandidateRow], list[CandidateRow]]:
-    """What a confirmation scores beside the baselines: the shortlist, and what is only drawn.
+    """What a confirmation scores besides the baselines: the shortlist, and what is only plotted.
 
-    The shortlist is the front and the best of the search; of equal recipes the first is taken. Drawn are the best by
-    what decides, or where nothing does by each objective, for the pictures of the winner's curse.
+    The shortlist is the front and the best of the search; of equal recipes the first is taken. Plotted are the best by
+    what decides, or by each objective if nothing does, for the plots of the winner's curse.
     """
     finds = [*store.front(), *_best(store, preference, confirm.top)]
     by_recipe = {row.recipe_hash: row for row in reversed(finds) if _is_find(row)}
@@ -201,10 +201,10 @@ def _baselines(store: Store) -> list[CandidateRow]:
 
 
 def _is_scored(store: Store, number: int, versions: Iterable[str]) -> bool:
-    """Whether a candidate has held-out scores of all these evaluators; the screen's are not needed."""
+    """Whether a candidate has held-out scores from all these evaluators; the screen's are not needed."""
     return {scores.evaluator for scores in store.scores(number, "held_out")}.issuperset(versions)
 
 
 def _is_find(row: CandidateRow) -> bool:
-    """Whether the search found it: a baseline is scored anyway, and must not take the place of a find."""
+    """Whether the search found it: baselines are scored anyway, and must not take a place on the shortlist."""
     return row.step > 0

@@ -1,4 +1,4 @@
-"""The verbs, as the driver hears them: from the store, from signals, from whoever holds the object."""
+"""The commands that the driver receives: from the store, from signals, or from code that holds the object."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from evomerge.search.settings.sections import Budget
 from evomerge.store import Verb
 
 GRACE_S = 3.0
-"""How long a second Ctrl-C may take to end the work in an orderly way."""
+"""How long an orderly end may take after a second Ctrl-C."""
 
 
 class Control:
-    """What was asked of a running search.
+    """The commands given to a running search.
 
-    ``pause`` starts nothing new until ``resume``; ``stop`` lets what runs finish and ends; ``cancel`` ends now. The
-    last two stick. ``reread`` takes up the budget that the search file has by now.
+    ``pause`` starts nothing new until ``resume``; ``stop`` lets running attempts finish and ends; ``cancel`` ends now.
+    The last two are final. ``reread`` takes the budget from the search file again.
 
     Attributes:
-        budget: what the search may spend, since that was last changed; None as long as it never was.
+        budget: the budget that was given last; None if it never changed.
 
     Args:
-        read: gives the verbs that arrived since the last call, oldest first (the store's command table).
-        interval_s: how often ``read`` is asked at the most.
-        clock: seconds, to tell how long pauses last.
-        reread: gives the budget that the search file has; None when it has none that can be used.
+        read: returns the commands that arrived since the last call, oldest first (the store's command table).
+        interval_s: the shortest time between two calls of ``read``.
+        clock: in seconds, to measure pauses.
+        reread: returns the budget of the search file; None if it has no usable one.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Control:
         self.budget: Budget | None = None
 
     def poll(self) -> None:
-        """Take in what has arrived."""
+        """Process the commands that have arrived."""
         now = time.monotonic()
         if now - self._asked_at < self._interval_s:
             return
@@ -62,7 +62,7 @@ class Control:
             self.hear(verb)
 
     def hear(self, verb: Verb) -> None:
-        """Act on one verb."""
+        """Process one command."""
         if verb == "pause" and not self.paused:
             self.paused, self._paused_at = True, self._clock()
         elif verb == "resume" and self.paused:
@@ -84,9 +84,9 @@ class Control:
         """While open, the first Ctrl-C or SIGTERM means stop and the second cancel.
 
         Args:
-            say: tells the person what the first one does.
-            end_now: ends the process; called from a thread where the second one could not end the work within GRACE_S,
-                as in the middle of a long computation that does not come back to Python.
+            say: shows the user what the first one does.
+            end_now: ends the process; called from a thread if the second one could not end the work within GRACE_S,
+                as during a long computation that does not return to Python.
         """
 
         def heard(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Keeping the workers busy: from jobs to be done to the end of each, with retries, until a stop is asked for."""
+"""Keeping the workers busy: running jobs to their ends, with retries, until a stop is requested."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from evomerge.search.work.jobs import (
     TextLosses,
 )
 
-_PAUSE_S = 0.1  # how soon a paused search hears that it may go on
-_CHECK_S = 1.0  # how often it is looked who has run too long; bounds are a minute and more
+_PAUSE_S = 0.1  # how soon a paused search notices that it may continue
+_CHECK_S = 1.0  # how often overdue attempts are looked for; bounds are at least a minute
 
 DEATHS = 20
-"""Workers that may die in a row, whatever they were at, before any has given a score. Until then that is the fault of
-the cluster and of no candidate: a search goes on after a pause, and ends where it is hopeless."""
+"""How many workers may die in a row before any has returned a score. Until then the cluster is blamed and no
+candidate: the search continues after a pause, and ends after this many deaths."""
 
 FIRST_REST_S = 5.0
-"""The pause after the first of them; each further one doubles it, up to LONGEST_REST_S."""
+"""The pause after the first death; each further one doubles it, up to LONGEST_REST_S."""
 
 LONGEST_REST_S = 60.0
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A candidate that is yet to be scored on ``tasks``.
+    """A candidate waiting to be scored on ``tasks``.
 
-    ``attempt`` is the number of the attempt to come, from 1; ``faults`` counts the attempts that workers have failed.
-    An attempt that died with its driver, or with a node, is in the first and not in the second.
+    ``attempt`` is the number of the next attempt, from 1; ``faults`` counts the attempts in which a worker failed.
+    An attempt that died with its driver, or with a node, counts for the first and not for the second.
     """
 
     number: int
@@ -64,10 +64,10 @@ class Pending:
 
 
 class Recorder(Protocol):
-    """What writes down how jobs go. Each method is one transaction."""
+    """Records the progress of jobs. Each method is one transaction."""
 
     def answer(self, pending: Pending) -> bool:
-        """Answer a candidate from what is known already; True when that was possible."""
+        """Answer a candidate from existing scores; True if that was possible."""
         ...
 
     def dispatched(self, pending: Pending) -> None: ...
@@ -77,16 +77,16 @@ class Recorder(Protocol):
     def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None: ...
 
     def atomically(self) -> AbstractContextManager[None]:
-        """What is measured or failed within is one transaction in place of several."""
+        """Record everything within as one transaction instead of several."""
         ...
 
     def late(self, finished: Finished) -> None:
-        """An attempt that nobody waits for any more has ended; it must not count."""
+        """An attempt that is no longer expected has ended; it must not count."""
         ...
 
 
 class OfNoCandidate:
-    """What a ``Recorder`` of jobs has in common that are of no candidate: of their way nothing is written down."""
+    """The common part of ``Recorder``s for jobs that belong to no candidate: their progress is not recorded."""
 
     def answer(self, pending: Pending) -> bool:
         return False
@@ -100,7 +100,7 @@ class OfNoCandidate:
 
 
 Feed = Callable[[], Pending | None]
-"""Gives the next candidate to score whenever a worker is free; None when there is none, for now."""
+"""Returns the next candidate to score when a worker is free; None if there is none for now."""
 
 
 def feed_of(candidates: Iterable[Pending]) -> Feed:
@@ -110,7 +110,7 @@ def feed_of(candidates: Iterable[Pending]) -> Feed:
 
 
 class _Jobs:
-    """Candidates that are to be scored: those at workers, by number and with their recipes, and those that wait."""
+    """Candidates to score: the running ones, by number and with their recipes, and the waiting ones."""
 
     def __init__(self) -> None:
         self.waiting: deque[Pending] = deque()
@@ -122,7 +122,7 @@ class _Jobs:
         self.recipes.add(pending.recipe_hash)
 
     def at_work(self) -> tuple[list[int], int]:
-        """The numbers of those that run, and how many items they are scored on in all."""
+        """The numbers of the running candidates, and how many items they are scored on in total."""
         tasks = (task for pending in self.running.values() for task in pending.tasks)
         return list(self.running), sum(len(task.indices) for task in tasks)
 
@@ -135,12 +135,12 @@ class Dispatcher:
     """Runs candidates on a pool.
 
     Args:
-        attempts: how often a candidate is tried when workers are at fault; the candidate's own faults are final.
-        idle: called whenever the driver waits, at least once a second, with time to renew a lease or draw a screen.
-        deadlines: how long an attempt may take; the worker of one that takes longer is at fault.
-        report: takes what happens to nodes and workers.
+        attempts: how often a candidate is tried if workers are at fault; the candidate's own faults are final.
+        idle: called while the driver waits, at least once a second, for example to redraw a screen.
+        deadlines: how long an attempt may take; if it takes longer, its worker is at fault.
+        report: receives news of nodes and workers.
         progress: counts the item scores that come in.
-        batching: what is recorded within is one transaction, as far as nothing is read in between.
+        batching: makes everything recorded within one transaction, as long as nothing is read in between.
         check: called before anything is scored and before any result counts; raises InputError where what is scored is
             not what it was.
     """
@@ -168,15 +168,15 @@ class Dispatcher:
         self._batching = batching
         self._checked_at = float("-inf")
         self._has_scored = False
-        self._deaths = 0  # of workers, while none has given a score
+        self._deaths = 0  # of workers, while none has returned a score
         self._rests_until = float("-inf")  # by the pool's clock
         self._idled_at = float("-inf")
         self._idle_error: Exception | None = None
 
     def run(self, feed: Feed, recorder: Recorder) -> bool:
-        """Score what the feed gives, until it gives nothing and nothing runs; False when a stop came first.
+        """Score candidates from the feed until it has none and nothing runs; False if a stop came first.
 
-        Of candidates with one recipe, one is scored at a time: when it is done the others are answered from it.
+        Of candidates with equal recipes only one is scored at a time; the others are then answered from its scores.
         """
         jobs = _Jobs()
         ended: list[Finished] = []
@@ -187,11 +187,11 @@ class Dispatcher:
         while True:
             self._control.poll()
             rests = self._pool.now() < self._rests_until
-            held_up = self._control.paused or self._control.stopping or rests  # a cancelled one is stopping too
+            held_up = self._control.paused or self._control.stopping or rests  # cancelling implies stopping
             with self._batching():
                 for again in self._end_all(ended, begun, jobs, recorder):
                     if self._deaths and (other := feed()) is not None:
-                        jobs.waiting += [other, again]  # whether another one fares better says whose fault it is
+                        jobs.waiting += [other, again]  # if another one succeeds, the candidate is at fault
                     else:
                         # In front, so that a later candidate of the same recipe still waits for this one.
                         jobs.waiting.appendleft(again)
@@ -214,9 +214,9 @@ class Dispatcher:
     def _end_all(
         self, ended: Sequence[Finished], begun: Mapping[tuple[int, int], float], jobs: _Jobs, recorder: Recorder
     ) -> list[Pending]:
-        """Record how attempts ended; those to come in place of some of them.
+        """Record how attempts ended; returns the retries.
 
-        A group ends as one, so that after an interruption the same candidates are scored at once again.
+        A group ends as a whole, so that after an interruption the same candidates form a group again.
         """
         if not ended:
             return []
@@ -239,7 +239,7 @@ class Dispatcher:
         return retried
 
     def _wait(self, timeout_s: float) -> list[Finished]:
-        """What has finished; what happened to nodes and workers is reported, also when that ends the search."""
+        """The finished jobs; news of nodes and workers is reported, even if it ends the search."""
         try:
             with listening(self._hear):
                 finished = self._pool.wait(timeout_s)
@@ -253,19 +253,19 @@ class Dispatcher:
                 self._report(news)
 
     def _hear(self, answers: int) -> None:
-        """A model in this process has answered so many prompts; what is done while waiting is done meanwhile, too."""
+        """A model in this process has answered this many prompts; call ``idle`` meanwhile, too."""
         self.progress.answers += answers
         moment = time.monotonic()
         if self._idle_error is None and moment - self._idled_at >= _CHECK_S:
             self._idled_at = moment
             try:
                 self._idle()
-            except Exception as error:  # it is not the candidate's: raised where the pool has ended
+            except Exception as error:  # not the candidate's fault: raised once the pool returns
                 self._idle_error = error
 
     def _fill(self, feed: Feed, jobs: _Jobs, recorder: Recorder, groups: list[list[Pending]]) -> bool:
-        """Record that as many are dispatched as the workers take, and give them as ``groups``; what shares a recipe
-        with a running candidate keeps waiting.
+        """Record the dispatch of as many candidates as the workers take, and append them to ``groups``. A candidate
+        with the same recipe as a running one keeps waiting.
 
         Returns:
             Whether the feed has nothing more, for now.
@@ -292,7 +292,7 @@ class Dispatcher:
                 recorder.dispatched(pending)
                 group.append(pending)
                 jobs.add(pending)
-                if pending.faults:  # what it did to its worker, it would do to those beside it
+                if pending.faults:  # if it crashed its worker, it would crash others in its group
                     break
             if group:
                 groups.append(group)
@@ -300,7 +300,7 @@ class Dispatcher:
         return exhausted
 
     def _submit(self, group: Sequence[Pending]) -> None:
-        """Have candidates scored at once. Who is in a group follows from the feed, and not from who is free when."""
+        """Submit candidates as one group. Groups follow from the feed, not from the time at which workers are free."""
         number = group[0].number if len(group) > 1 else None
         for pending in group:
             self._pool.submit(
@@ -308,7 +308,7 @@ class Dispatcher:
             )
 
     def _end_overdue(self, running: Mapping[int, Pending]) -> None:
-        """Have the pool end what has run longer than it may; it comes back as failed."""
+        """Have the pool end overdue attempts; they come back as failed."""
         now = self._pool.now()
         if now - self._checked_at < _CHECK_S:
             return
@@ -320,12 +320,12 @@ class Dispatcher:
                 self._pool.cancel(candidate, attempt)
 
     def _blamed(self, pending: Pending, finished: Finished) -> Finished:
-        """How an attempt ended, with its worker's death put down to the cluster while no worker has given a score.
+        """How an attempt ended; a worker's death is blamed on the cluster while no worker has returned a score.
 
-        Not that of a descent, which takes more memory than any score: the search goes on without it.
+        A descent is an exception: it takes more memory than any scoring, and the search continues without it.
 
         Raises:
-            InputError: too many have died.
+            InputError: too many workers have died.
         """
         result = finished.result
         if not isinstance(result, Failed):
@@ -341,7 +341,7 @@ class Dispatcher:
         return finished
 
     def _end(self, pending: Pending, finished: Finished, recorder: Recorder) -> Pending | None:
-        """Record how an attempt ended; the next attempt when there is to be one."""
+        """Record how an attempt ended; returns the next attempt if there is one."""
         if not isinstance(finished.result, Failed):
             recorder.measured(pending, finished, finished.result)
             return None
@@ -353,7 +353,7 @@ class Dispatcher:
 
 
 def write_log(folder: Path, finished: Finished, failure: Failed, prefix: str) -> str:
-    """Keep what a failed attempt left behind; the file's name, relative to the search folder, or "" for nothing."""
+    """Write the log of a failed attempt; its name relative to the search folder, or "" if there is none."""
     if not failure.log:
         return ""
     folder.mkdir(parents=True, exist_ok=True)

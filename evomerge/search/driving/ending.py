@@ -1,4 +1,4 @@
-"""How a driver's work on a search ended."""
+"""How a driver's run ended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from evomerge.prices import WorkerTime
 from evomerge.store import Store
 
 Reason = Literal["candidates", "hours", "patience", "cost", "optimizer", "stop", "cancel", "interrupted"]
-"""A bound of the budget that was reached, an optimizer that has nothing more to ask, or a person's word."""
+"""A bound of the budget that was reached, an optimizer with nothing more to ask, or a user's command."""
 
 _WHY: dict[Reason, str] = {
     "candidates": "{} candidates asked",
@@ -48,9 +48,9 @@ class Ending:
 
     @property
     def bound(self) -> str:
-        """The key of the search file that lets a finished search go on when it is raised; "" where none does."""
+        """The key of the search file that continues a finished search if raised; "" if there is none."""
         return f"budget.{self.reason}" if self.reason in ("candidates", "hours", "patience", "cost") else ""
 
     def record(self, store: Store, *, spent_s: float | None = None, worker_time: WorkerTime | None = None) -> None:
-        """Write it down; the others as for ``Store.set_state``."""
+        """Record it; the other arguments are those of ``Store.set_state``."""
         store.set_state(self.state, why=self.why, spent_s=spent_s, worker_time=worker_time)

@@ -1,8 +1,8 @@
-"""Scoring a generation at once: rung by rung, and those that cannot matter are left out.
+"""Scoring a generation as a whole: rung by rung, leaving out candidates that cannot matter.
 
-Who goes on is decided by scores alone, never by the order in which they come, and a decision at a rung reads no score
-beyond it. So a search that was interrupted in a generation decides all over again, from what was recorded, and comes to
-the same.
+Decisions depend on scores alone, never on the order in which they arrive, and a decision at a rung reads no score
+beyond it. So an interrupted search makes all decisions of the generation again from the record, with the same
+results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class GenerationScoring(CandidateScoring):
     baselines_first = True
 
     def run(self, proposals: Proposals) -> bool:
-        """Generation after generation, until the budget is spent; False when a stop came first."""
+        """Score generation after generation until the budget is spent; False if a stop came first."""
         optimizer = proposals.optimizer
         while True:
             if generation := proposals.waiting:
@@ -40,11 +40,11 @@ class GenerationScoring(CandidateScoring):
             proposals.ask(optimizer.population)
 
     def score(self, generation: list[Candidate], rivals: Grid, keeps: Keeps) -> bool:
-        """Score a generation as far as is needed to rank it; False when a stop came first.
+        """Score a generation as far as needed to rank it; False if a stop came first.
 
         Args:
-            rivals: the front before this generation, or the elites of each niche where the optimizer keeps these.
-            keeps: what of the generation the optimizer learns from.
+            rivals: the front before this generation, or the elites of each niche if the optimizer keeps those.
+            keeps: which candidates of the generation the optimizer learns from.
         """
         self.begin(generation)
         if self.screening is not None and not self._screen(self.screening, generation):
@@ -73,7 +73,7 @@ class GenerationScoring(CandidateScoring):
                 c.out = "failed"
 
     def _screen(self, screening: Screener, generation: list[Candidate]) -> bool:
-        """Score a generation by the screen; what it finds too poor leaves the race. False when a stop came first."""
+        """Score a generation by the screen; those that it ranks too low leave the race. False if a stop came first."""
         screen = screening.info
         if not self._score_all([(c, {screen.evaluator: screen.items}) for c in generation]):
             return False
@@ -85,9 +85,9 @@ class GenerationScoring(CandidateScoring):
         return True
 
     def _challenge(self, generation: Sequence[Candidate], rivals: Grid) -> bool:
-        """Score the best of a generation on more items for as long as it looks better than its rivals.
+        """Score the best of a generation on more items as long as it looks better than its rivals.
 
-        The best of many estimates is too good, and only a candidate that was scored on every item may take a rival's
+        The best of many estimates is too high, and only a candidate that was scored on every item may take a rival's
         place (Hutter, Hoos & Leyton-Brown, SMAC, LION 2011, procedure Intensify).
         """
         last = len(self._rungs) - 1
@@ -106,9 +106,9 @@ class GenerationScoring(CandidateScoring):
     def _leaders(
         self, best: Sequence[Candidate], open_: Sequence[Candidate], generation: Sequence[Candidate], rivals: Grid
     ) -> list[Candidate]:
-        """Who looks better than its rivals: of the best by their own scores, or the one by its neighbours' as well.
+        """The candidate that looks better than its rivals, by its own score or also by its neighbours'.
 
-        The latter where neighbours say anything of it: with one objective, and once there are enough of them.
+        The latter with one objective, and once there are enough neighbours.
         """
         scored = [c for c in generation if c.reached >= 0 and c.genome is not None and c.out != "failed"]
         if self.neighbours is None or not self.neighbours.are_enough(len(scored)):
@@ -121,7 +121,7 @@ class GenerationScoring(CandidateScoring):
         return [] if leader is None else [scored[leader]]
 
     def _best(self, candidates: Sequence[Candidate], rivals: Grid) -> list[Candidate]:
-        """The front of candidates, as far as is known; those that may be in several niches are measured with none."""
+        """The front of candidates by current estimates; those that may be in several niches are compared with none."""
         losses = np.array([self._losses(c) for c in candidates]).reshape(-1, len(self._setup.objectives))
         boxes = [rivals.box(self._bounds(c, rivals)) for c in candidates]
         niches = [next(cells_of(box)) if all(len(bins) == 1 for bins in box) else None for box in boxes]

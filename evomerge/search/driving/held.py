@@ -1,4 +1,4 @@
-"""How long the workers of a search, and their GPUs, have been held: what is paid for, whether they work or wait."""
+"""How long the workers of a search, and their GPUs, have been held, working or waiting: this time is paid for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from evomerge.search.pools.base import Pool
 
 
 class WorkerMeter:
-    """Adds up the workers of a pool over its own clock; pauses count, for workers are held in them.
+    """Adds up a pool's workers over its own clock; pauses count, because workers are held during them.
 
     Args:
         before: what earlier drivers of the search have recorded.
@@ -20,7 +20,7 @@ class WorkerMeter:
         self._state = pool.state()
 
     def read(self) -> WorkerTime:
-        """The time until now, with those of earlier drivers. Workers that came or went count from the next reading."""
+        """The time so far, including earlier drivers'. Workers that came or went count from the next reading."""
         now = self._pool.now()
         self._total = self._total.plus(self._state.workers, self._state.gpus, now - self._at)
         self._at, self._state = now, self._pool.state()

@@ -12,13 +12,13 @@ from evomerge.store import Niches
 
 
 class Kept:
-    """The front and the elites; the same where the search has no features.
+    """The front and the elites; they are the same if the search has no features.
 
     Attributes:
         front: the Pareto front.
         elites: the best of every niche.
-        changed: whether what was told last changed either.
-        niches: what it changed in the grid; None without features.
+        changed: whether the last told candidates changed either.
+        niches: the changes in the grid; None without features.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -29,11 +29,11 @@ class Kept:
         self.niches: Niches | None = None
 
     def rivals(self, keeps: Keeps) -> Grid:
-        """What a new candidate must better to be kept: the front, or the elites where an optimizer keeps niches."""
+        """What a new candidate must beat to be kept: the front, or the elites if the optimizer keeps niches."""
         return self.elites if keeps == "niches" else self.front
 
     def take(self, candidates: Sequence[Candidate]) -> None:
-        """Take candidates that are told; only those that may be on the front may be elites."""
+        """Add told candidates; only those that are eligible for the front can be elites."""
         front, elites = self.front.niches.keys(), self.elites.niches.keys()
         eligible = {
             c.number: Point(c.losses, self._setup.feature_values(c.objectives))

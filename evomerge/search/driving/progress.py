@@ -1,6 +1,6 @@
-"""How far a search or its confirmation is, in item scores, and when it will be over at the pace so far.
+"""The progress of a search or its confirmation, in item scores, and its estimated end.
 
-Candidates are no measure of that: in a race they end all at once with their generation, after very different work.
+Candidates do not measure progress: in a race they all end with their generation, after very different work.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ class Progress:
         clock: seconds, pauses not counted.
 
     Attributes:
-        models: how many models are scored in this phase, where that is known beforehand, and else 0.
-        items: how many item scores these are in all.
+        models: how many models are scored in this phase; 0 if that is not known beforehand.
+        items: how many item scores that takes in total.
         models_done: how many models of them are scored.
         done: how many item scores have come in, in this phase.
-        at_work: gives the numbers of the candidates that are being scored, and on how many items these are in all.
-        answers: how many prompts were answered for them, where this process hears of it.
+        at_work: returns the numbers of the running candidates, and how many items they are scored on in total.
+        answers: how many prompts were answered for them, if this process knows it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -29,7 +29,7 @@ class Progress:
         self.begin(lambda: None)
 
     def begin(self, to_come: Callable[[], float | None], *, models: int = 0, items: int = 0) -> None:
-        """A phase begins, in which so many item scores are to come yet; None where nobody knows."""
+        """Begin a phase with this many item scores left; None if that is unknown."""
         self._to_come = to_come
         self.models, self.items = models, items
         self.models_done = self.done = 0
@@ -39,11 +39,11 @@ class Progress:
         self.work(lambda: ([], 0))
 
     def work(self, at_work: Callable[[], tuple[Sequence[int], int]]) -> None:
-        """Candidates begin to be scored; ``at_work`` says which are, and on how many items in all."""
+        """Set ``at_work``."""
         self.at_work, self.answers = at_work, 0
 
     def add(self, items: int) -> None:
-        """An attempt has given so many item scores."""
+        """Add the item scores of an attempt."""
         self.done += items
         self._results += 1
         self._last = self._clock()
@@ -51,9 +51,9 @@ class Progress:
             self._first = (self._last, items)
 
     def eta_s(self) -> float | None:
-        """Seconds to the end of the phase; None while nothing tells.
+        """Seconds to the end of the phase; None if unknown.
 
-        It falls evenly until the next result is due, and stands while that is late.
+        It decreases steadily until the next result is due, and stays constant while that is late.
         """
         left = self._to_come()
         if left is None or self._first is None or self._results < 2:

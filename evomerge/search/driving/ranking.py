@@ -1,8 +1,8 @@
-"""What the optimizer is told of a generation: a loss for each objective, in an order that holds whatever was measured.
+"""The losses that the optimizer is told: one for each objective, in an order that holds whatever was measured.
 
-Candidates that keep the constraints and were not eliminated come first, by their estimates. Those that a race or the
-screen eliminated come after them, then those that miss a constraint (Deb, "An efficient constraint handling method for
-genetic algorithms", CMAME 186, 2000), the least miss first, and the failed last, as inf.
+Candidates that meet the constraints and were not eliminated come first, by their estimates. Those that a race or the
+screen eliminated come next, then those that violate a constraint (Deb, "An efficient constraint handling method for
+genetic algorithms", CMAME 186, 2000), the smallest violation first, and failed ones last, as inf.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Losses = NDArray[np.float64]
 
 
 class Ranking:
-    """Gives losses to one generation after another, and remembers how good and bad feasible candidates can be."""
+    """Assigns losses to successive generations, and remembers the range of feasible candidates' losses."""
 
     def __init__(self, setup: Setup, screening: Screener | None) -> None:
         self._setup = setup
@@ -31,7 +31,7 @@ class Ranking:
         self._worst = np.full(len(setup.objectives), -math.inf)
 
     def rank(self, generation: Sequence[Candidate], recent: Collection[Candidate] = ()) -> None:
-        """Set the losses of candidates from their estimates: of a generation, or of one beside recently told ones."""
+        """Set candidates' losses from their estimates: for a generation, or one candidate and recently told ones."""
         own = {c.number: self._own(c) for c in generation if c.status != "failed"}
         floor = self._floor(generation, own, recent) if any(c.is_eliminated for c in generation) else np.empty(0)
         for c in generation:
@@ -49,20 +49,20 @@ class Ranking:
     def _floor(
         self, generation: Sequence[Candidate], own: Mapping[int, Losses], recent: Collection[Candidate]
     ) -> Losses:
-        """The worst of the losses that are kept: where those of eliminated candidates begin."""
+        """The worst kept losses, where those of eliminated candidates begin."""
         kept = [own[c.number] for c in generation if c.number in own and self._is_kept(c)]
         kept += [np.array(c.losses) for c in recent if self._is_kept(c)]
         return np.asarray(np.max(kept, axis=0) if kept else np.where(np.isfinite(self._worst), self._worst, 0.0))
 
     def remember(self, generation: Sequence[Candidate]) -> None:
-        """Take a generation that has been ranked before, as on resume."""
+        """Remember a generation that was ranked before, as on resume."""
         for c in generation:
             if c.losses is not None and np.isfinite(c.losses).all() and self._is_feasible(c):
                 self._best = np.minimum(self._best, c.losses)
                 self._worst = np.maximum(self._worst, c.losses)
 
     def _own(self, candidate: Candidate) -> Losses:
-        """A candidate's losses by its own estimates; NaN where it has none."""
+        """A candidate's losses from its own estimates; NaN if it has none."""
         estimates = [candidate.objectives.get(o.name) for o in self._setup.objectives]
         losses = [
             math.nan if value is None else o.loss(value.mean)
@@ -75,16 +75,16 @@ class Ranking:
         return np.array(losses, dtype=np.float64)
 
     def _after(self, own: Losses, floor: Losses) -> list[float]:
-        """Losses of an eliminated candidate. With one objective it ranks after all that were kept.
+        """The losses of an eliminated candidate. With one objective it ranks behind all that were kept.
 
-        With several it keeps its own: it was found to be dominated, and no one number says by how much. What was not
-        measured is as poor as the poorest that was kept.
+        With several it keeps its own: it was found to be dominated, but no single number says by how much. What was not
+        measured counts as the worst that was kept.
         """
         own = np.where(np.isnan(own), floor, own)
         return [float(loss) for loss in (np.maximum(own, floor) if len(own) == 1 else own)]
 
     def _beyond(self, violation: float) -> list[float]:
-        """Losses of an infeasible candidate: behind every feasible one so far, by how much it misses."""
+        """The losses of an infeasible candidate: behind every feasible one so far, by its violation."""
         worst = np.where(np.isfinite(self._worst), self._worst, 0.0)
         spread = np.where(np.isfinite(self._worst - self._best), self._worst - self._best, 0.0)
         return [float(loss) for loss in worst + np.where(spread > 0, spread, 1.0) * (1.0 + violation)]

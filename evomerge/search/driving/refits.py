@@ -1,5 +1,5 @@
-"""Refits: what is fitted of models is fitted once for all candidates; at the end of a search it is fitted anew to the
-best of them, each of which is a new candidate then, scored as all are.
+"""Refits: fitted numbers are found once for all candidates. At the end of a search they are fitted again for each of
+the best, which makes new candidates that are scored like all others.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from evomerge.store import CandidateRow, Store
 
 
 class Refits:
-    """What is fitted anew at the end of a search.
+    """Fits the best candidates again at the end of a search.
 
     Attributes:
-        are_asked: whether nothing was asked for since the last time, so that there is nothing to fit anew.
+        are_asked: whether nothing was asked for since the last refits, so there is nothing to refit.
     """
 
     def __init__(self, space: Refitting, setup: Setup, store: Store, dispatcher: Dispatcher, logs: Path) -> None:
@@ -31,14 +31,14 @@ class Refits:
 
     @property
     def reserved(self) -> int:
-        """How many candidates of the budget are kept for what is yet to be fitted anew."""
+        """How many candidates of the budget are reserved for refits."""
         return 0 if self.are_asked else self._space.refits
 
     def chosen(self, room: int) -> dict[str, Recipe]:
-        """The recipes of the best candidates, fitted anew, by the id of each candidate; none that there was before.
+        """The refitted recipes of the best candidates, by candidate id; no recipe that existed before.
 
         Args:
-            room: how many there may be at most, beside what the space says.
+            room: the largest number of them, in addition to the space's own limit.
         """
         count = min(room, self._space.refits)
         preference = Preference.of_setup(self._setup)
@@ -52,7 +52,7 @@ class Refits:
         return found
 
     def fit(self, recipes: dict[str, Recipe]) -> bool:
-        """Fit what these recipes have that is fitted; False when a stop came first."""
+        """Fit the fitted parts of these recipes; False if a stop came first."""
         jobs = (
             Pending(-1 - n, 1, recipe, f"fit of {name}", (), instead=FitNumbers())
             for n, (name, recipe) in enumerate(recipes.items())
@@ -60,7 +60,7 @@ class Refits:
         return self._dispatcher.run(feed_of(jobs), _Run(self._logs))
 
     def replayed(self, rows: list[CandidateRow]) -> list[Recipe]:
-        """What was asked for, as it was recorded: candidates that were told later may have other ranks."""
+        """The recorded refits: candidates told later may have changed the ranks."""
         recipes = [read_recipe(row.recipe, self._sources) for row in rows]
         self._known |= {recipe.hash for recipe in recipes}
         self.are_asked = True
@@ -68,7 +68,7 @@ class Refits:
 
 
 class _Run(OfNoCandidate):
-    """Fits, as a ``Recorder``. One that fails is tried again when its candidate is scored, which says so then."""
+    """The ``Recorder`` of fits. A fit that fails is tried again when its candidate is scored, which then reports it."""
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs

@@ -1,7 +1,7 @@
-"""Candidates on their way to be scored: what is known of each, what it lacks, and what is written down of it.
+"""Candidates that are being scored: what is known of each, what is missing, and what is recorded.
 
-Which candidate is scored on how many items is decided in ``generation.py``, where all of a generation are compared, and
-in ``steady.py``, where nobody waits for another.
+How many items each candidate is scored on is decided in ``generation.py``, which compares a whole generation, and in
+``steady.py``, where no candidate waits for another.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from evomerge.store.rows import Status
 
 
 class CandidateScoring(ABC):
-    """What both ways of scoring share; the dispatcher's recorder.
+    """The common part of both ways of scoring; the dispatcher's recorder.
 
     Args:
         logs: folder for the logs of failed attempts.
@@ -56,8 +56,8 @@ class CandidateScoring(ABC):
         self._open: dict[int, Candidate] = {}
         self._by_recipe: dict[str, int] = {}
         self._elite_tables: dict[int, ScoreTable] = {}
-        self._wanted: dict[int, Counts] = {}  # of each candidate that is being scored
-        self.recent: deque[Candidate] = deque(maxlen=0)  # told lately, where these are compared with new ones
+        self._wanted: dict[int, Counts] = {}  # for each candidate that is being scored
+        self.recent: deque[Candidate] = deque(maxlen=0)  # recently told, if new ones are compared with them
         self.predictions = Predictions(setup)
         self.screening = Screener(setup.screen, setup.seed) if setup.screen is not None else None
         by_neighbours = setup.racing is not None and setup.racing.challengers == "neighbours"
@@ -65,17 +65,17 @@ class CandidateScoring(ABC):
 
     @abstractmethod
     def run(self, proposals: Proposals) -> bool:
-        """Score what is proposed until the budget is spent; False when a stop came first."""
+        """Score proposed candidates until the budget is spent; False if a stop came first."""
 
     def score_baselines(self, baselines: Sequence[Candidate]) -> bool:
-        """Score every baseline on all items; False when a stop came first."""
+        """Score every baseline on all items; False if a stop came first."""
         self.begin(baselines)
         return self._score_all([(c, self._setup.all_counts()) for c in baselines])
 
     def learn(self, candidates: Sequence[Candidate], *, baselines: bool) -> None:
-        """Take candidates that have been told: their scores answer for their recipes from now on.
+        """Learn from told candidates: from now on their scores answer for their recipes.
 
-        Of baselines also the order of items, by what their scores tell of each.
+        Baselines' scores also determine the order of items.
         """
         for c in candidates:
             self._open.pop(c.number, None)
@@ -84,7 +84,7 @@ class CandidateScoring(ABC):
                 self._by_recipe[c.recipe_hash] = c.number
         if baselines and self._setup.racing is not None:
             self._learn_items([c for c in candidates if c.status != "failed"])
-        elif self.predictions.learns:  # the others never look at these scores
+        elif self.predictions.learns:  # others never read these scores
             full = [c.number for c in candidates if c.status == "done" and c.eligible]
             self.predictions.take([self._recorded_table(number) for number in full], self._orders)
         self._learn_screen(candidates)
@@ -109,12 +109,12 @@ class CandidateScoring(ABC):
         self.screening.remember(screened, scored)
 
     def _learn_items(self, baselines: Sequence[Candidate]) -> None:
-        """Put items in order by the baselines' scores, and take the best baseline to predict scores by."""
+        """Order items by the baselines' scores, and choose the best baseline as predictor."""
         if not baselines:
             return
         tables = [self._recorded_table(c.number) for c in baselines]
         for evaluator in self._setup.counts():
-            # Of measures on one evaluator the one with the most items, and of those the first, says how they differ.
+            # Among measures on one evaluator, the one with the most items decides, and of those the first.
             measures = [m for m in self._setup.measures if m.evaluator == evaluator]
             measure = max(measures, key=lambda m: m.items)
             scores = np.array([table.values(measure) for table in tables], dtype=np.float64)
@@ -124,14 +124,14 @@ class CandidateScoring(ABC):
         self.predictions.take_baselines(tables, tables[int(np.argmin(losses))], self._orders)
 
     def begin(self, candidates: Sequence[Candidate]) -> None:
-        """Take candidates that were asked for; those of an interrupted search with what they have been scored on."""
+        """Add candidates that were asked for; those of an interrupted search with their existing scores."""
         self._open |= {c.number: c for c in candidates}
         for c in candidates:
             if c.same_as is None and not c.table.is_empty:
                 self._by_recipe[c.recipe_hash] = c.number
 
     def _pending(self, candidate: Candidate, counts: Counts) -> Pending | None:
-        """What a candidate lacks of these items; None when nothing, or when no more of it will be scored."""
+        """The missing items of a candidate as a job; None if nothing is missing, or nothing more will be scored."""
         if candidate.finished:
             return None
         self._wanted[candidate.number] = counts
@@ -143,14 +143,14 @@ class CandidateScoring(ABC):
         return Pending(number, attempt, candidate.recipe, candidate.recipe_hash, tasks, candidate.faults)
 
     def _score_all(self, wanted: Sequence[tuple[Candidate, Counts]]) -> bool:
-        """Score candidates on these items each; False when a stop came first."""
+        """Score each candidate on its items; False if a stop came first."""
         all_pending = (self._pending(c, counts) for c, counts in wanted)
         return self._dispatcher.run(feed_of([pending for pending in all_pending if pending is not None]), self)
 
     def _learn_from_same(self, candidate: Candidate, counts: Counts) -> bool:
-        """Take what an earlier candidate of the same recipe scored; whether that is all that is wanted.
+        """Copy the scores of an earlier candidate with the same recipe; whether they are all that is wanted.
 
-        Not more than is wanted: its duplicate may be scored further while this one is not, and must not pull it along.
+        Only what is wanted is copied: the earlier one may be scored further than this one needs.
         """
         same_as = self._by_recipe.get(candidate.recipe_hash)
         if same_as is None or same_as == candidate.number:
@@ -172,7 +172,7 @@ class CandidateScoring(ABC):
     def _judge(
         self, candidates: Sequence[Candidate], rung: int, keep: int, *, others: Collection[Candidate] = ()
     ) -> None:
-        """Let those at this rung whose place among them and the ``others`` is clear leave the race."""
+        """End the race of candidates at this rung whose place among them and the ``others`` is clear."""
         racing = [c for c in (*others, *candidates) if c.reached >= 0]
         if not racing:
             return
@@ -186,9 +186,9 @@ class CandidateScoring(ABC):
     def _judge_niches(
         self, candidates: Sequence[Candidate], rung: int, elites: Grid, *, others: Collection[Candidate] = ()
     ) -> None:
-        """Let those at this rung leave the race that surely are not the best of their niche.
+        """End the race of candidates at this rung that surely are not the best of their niche.
 
-        Where a candidate may be in several niches, as its features are estimates, there must be a better one in each.
+        If a candidate may be in several niches, because its features are estimates, each must have a better one.
         """
         racing = [c for c in (*others, *candidates) if c.reached >= 0]
         boxes = [elites.box(self._bounds(c, elites)) for c in racing]
@@ -206,16 +206,16 @@ class CandidateScoring(ABC):
                     c.out = "eliminated"
 
     def _elite_table(self, number: int) -> ScoreTable:
-        """The scores of an elite, which never change; those of elites that were looked at last are kept."""
+        """The scores of an elite, which never change; recently used ones are cached."""
         if number not in self._elite_tables:
             self._elite_tables[number] = self._recorded_table(number)
         return self._elite_tables[number]
 
     def _bounds(self, candidate: Candidate, elites: Grid) -> Bounds:
-        """Between what values a candidate's features lie, by the rung that it reached; none for a front."""
+        """The bounds of a candidate's features, by the rung that it reached; empty for a front."""
         if not elites.axes:
             return ()
-        assert self._setup.racing is not None  # without it every value is of all items, and nobody asks
+        assert self._setup.racing is not None  # without it every value is exact, and this is not called
         estimates = self._estimates(candidate.table, candidate.reached)
         reach = float(special.ndtri((1 + self._setup.racing.confidence) / 2))
         bounds = []
@@ -232,7 +232,7 @@ class CandidateScoring(ABC):
         return bounds
 
     def _better(self, tables: Sequence[ScoreTable], reached: Sequence[int]) -> NDArray[np.bool_]:
-        """Who is surely better than whom: bool [tables, tables]. A pair is compared on the lower rung of the two."""
+        """Which candidate is surely better than which: bool [tables, tables], on the lower rung of each pair."""
         rungs = np.array(reached)
         better = np.zeros((len(tables), len(tables)), dtype=np.bool_)
         for level in sorted(set(reached)):
@@ -244,7 +244,7 @@ class CandidateScoring(ABC):
         return better
 
     def _compare(self, tables: Sequence[ScoreTable], level: int) -> NDArray[np.bool_]:
-        """Who is surely better than whom on the items of a rung: bool [tables, tables]."""
+        """Which candidate is surely better than which on the items of a rung: bool [tables, tables]."""
         assert self._setup.racing is not None  # without it there is one rung, and nothing to compare before it
         samples, losses = [], []
         for objective in self._setup.objectives:
@@ -256,21 +256,21 @@ class CandidateScoring(ABC):
         return np.asarray(better & (feasible[:, None] | ~feasible[None, :]))
 
     def _losses(self, candidate: Candidate) -> list[float]:
-        """What a candidate's losses are by the items of the rung that it reached; inf where it misses a constraint."""
+        """A candidate's losses on the items of the rung that it reached; inf if it violates a constraint."""
         estimates = self._estimates(candidate.table, candidate.reached)
         if self._setup.violation(estimates) > 0.0:
             return [math.inf] * len(self._setup.objectives)
         return [o.loss(estimates[o.name].mean) for o in self._setup.objectives]
 
     def _leads(self, candidate: Candidate, rivals: Grid) -> bool:
-        """Whether a candidate is feasible and no rival is as good in every objective, by what is known now."""
+        """Whether a candidate is feasible and no rival is as good in every objective, by current estimates."""
         ours = self._losses(candidate)
         return bool(np.isfinite(ours).all()) and rivals.takes(ours, self._bounds(candidate, rivals))
 
     # The end ------------------------------------------------------------------------------------------------------
 
     def conclude(self, candidates: Sequence[Candidate]) -> list[RaceEnd]:
-        """Estimate what each candidate is worth that was not scored on every item, and say how its race ended."""
+        """Estimate the objectives of candidates that were not scored on every item; how their races ended."""
         outcomes = []
         for c in candidates:
             if not c.finished:
@@ -281,7 +281,7 @@ class CandidateScoring(ABC):
         return outcomes
 
     def _estimates(self, table: ScoreTable, rung: int) -> dict[str, Estimate]:
-        """What a candidate is worth by the items up to a rung; by the screen alone for -1."""
+        """A candidate's estimates from the items up to a rung; -1 means the screen only."""
         estimates: dict[str, Estimate | None] = {}
         if rung >= 0:
             seen = table.within(self._setup, self._orders, self._rungs[rung])
@@ -305,14 +305,14 @@ class CandidateScoring(ABC):
         return not missing_tasks(table, self._orders, self._rungs[-1])
 
     def _table_of_number(self, number: int) -> ScoreTable:
-        """The scores of a candidate, one that is being scored or an earlier one."""
+        """The scores of a candidate, open or told."""
         return self._open[number].table if number in self._open else self._recorded_table(number)
 
     def _recorded_table(self, number: int) -> ScoreTable:
         return ScoreTable.of(self._setup, self._store.scores(number, "search"))
 
     def told_table(self, candidate: Candidate) -> ScoreTable:
-        """What a candidate that was told had been scored on: of its duplicate's scores no more than it took."""
+        """The scores that a told candidate had: of an earlier duplicate's scores only those that it copied."""
         table = self._recorded_table(candidate.number)
         if candidate.same_as is None:
             return table
@@ -329,7 +329,7 @@ class CandidateScoring(ABC):
         return {} if screen is None else {screen.evaluator: screen.items}
 
     def item_losses(self, candidate: Candidate) -> list[NDArray[np.float32]]:
-        """The losses of a candidate that is told, item by item: for each objective float32 [items], NaN for none."""
+        """A told candidate's losses item by item: for each objective float32 [items], NaN if not scored."""
         table = self.told_table(candidate)
         values = [(o.maximise, table.values(o)) for o in self._setup.objectives]
         return [-scores if maximise else scores for maximise, scores in values]

@@ -1,13 +1,12 @@
-"""Scoring without a barrier: each candidate goes its own way up the rungs, and no worker waits for another.
+"""Scoring without a barrier: each candidate climbs the rungs independently, and no worker waits for another.
 
-A candidate is compared with those that were told last, as many as two generations hold, where a generation would
-compare its own. What is decided depends on who was there by then. So where several workers end in no fixed order, two
-runs of such a search differ.
+A candidate is compared with the most recently told ones, as many as two generations hold, where a generation would
+compare its own. Decisions depend on which candidates were told by then. So with several workers, which finish in no
+fixed order, two runs of such a search differ.
 
-A decision is made once. That a candidate goes on is written down with the attempt that it goes on to, and how its race
-ended with what is told of it; the candidates that are asked for and not told yet are taken up in the order in which the
-driver would have come to them. So a search that was interrupted goes on as it would have, and where one job runs at a
-time it is the search that was not interrupted.
+A decision is made once. The decision to continue is recorded with the attempt that follows, and the end of a race with
+the tell. A new driver takes up open candidates in the order in which the old one would have come to them. So an
+interrupted search continues as it would have; if only one job runs at a time, it equals the uninterrupted search.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ from evomerge.store import EventRow, Store
 from evomerge.store.events import Ask, Dispatch, Failure, RaceDecision
 
 RECENT = 2
-"""Generations' worth of told candidates that a new one is compared with."""
+"""How many generations' worth of told candidates a new one is compared with."""
 
 SCREEN = -1
-"""In place of a rung: the items of the screen."""
+"""Stands for the screen's items instead of a rung."""
 
-_ENDS = ("rung", "result", "cached", "failure")  # events after which the driver comes back to a candidate
+_ENDS = ("rung", "result", "cached", "failure")  # events after which the driver returns to a candidate
 
 
 class SteadyScoring(CandidateScoring):
     """Scores candidates one by one.
 
     Attributes:
-        back: candidates of which an attempt has just ended, to be taken up again.
+        back: candidates whose attempt has just ended, to be handled next.
     """
 
     def __init__(self, setup: Setup, store: Store, dispatcher: Dispatcher, logs: Path, population: int) -> None:
@@ -50,16 +49,16 @@ class SteadyScoring(CandidateScoring):
         self.back: deque[Candidate] = deque()
         self.recent = deque(maxlen=RECENT * population)
         self._told_last: deque[Candidate] = deque(maxlen=RECENT * population)
-        # A race needs what they tell of items, and who starts from an earlier search what they are worth.
+        # A race needs them to order items, and a start from an earlier search needs their scores.
         self.baselines_first = setup.racing is not None or bool(setup.start)
 
     def run(self, proposals: Proposals) -> bool:
-        """A new candidate whenever a worker is free, until the budget is spent; False when a stop came first."""
+        """Score a new candidate whenever a worker is free, until the budget is spent; False if a stop came first."""
         self.take_up(proposals.waiting, proposals.asked_after)
         return self._dispatcher.run(partial(self._feed, proposals), self)
 
     def _feed(self, proposals: Proposals) -> Pending | None:
-        """The next rung of a candidate that came back, or a new candidate; those that are known now are told."""
+        """The next rung of a candidate that came back, or a new candidate; finished ones are told."""
         while True:
             if self.back:
                 candidate = self.back.popleft()
@@ -77,11 +76,11 @@ class SteadyScoring(CandidateScoring):
             proposals.tell([candidate])
 
     def next_job(self, candidate: Candidate, rivals: Grid, keep: float | None) -> Pending | None:
-        """What is to be scored next of a candidate; None when it is known as well as it needs to be.
+        """The next job of a candidate; None if it is scored as far as needed.
 
         Args:
-            rivals: the front, or the elites of each niche where the optimizer keeps these.
-            keep: the share of candidates that the optimizer learns from; None where it keeps niches.
+            rivals: the front, or the elites of each niche if the optimizer keeps those.
+            keep: the share of candidates that the optimizer learns from; None if it keeps niches.
         """
         while not candidate.finished:
             counts = self._wanted.get(candidate.number) or self._next_counts(candidate, rivals)
@@ -96,7 +95,7 @@ class SteadyScoring(CandidateScoring):
         return None
 
     def _next_counts(self, candidate: Candidate, rivals: Grid) -> Counts | None:
-        """The items of a candidate's next rung, the screen's first; None at the end of its way."""
+        """The items of a candidate's next rung, the screen's first; None after the last."""
         if candidate.step == 0:
             return None if candidate.reached == len(self._rungs) - 1 else self._setup.all_counts()
         screen = self._setup.screen
@@ -109,12 +108,12 @@ class SteadyScoring(CandidateScoring):
             return self._rungs[rung]
         if not 0 < rung < len(self._rungs):
             return None
-        if not rivals.axes:  # of candidates told lately, the niche may not be known
+        if not rivals.axes:  # the niche of recently told candidates may not be known
             rivals = rivals.extend(self._recent_points())
         return self._rungs[rung] if self._leads(candidate, rivals) else None
 
     def _arrive(self, candidate: Candidate, counts: Counts, rivals: Grid, keep: float | None) -> None:
-        """A candidate has all scores of a rung, or of the screen: whether it goes on is decided."""
+        """Decide whether a candidate that has all scores of a rung, or of the screen, goes on."""
         if candidate.step == 0:
             candidate.reached = len(self._rungs) - 1
             return
@@ -132,7 +131,7 @@ class SteadyScoring(CandidateScoring):
                 self._judge([candidate], candidate.reached, keep_of, others=others)
 
     def _screen(self, candidate: Candidate) -> None:
-        """Leave out a candidate that is among the poorest by the screen of those that came last."""
+        """Reject a candidate that is among the lowest of recent ones by the screen."""
         self._screened.append(candidate)
         if self.screening is not None and len(self._screened) == self._screened.maxlen:
             means = {c.number: self._screen_mean(c) for c in self._screened}
@@ -155,7 +154,7 @@ class SteadyScoring(CandidateScoring):
     # After an interruption ----------------------------------------------------------------------------------------
 
     def take_up(self, open_: Sequence[Candidate], asked_after: int) -> None:
-        """Go on where the driver before this one was, once everything told has been learned again.
+        """Continue where the previous driver was, after everything told has been replayed.
 
         Args:
             open_: the candidates that were asked for and are not told yet.
@@ -177,7 +176,7 @@ class SteadyScoring(CandidateScoring):
         self.back = deque(_as_queued(open_, events))
 
     def _decide_again(self, candidate: Candidate, decided: RaceDecision) -> None:
-        """Take what was decided of a candidate when it was last sent to a worker."""
+        """Restore what was decided about a candidate when it was last sent to a worker."""
         candidate.reached, candidate.out, rung = decided.reached, decided.out, decided.rung
         if rung != SCREEN:
             self._learn_from_same(candidate, self._screen_counts())
@@ -186,7 +185,7 @@ class SteadyScoring(CandidateScoring):
         self._wanted[candidate.number] = self._screen_counts() if rung == SCREEN else self._rungs[rung]
 
     def _remember_screened(self, open_: Sequence[Candidate]) -> None:
-        """Take those that came to the screen last: of the ``open_``, which have passed it, and of those told."""
+        """Restore the candidates that reached the screen last: ``open_`` ones that passed it, and told ones."""
         if self._setup.screen is not None:
             for c in self._told_last:
                 c.table = self.told_table(c)
@@ -221,10 +220,10 @@ class SteadyScoring(CandidateScoring):
 
 
 def _as_queued(open_: Sequence[Candidate], events: Sequence[EventRow]) -> list[Candidate]:
-    """Candidates in the order in which the driver would come to them: first those at a worker, as they were sent there,
-    then the others, as they were asked for or came back.
+    """Candidates in the order in which the driver would come to them: first those at a worker, in the order sent,
+    then the others, in the order in which they were asked for or came back.
     """
-    places: dict[int | None, tuple[bool, int]] = {}  # of each candidate: whether it waits, and since which event
+    places: dict[int | None, tuple[bool, int]] = {}  # for each candidate: whether it waits, and since which event
     for event in events:
         if event.kind == "ask":
             places |= dict.fromkeys(event.read(Ask).candidates, (True, event.seq))
