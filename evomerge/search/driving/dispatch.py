@@ -141,8 +141,8 @@ class Dispatcher:
         report: receives news of nodes and workers.
         progress: counts the item scores that come in.
         batching: makes everything recorded within one transaction, as long as nothing is read in between.
-        check: called before anything is scored and before any result counts; raises InputError where what is scored is
-            not what it was.
+        check: called before anything is scored and before any result counts; raises InputError if what is
+            scored has changed.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""A search's folder in object storage: copied there while the search runs, and fetched to go on from elsewhere.
+"""A search's folder in object storage: copied there while the search runs, and fetched to continue elsewhere.
 
-A driver may vanish with its machine and its disk; what was copied is then all that is left. The copy lies at
-``artifacts/NAME``. A store that is a file goes last of all in each turn, as a snapshot: so what observers remember is
-never ahead of the events in it.
+A driver may vanish with its machine and its disk; only the copy is left then. The copy is at
+``artifacts/NAME``. A store that is a file is copied last in each turn, as a snapshot, so that what observers remember
+is never ahead of its events.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from evomerge.store import Store
 from evomerge.store.events import CopyingState
 
 EVERY_S = 60.0
-"""How long copying rests between two turns."""
+"""How long copying pauses between two turns."""
 
-_REST = 9  # times as long as a turn took: a large store on a slow line keeps it busy for a tenth of the time at most
-_FAULTS = 3  # files that cannot be copied, after which a turn is given up: the storage is away
+_REST = 9  # times the duration of a turn: a large store on a slow line is copied at most a tenth of the time
+_FAULTS = 3  # a turn is abandoned after this many files that cannot be copied: the storage is unavailable
 _MAGIC = b"SQLite format 3\0"
-_BESIDE = ("-wal", "-shm", "-journal", ".lock", PARTIAL)  # ends of names: what SQLite, locks and writers keep beside
+_BESIDE = ("-wal", "-shm", "-journal", ".lock", PARTIAL)  # suffixes of temporary files of SQLite, locks and writers
 
 _log = logging.getLogger(__name__)
 
 
 def copy_url(artifacts: str, name: str) -> str:
-    """Where the copy of the search ``name`` lies below the URL that its search file names."""
+    """The URL of the copy of the search ``name``, below the URL that its search file names."""
     return f"{artifacts.rstrip('/')}/{name}"
 
 
 def check_artifacts(artifacts: str, name: str, folder: Path | None) -> None:
-    """See that a search can be copied: the place can be written to, and holds no search but that of ``folder``.
+    """Check that a search can be copied: the place is writable, and holds no search except that of ``folder``.
 
     Raises:
-        InputError: says what is wrong there.
+        InputError: if it cannot.
     """
     storage = Storage(copy_url(artifacts, name), "artifacts")
     storage.probe()
@@ -55,9 +55,9 @@ def check_artifacts(artifacts: str, name: str, folder: Path | None) -> None:
 
 
 class Artifacts:
-    """Copies a search's folder from threads of its own: neither a slow nor a broken storage holds up or ends a search.
+    """Copies a search's folder in its own threads: neither slow nor broken storage delays or ends a search.
 
-    What fails is logged once, told in an event "artifacts", and tried again at every turn.
+    A failure is logged once, recorded in an event "artifacts", and tried again at every turn.
 
     Args:
         url: of the copy.
@@ -70,7 +70,7 @@ class Artifacts:
     def __init__(self, url: str, folder: Path) -> None:
         self.url = url
         self.is_complete = False
-        """Whether all that was in the folder is in the copy; known after ``close``."""
+        """Whether the copy contains everything in the folder; known after ``close``."""
         self._storage = Storage(url, "artifacts")
         self._folder = folder
         self._claim = Claim(self._storage, folder)
@@ -85,21 +85,21 @@ class Artifacts:
         ]
 
     def take(self) -> None:
-        """Take the place for this folder. Raises InputError like ``check_artifacts``."""
+        """Claim the place for this folder. Raises InputError like ``check_artifacts``."""
         self._claim.take()
 
     def start(self) -> None:
-        """Begin to copy, now and then, in a thread."""
+        """Start copying periodically, in a thread."""
         for thread in self._threads:
             thread.start()
 
     def poll(self, store: Store) -> None:
-        """Write down what befell the copying; called by the driver, who alone writes to the store."""
+        """Record news of the copying; called by the driver, which alone writes to the store."""
         while self._news:
             store.record_event(self._news.popleft())
 
     def close(self) -> None:
-        """Copy what is left, and let go of the place. Waits until that is done; whatever fails is logged."""
+        """Copy what is left, and release the place. Waits until that is done; failures are logged."""
         self._ended.set()
         for thread in self._threads:
             if thread.is_alive():
@@ -107,7 +107,7 @@ class Artifacts:
         self.is_complete = self.turn() and self._tried(self._claim.release)
 
     def turn(self) -> bool:
-        """Copy what changed since the last turn; whether all of it is there now."""
+        """Copy what changed since the last turn; whether the copy is complete now."""
         if self._lost or not self._tried(self._claim.beat):
             return False
         faults = 0
@@ -132,7 +132,7 @@ class Artifacts:
             self._tried(self._claim.beat)
 
     def _tried(self, work: Callable[[], None]) -> bool:
-        """Do it; False where it failed, which is told."""
+        """Call ``work``; False if it failed, which is reported."""
         try:
             work()
         except TakenUpError as error:
@@ -153,7 +153,7 @@ class Artifacts:
             _log.warning("%s: %s", "copying ended" if state == "ended" else "not copied, to be tried again", why)
 
     def _changed(self) -> Iterator[Path]:
-        """The files that are not as they were copied; the store last, and before it the last file of a model folder."""
+        """The files that changed since they were copied; the store last, before it the last file of model folders."""
         files = [file for file in self._folder.rglob("*") if self._belongs(file)]
         for file in sorted(files, key=lambda file: (file.name == STORE_NAME, file.name == "config.json", file)):
             if self._copied.get(file) != _looks(file):
@@ -179,7 +179,7 @@ class Artifacts:
 
 
 def _looks(file: Path) -> object:
-    """Changes whenever the content does; of a database, most of it is in the log beside it."""
+    """Changes whenever the content does; much of a database's content is in the log beside it."""
     beside = [path for path in (file, file.with_name(f"{file.name}-wal")) if path.exists()]
     return [(path.stat().st_size, path.stat().st_mtime_ns) for path in beside]
 
@@ -190,7 +190,7 @@ def _is_sqlite(file: Path) -> bool:
 
 
 def _snapshot(file: Path, into: Path) -> Path:
-    """A database as it is between two transactions, whoever writes to it meanwhile."""
+    """A copy of a database in a consistent state, even if another process writes to it."""
     snapshot = into / file.name
     with closing(sqlite3.connect(file)) as live, closing(sqlite3.connect(snapshot)) as copy:
         live.backup(copy)
@@ -198,10 +198,10 @@ def _snapshot(file: Path, into: Path) -> Path:
 
 
 def fetch(url: str, folder: Path) -> None:
-    """Make ``folder`` of a copied search, whole or not at all, so that it can be gone on with here.
+    """Create ``folder`` from a copied search, completely or not at all, so that it can continue here.
 
     Raises:
-        InputError: no search is copied there, its driver lives, or the folder cannot be made.
+        InputError: there is no copied search, its driver is running, or the folder cannot be created.
     """
     storage = Storage(url, "DIR")
     names = _fetchable(storage)
@@ -224,7 +224,7 @@ def fetch(url: str, folder: Path) -> None:
 
 
 def _fetchable(storage: Storage) -> list[str]:
-    """The files of a copied search, by their names."""
+    """The names of a copied search's files."""
     names = [name for name in storage.files() if name != RECORD and not name.endswith(PARTIAL)]
     if FILE_NAME not in names:
         hint = "Name the copy of one search: the URL of `artifacts`, and the search's name."

@@ -1,9 +1,9 @@
-"""Who copies a search to object storage: one folder at a time, so that none overwrites what another brought further.
+"""Which folder copies a search to object storage: one at a time, so that none overwrites another's later results.
 
-A store that is a file knows its driver, but a copy of it elsewhere does not. So beside the copy lies ``driver.json``,
-with a token that each new driver changes. A folder may go on copying while the token is the last that it knows: that of
-its own last driver, or that of the copy which it was fetched from. Object storage has no locks; two machines that take
-a copy up in the same second both start, and the one that wrote first ends its copying within a minute.
+A store that is a file knows its driver, but a copy of it elsewhere does not. So the copy includes ``driver.json``,
+with a token that each new driver changes. A folder may keep copying while the token is the last that it knows: that of
+its own last driver, or that of the copy from which it was fetched. Object storage has no locks. If two machines take
+over a copy in the same second, both start, and the one that wrote first stops copying within a minute.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from evomerge.objects import Storage
 from evomerge.store.lease import Holder
 
 RECORD = "driver.json"
-"""In the copy: who drives the search, and the token."""
+"""In the copy: the driver of the search, and the token."""
 
 KEPT = ".artifacts.json"
-"""In the folder: where its copy is, and the tokens that are its own."""
+"""In the folder: the URL of its copy, and its own tokens."""
 
 BEAT_S = 60.0
-"""How often a driver gives a sign of life."""
+"""How often a driver renews its claim."""
 
 SILENT_S = 3 * BEAT_S
-"""How long it may give none before its search may be taken up elsewhere: one sign may be lost, and one late."""
+"""How long after the last renewal another folder may take over: one renewal may be lost, and one late."""
 
 
 class TakenUpError(InputError):
-    """The search was gone on with from another folder: this one may copy no more."""
+    """The search continues in another folder: this one may no longer copy."""
 
 
 class Claim:
-    """A folder's right to be what is copied. The right is there from ``take`` to ``release``.
+    """A folder's right to copy, held from ``take`` to ``release``.
 
-    Every method raises StorageError when the storage fails.
+    Every method raises StorageError if the storage fails.
     """
 
     def __init__(self, storage: Storage, folder: Path) -> None:
@@ -47,10 +47,10 @@ class Claim:
         self._token = ""
 
     def check(self) -> None:
-        """Refuse a place that holds a search that is not this folder's.
+        """Refuse a place that holds another folder's search.
 
         Raises:
-            InputError: another search, or this one, taken up by another folder.
+            InputError: another search, or this one after another folder took over.
         """
         there, ours = _record(self._storage), self._tokens()
         if there is None or there["token"] in ours:
@@ -62,36 +62,36 @@ class Claim:
         raise self._taken_up(there)
 
     def is_ours(self) -> bool:
-        """Whether the folder exists and is the last that went on with what lies in the storage."""
+        """Whether the folder exists and was the last to continue the copied search."""
         there = _record(self._storage)
         return there is not None and there["token"] in self._tokens()
 
     def take(self) -> None:
-        """Become what is copied. Raises InputError like ``check``."""
+        """Take the right to copy. Raises InputError like ``check``."""
         self.check()
         ours = self._tokens()
         self._token = secrets.token_hex(8)
-        # The old ones stay until the new one is known to be there: this process may die in between.
+        # The old tokens stay until the new one is stored: this process may die in between.
         self._keep([*ours, self._token])
         self._write("driving")
         self._keep([self._token])
 
     def beat(self) -> None:
-        """Give a sign of life. Raises TakenUpError where another folder has the right now."""
+        """Renew the claim. Raises TakenUpError if another folder has the right now."""
         there = _record(self._storage)
         if there is not None and there["token"] != self._token:
             raise self._taken_up(there)
         self._write("driving")
 
     def release(self) -> None:
-        """Let another folder have it at once."""
+        """Release the claim, so that another folder can take it at once."""
         self._write("ended")
 
     def follow(self) -> None:
-        """Let the folder, a copy of what lies in the storage now, go on from it, unless its driver lives.
+        """Let the folder, a copy of the current content of the storage, continue from it, unless its driver is running.
 
         Raises:
-            InputError: the driver gave a sign of life in the last SILENT_S, by the storage's clock.
+            InputError: the driver renewed its claim in the last SILENT_S, by the storage's clock.
         """
         there = _record(self._storage)
         if there is None:

@@ -1,4 +1,4 @@
-"""A search folder and what belongs to it: made once, opened again, held by one driver at a time."""
+"""A search folder and what belongs to it: created once, reopened, held by one driver at a time."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ _LIBRARIES = (
     "datasets",
     "numpy",
     "pillow",
-    "torchvision",  # where it is there, transformers makes pixels of pictures by it, with other last bits
+    "torchvision",  # if installed, transformers uses it to make pixels, with other last bits
 )
 
 
 def create_search(folder: Path, prepared: Prepared, fingerprints: Mapping[str, Any]) -> Store:
-    """Make the folder of a new search with its store and a complete copy of its search file.
+    """Create the folder of a new search with its store and a complete copy of its search file.
 
     Args:
         fingerprints: see ``fingerprints_of``.
@@ -71,7 +71,7 @@ def create_search(folder: Path, prepared: Prepared, fingerprints: Mapping[str, A
     settings = prepared.file.model_dump(mode="json")
     place = store_place(folder, prepared.file.store)
     if isinstance(place, str):
-        settings["store"] = public_url(place)  # the environment may name another one when the search is looked at
+        settings["store"] = public_url(place)  # the environment may name another one later
     with new_folder(folder) as partial:
         write_settings(partial, settings)
         Store.create(
@@ -87,8 +87,8 @@ def create_search(folder: Path, prepared: Prepared, fingerprints: Mapping[str, A
 
 
 def begin_again(folder: Path, store: Store, prepared: Prepared) -> bool:
-    """Make a new search of one in which nothing was scored, if it would be another now, or if what was told is that
-    nothing could be scored; whether it was done. The caller holds the lease.
+    """Restart a search in which nothing was scored, if it would differ now, or if all that was told were failures;
+    whether that was done. The caller holds the lease.
     """
     search = store.search()
     settings, known = prepared.file.model_dump(mode="json"), fingerprints_of(prepared)
@@ -101,19 +101,19 @@ def begin_again(folder: Path, store: Store, prepared: Prepared) -> bool:
 
 
 def check_sources(store: Store, sources: Mapping[str, Source]) -> None:
-    """Refuse to go on when a source is not what it was when the search began."""
+    """Refuse to continue if a source has changed since the search began."""
     recorded = store.search().record.files
     for name, source in sources.items():
         check_fingerprints(source, recorded[name])
 
 
 def as_recorded(store: Store, prepared: Prepared) -> Prepared:
-    """What was opened of a search that has scores, with its evaluators under the versions that scores are kept by.
+    """What was opened for a search with scores, with its evaluators under the versions that scores are recorded under.
 
-    Whether those that have changed still score as recorded is not known yet: see ``changed_evaluators``.
+    Whether changed evaluators still score as recorded is not known yet: see ``changed_evaluators``.
 
     Raises:
-        InputError: a source, or an item that was scored, is not what it was.
+        InputError: a source, or an item that was scored, has changed.
     """
     check_sources(store, prepared.sources)
     digest = None if prepared.calibration is None else prepared.calibration.digest
@@ -136,16 +136,16 @@ def as_recorded(store: Store, prepared: Prepared) -> Prepared:
 
 
 def changed_evaluators(store: Store, prepared: Prepared) -> list[int]:
-    """The positions of evaluators that are not known to score as they did when the search began.
+    """The positions of evaluators that may score differently than when the search began.
 
-    Their data, a file of theirs or a library has changed since.
+    Their data, their files or a library has changed since.
     """
     pairs = zip(store.search().record.evaluators, prepared.evaluators, strict=True)
     return [e for e, (before, now) in enumerate(pairs) if now.version != before.accepted]
 
 
 def accept_changed(store: Store, prepared: Prepared, changed: Sequence[int], scored: Sequence[str]) -> None:
-    """Write down that evaluators at these positions score as recorded; ``scored`` are the ids of what showed it."""
+    """Record that evaluators at these positions score as before; ``scored`` are the candidates that showed it."""
     fingerprints = dict(store.search().fingerprints)
     entries, texts, named = [*fingerprints["evaluators"]], [], []
     for e in changed:
@@ -158,7 +158,7 @@ def accept_changed(store: Store, prepared: Prepared, changed: Sequence[int], sco
 
 
 def _check_items(store: Store, recorded: RecordedEvaluator, evaluator: Evaluator) -> None:
-    """Refuse other items than those that scores are of: the search split's, and held-out ones once any was scored."""
+    """Refuse changed items: those of the search split, and held-out ones once any was scored."""
     version, digests = recorded.version, recorded.items
     for split in _SPLITS:
         if split == "held_out" and not store.scored_on(version, split, most=1):
@@ -182,7 +182,7 @@ def _check_items(store: Store, recorded: RecordedEvaluator, evaluator: Evaluator
 
 
 def _digests(evaluator: Evaluator) -> dict[str, str]:
-    """For each split a hash of its items in their order."""
+    """For each split, a hash of its items in order."""
     return {
         split: hashlib.sha256(json.dumps([item.id for item in evaluator.items(split)]).encode()).hexdigest()[:16]
         for split in _SPLITS
@@ -190,7 +190,7 @@ def _digests(evaluator: Evaluator) -> dict[str, str]:
 
 
 def _all_item_texts(prepared: Prepared) -> list[ItemTexts]:
-    """What the items of every evaluator ask: to be read beside scores, and beside answers where they are kept."""
+    """The questions of every evaluator's items, to be shown beside scores, and beside answers if these are kept."""
     return [_item_texts(e.version, e, split) for e in prepared.evaluators for split in _SPLITS]
 
 
@@ -208,7 +208,7 @@ def _item_texts(version: str, evaluator: Evaluator, split: Split) -> ItemTexts:
 
 
 def fingerprints_of(prepared: Prepared) -> dict[str, Any]:
-    """What a search was started on, as JSON data: files of its sources, its evaluators, and its measures resolved."""
+    """What a search was started with, as JSON data: files of its sources, its evaluators, and its resolved measures."""
     setup = prepared.setup
 
     def resolved(measure: MeasureInfo) -> dict[str, Any]:
@@ -231,12 +231,12 @@ def fingerprints_of(prepared: Prepared) -> dict[str, Any]:
 
 
 def recipe_of(row: CandidateRow, sources: Mapping[str, str]) -> Recipe:
-    """The recipe of a recorded candidate; ``sources`` says where its sources lie."""
+    """The recipe of a recorded candidate; ``sources`` says where its sources are."""
     return read_recipe(row.recipe, sources)
 
 
 def make_pool(prepared: Prepared, folder: Path, files: Mapping[str, Files]) -> Pool:
-    """The pool that the search file names; Ray is only imported when it is wanted. ``files`` are those of sources."""
+    """The pool that the search file names; Ray is only imported if needed. ``files`` are those of the sources."""
     kept, contents = folder.absolute() / EVIDENCE_NAME, contents_of(files)
     if prepared.file.pool == "ray":
         from evomerge.search.pools.ray import RayPool
@@ -255,12 +255,12 @@ def make_pool(prepared: Prepared, folder: Path, files: Mapping[str, Files]) -> P
 
 
 def contents_of(files: Mapping[str, Files]) -> dict[str, str]:
-    """A digest of what each source holds."""
+    """A digest of each source's content."""
     return {name: content_digest(source_files) for name, source_files in files.items()}
 
 
 def environment() -> dict[str, str]:
-    """The versions of what decides a search's numbers."""
+    """The versions of everything that determines a search's numbers."""
     versions = {}
     for library in _LIBRARIES:
         try:

@@ -1,8 +1,8 @@
 """What a search takes from earlier ones over the same sources: a few of their candidates, as genomes of its own space.
 
-Scores of other items say which candidates are worth scoring here, and nothing more. So of each earlier search the best
-few are taken, different ones, and where all parameters are real the mean of its best tenth: under noise a mean is
-better than the best of its samples, which is mostly lucky (Hansen, arXiv:1604.00772, B.1; the tenth is gamma of Nomura
+Scores on other items only say which candidates are worth scoring here. So the best few of each earlier search are
+taken, if they differ enough, and, if all parameters are real, the mean of its best tenth: under noise a mean is better
+than the best of its samples, which is mostly lucky (Hansen, arXiv:1604.00772, B.1; the tenth is gamma of Nomura
 et al., Warm Starting CMA-ES, AAAI 2021, arXiv:2012.06932). They are scored here before anything is asked for.
 """
 
@@ -32,22 +32,22 @@ from evomerge.store import CandidateRow, SearchRow, Store
 from evomerge.store.record import SearchRecord
 
 MAX = 6
-"""Candidates that are taken of all earlier searches together, and at least one of each."""
+"""The number of candidates taken from all earlier searches together; at least one from each."""
 
 GOOD_SHARE = 0.1
-"""The share of an earlier search's candidates whose mean is taken, too."""
+"""The share of an earlier search's candidates whose mean is also taken."""
 
 APART = 0.05
-"""How far apart those taken are: root mean square over parameters, as a fraction of each range."""
+"""The smallest distance between those taken: root mean square over parameters, as a fraction of each range."""
 
 Matrix = NDArray[np.float64]
 
 
 def with_start(prepared: Prepared, recorded: tuple[StartPoint, ...] | None = None) -> Prepared:
-    """A search with what it takes from earlier ones: what was ``recorded`` when it was made, else read there.
+    """A search with what it takes from earlier ones: what was ``recorded`` when it was created, or read from them now.
 
     Raises:
-        InputError: naming ``start_from``: no search there, one of other models, or one that says nothing of this space.
+        InputError: naming ``start_from``: no search there, one with other models, or one that does not fit this space.
     """
     file = prepared.file
     most = max(1, MAX // max(1, len(file.start_from)))
@@ -60,7 +60,7 @@ def with_start(prepared: Prepared, recorded: tuple[StartPoint, ...] | None = Non
 
 
 def recorded_start(store: Store) -> tuple[StartPoint, ...]:
-    """What a search took from earlier ones when it was made; these need not be there any more."""
+    """What a search took from earlier ones when it was created; they need not exist any more."""
     return tuple(StartPoint(np.array(p.genome, dtype=np.float64), p.label) for p in store.search().record.start)
 
 
@@ -86,7 +86,7 @@ def _of_search(folder: Path, prepared: Prepared, most: int) -> list[StartPoint]:
 
 
 def _check_same_models(record: SearchRecord, base: str | None, sources: Mapping[str, Source], folder: Path) -> None:
-    """Refuse a search over other models: they are matched by name and compared by what their files hold."""
+    """Refuse a search over other models: they are matched by name and compared by the contents of their files."""
     for name in (*record.files, *sources):
         if name not in sources or name not in record.files:
             here, there = ("that search", "this one") if name not in sources else ("this search", "that one")
@@ -102,7 +102,7 @@ def _check_same_models(record: SearchRecord, base: str | None, sources: Mapping[
 
 
 def _check_items(store: Store, record: SearchRecord, evaluators: Sequence[Evaluator], folder: Path) -> None:
-    """Refuse to confirm on items by which an earlier search has chosen what this one begins with."""
+    """Refuse to confirm on items by which an earlier search chose the starting candidates of this one."""
     chosen_by: set[tuple[str, str, tuple[str, ...]]] = set()
     for number, recorded in enumerate(record.evaluators):
         used = max((m.items for m in record.judging if m.evaluator == number), default=0)
@@ -123,7 +123,7 @@ def _check_items(store: Store, record: SearchRecord, evaluators: Sequence[Evalua
 
 
 def _scored(store: Store, record: SearchRecord) -> list[CandidateRow]:
-    """The candidates that an earlier search found, each recipe once: scored, and within its constraints."""
+    """The candidates that an earlier search found, each recipe once: scored, and meeting its constraints."""
     rows = [row for row in store.candidates(statuses=("done", "eliminated")) if row.step > 0]
     return [row for row in rows if all(o.name in row.objectives for o in record.objectives) and _is_kept(row, record)]
 
@@ -134,7 +134,7 @@ def _is_kept(row: CandidateRow, record: SearchRecord) -> bool:
 
 
 def _ranked(search: SearchRow, rows: Sequence[CandidateRow]) -> list[CandidateRow]:
-    """Candidates, the best first, by what decides there; of a front the best in each objective in turn."""
+    """Candidates, the best first, by what decides there; for a front the best in each objective in turn."""
     objectives, preference = search.record.objectives, Preference.of_search(search)
     if not rows:
         return []
@@ -152,11 +152,11 @@ def _ranked(search: SearchRow, rows: Sequence[CandidateRow]) -> list[CandidateRo
 
 
 def shrunk(means: Matrix, errors: Matrix) -> Matrix:
-    """Estimates drawn to their common mean by how noisy they are: float64 [candidates, objectives], as are both given.
+    """Estimates shrunk towards their common mean according to their noise: float64 [candidates, objectives].
 
     Empirical Bayes (Efron & Morris, JASA 70, 1975): m + t^2 / (t^2 + s_i^2) (x_i - m), where m is the mean of all and
     t^2 their variance beyond that of the noise, max(0, var(x) - mean(s^2)). So a candidate that was lucky on few items
-    does not go before one that was good on many.
+    does not precede one that was good on many.
     """
     centre = means.mean(axis=0)
     spread = np.maximum(0.0, means.var(axis=0) - (errors**2).mean(axis=0))
@@ -167,14 +167,14 @@ def shrunk(means: Matrix, errors: Matrix) -> Matrix:
 
 @dataclass(frozen=True)
 class _Mapping:
-    """From candidates of an earlier search to genomes of this space."""
+    """Maps candidates of an earlier search to genomes of this space."""
 
     record: SearchRecord
     space: SearchSpace
 
     def genome(self, row: CandidateRow) -> Genome | None:
         nearest = self.space.genome_of(read_recipe(row.recipe, self.record.sources))
-        # A space that cannot tell may still be the same one.
+        # A space that cannot map recipes may still be the same one.
         is_same = tuple(self.record.parameters) == tuple(self.space.parameters)
         return row.genome if nearest is None and is_same else nearest
 
@@ -182,7 +182,7 @@ class _Mapping:
 def _chosen(
     name: str, ranked: Sequence[CandidateRow], mapping: _Mapping, parameters: Sequence[Parameter], most: int
 ) -> list[StartPoint]:
-    """At most so many, apart from each other: the mean of the best first, then the best."""
+    """At most this many, far enough apart: first the mean of the best, then the best."""
     box, taken = Box(parameters), list[StartPoint]()
     for point in _offered(name, ranked, mapping, parameters):
         unit = box.unit(point.genome)
@@ -196,7 +196,7 @@ def _chosen(
 def _offered(
     name: str, ranked: Sequence[CandidateRow], mapping: _Mapping, parameters: Sequence[Parameter]
 ) -> Iterator[StartPoint]:
-    """Candidates for the start, the best first; they are mapped only as far as they are looked at."""
+    """Candidates for the start, the best first; they are mapped lazily."""
     good = ranked[: max(2, round(GOOD_SHARE * len(ranked)))]
     if all(p.kind == "real" for p in parameters):
         genomes = [genome for row in good if (genome := mapping.genome(row)) is not None]

@@ -9,10 +9,10 @@ from evomerge.search.work.jobs import Finished, Job, PoolNews, PoolState
 
 
 class Pool(Protocol):
-    """Runs jobs on workers and gives back how each ended.
+    """Runs jobs on workers and returns how each ended.
 
     Every submitted job comes back from ``wait`` exactly once, as scores or as a failure, whatever happens to its
-    worker; a pool never raises for what a candidate did. Retrying is the driver's business: a pool tries a job once.
+    worker; a pool never raises for what a candidate did. Retrying is up to the driver: a pool tries a job once.
     """
 
     def submit(self, job: Job) -> None:
@@ -24,17 +24,17 @@ class Pool(Protocol):
         ...
 
     def running(self) -> Mapping[tuple[int, int], float]:
-        """When each (candidate, attempt) that a worker is at began, by ``now``; one that is queued has not begun."""
+        """The start of each running (candidate, attempt), by ``now``; queued ones are not included."""
         ...
 
     def now(self) -> float:
-        """Seconds of the clock that the jobs run by."""
+        """The current time in seconds, on the clock that the jobs run by."""
         ...
 
     def cancel(self, candidate: int, attempt: int) -> None:
-        """End an attempt that is running, and its worker where there is no other way; returns at once.
+        """End a running attempt, and its worker if there is no other way; returns at once.
 
-        It comes back from ``wait`` as failed by ``timeout``, or as it ended if it has just done so.
+        It comes back from ``wait`` as failed with ``timeout``, or with its result if it has just ended.
         """
         ...
 
@@ -43,9 +43,9 @@ class Pool(Protocol):
         ...
 
     def news(self) -> Sequence[PoolNews]:
-        """What happened to nodes and workers since the last call, oldest first. A pool of one process has none."""
+        """News of nodes and workers since the last call, oldest first. A pool of one process has none."""
         ...
 
     def close(self) -> None:
-        """End the workers that this pool started, at once; their unfinished jobs are gone. Safe to call twice."""
+        """End the workers that this pool started, at once; their unfinished jobs are lost. Safe to call twice."""
         ...

@@ -1,4 +1,4 @@
-"""The pool without processes: jobs run one by one in the driver's own, in the order submitted."""
+"""The pool without worker processes: jobs run one by one in the driver's process, in the order submitted."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from evomerge.search.work.jobs import Finished, Job, PoolNews, PoolState, batch
 
 
 class JobRunner(Protocol):
-    """What runs a job to its end; a ``Worker``, or a fake in tests."""
+    """Runs a job to its end; a ``Worker``, or a fake in tests."""
 
     def run(self, job: Job) -> Finished: ...
 
     def run_together(self, jobs: Sequence[Job]) -> list[Finished]:
-        """Several at once, or one; asked for only where the search file has ``together``, and then always."""
+        """Run several at once, or one; called if and only if the search file has ``together``."""
         ...
 
 
 class InProcessPool:
-    """Runs one job in each ``wait``, or up to ``together`` at once. For one machine, for tests, and wherever exact
-    repeatability counts.
+    """Runs one job in each ``wait``, or up to ``together`` at once: for one machine, for tests, and where exact
+    repeatability matters.
 
-    A job that hangs hangs the search: nothing else runs in this process that could end it.
+    A job that hangs also hangs the search: nothing else in this process could end it.
     """
 
     def __init__(self, make_worker: Callable[[], JobRunner], together: int = 1, gpus: float = 0.0) -> None:
@@ -46,13 +46,13 @@ class InProcessPool:
         return self._worker.run_together(jobs) if self._together > 1 else [self._worker.run(jobs[0])]
 
     def running(self) -> Mapping[tuple[int, int], float]:
-        return {}  # outside ``wait``, where a job runs to its end, none does
+        return {}  # jobs only run inside ``wait``
 
     def now(self) -> float:
         return time.monotonic()
 
     def cancel(self, candidate: int, attempt: int) -> None:
-        pass  # none runs that could be ended
+        pass  # no job is running
 
     def state(self) -> PoolState:
         waiting = len(self._queue)

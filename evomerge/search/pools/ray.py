@@ -1,4 +1,4 @@
-"""The Ray pool: each worker is an actor that keeps its sources and evaluators for life."""
+"""The Ray pool: each worker is an actor that keeps its sources and evaluators for its lifetime."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from evomerge.starting import collect_rarely
 
 # Threads are set before torch starts in the worker; a worker that takes every core slows all the others down.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_SILENT_S = 30.0  # how long a node that did not answer is left alone: twice what Ray takes to miss it
-_LOOK_S = 5.0  # how often the nodes are looked at; a node takes longer than that to come or to be missed
+_SILENT_S = 30.0  # how long an unresponsive node is left alone: twice the time that Ray takes to notice
+_LOOK_S = 5.0  # how often the nodes are checked; they take longer than that to join or to be declared dead
 _PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME", "TOKENIZERS_PARALLELISM")
 
 
 class RayWorker:
-    """The actor: a ``Worker`` behind Ray's calls. Heavy imports happen in its own process."""
+    """The actor: a ``Worker`` that is called through Ray. Heavy imports happen in its own process."""
 
     def __init__(self, name: str, settings: dict[str, Any], evidence: Path, contents: Mapping[str, str]) -> None:
         self._arguments = (name, settings, evidence, contents)
@@ -58,7 +58,7 @@ class RayWorker:
         return str(ray.get_runtime_context().get_node_id())
 
     def load(self) -> None:
-        """Open the sources; once this is done the worker can take jobs."""
+        """Open the sources; after this the worker can take jobs."""
         collect_rarely()
         from evomerge.merging.measured.evidence import Evidence
         from evomerge.search.workers.worker import Worker
@@ -79,8 +79,8 @@ class _Hired:
     """A worker as the pool sees it.
 
     Attributes:
-        node: where it is wanted, and once it is placed, where it is.
-        group: the placement group that holds its GPUs together; None where it has one at most.
+        node: where it should be, and once it is placed, where it is.
+        group: the placement group that holds its GPUs together; None if it has at most one GPU.
     """
 
     number: int
@@ -94,7 +94,7 @@ class _Hired:
         return self.phase in ("idle", "busy")
 
     def end(self) -> None:
-        """End its process, and give back what was held for it."""
+        """End its process, and release its resources."""
         ray.kill(self.actor)
         if self.group is not None:
             remove_placement_group(self.group)
@@ -103,14 +103,14 @@ class _Hired:
 class RayPool:
     """Jobs on Ray actors, of this machine or of a cluster.
 
-    An actor that dies is replaced where there is room, and its job comes back as failed; the driver decides on another
-    attempt. Ray itself repeats nothing (``max_task_retries=0``): a call that ran twice could not be told from one that
+    An actor that dies is replaced if there is room, and its job comes back as failed; the driver decides about another
+    attempt. Ray itself repeats nothing (``max_task_retries=0``): a call that ran twice would look the same as one that
     ran once. Workers follow the cluster: they are started as nodes join, up to ``cluster.workers``, and those on a node
-    that is about to go get no more work. When no node is left, jobs wait for one. Of a node, one worker loads first and
-    a few at once after it; where a start fails, another is tried after a pause (``starts``).
+    that is about to leave get no more work. If no node is left, jobs wait for one. On each node one worker loads first,
+    then a few at once; if a start fails, another is tried after a pause (``starts``).
 
     Args:
-        evidence: folder of what is known of the sources, for every worker; see ``Evidence``.
+        evidence: folder of evidence about the sources, for every worker; see ``Evidence``.
         contents: digests of the sources.
         worker: the actor's class.
     """
@@ -138,23 +138,23 @@ class RayPool:
         self._queue: deque[Job] = deque()
         self._calls: dict[Any, tuple[_Hired, list[Job]]] = {}
         self._began: dict[tuple[int, int], float] = {}
-        self._ended: list[Finished] = []  # by ourselves, and not given back yet
+        self._ended: list[Finished] = []  # by this pool, and not returned yet
         self._news: list[PoolNews] = []
         self._workers: dict[int, _Hired] = {}
-        self._starting: dict[Any, _Hired] = {}  # by the call that is awaited of it
+        self._starting: dict[Any, _Hired] = {}  # by the pending call
         self._idle: list[_Hired] = []
         self._hired = 0
         self._starts = Starts()
         self._nodes: Mapping[str, Resources] = {}
         self._draining: set[str] = set()
-        self._silent: dict[str, float] = {}  # when a node was found not to answer that Ray has not missed yet
+        self._silent: dict[str, float] = {}  # when a node was found unresponsive before Ray noticed
         self._names: Mapping[str, str] = {}
         self._look_at = 0.0
         self._look()
 
     def submit(self, job: Job) -> None:
         self._queue.append(job)
-        if self._together == 1:  # else the next ``wait`` shares out all that have come by then
+        if self._together == 1:  # otherwise the next ``wait`` distributes all submitted jobs
             self._feed()
 
     def wait(self, timeout_s: float) -> list[Finished]:
@@ -164,7 +164,7 @@ class RayPool:
         pending = [*self._calls, *self._starting]
         if pending:
             ready, _ = ray.wait(pending, num_returns=1, timeout=0 if finished else timeout_s)
-            if ready:  # take everything that has ended by now, not only the first
+            if ready:  # take all calls that have ended, not only the first
                 ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
             finished += [done for call in ready if call in self._calls for done in self._collect(call)]
             for call in ready:
@@ -187,7 +187,7 @@ class RayPool:
     def cancel(self, candidate: int, attempt: int) -> None:
         for call, (worker, jobs) in self._calls.items():
             if (candidate, attempt) in [(job.candidate, job.attempt) for job in jobs]:
-                del self._calls[call]  # nothing is awaited of the worker: it may be out of reach
+                del self._calls[call]  # do not wait for the worker: it may be unreachable
                 seconds = max([time.monotonic() - self._began.pop((job.candidate, job.attempt)) for job in jobs])
                 failure = Failed("timeout", f"ended after {seconds:.0f} s")
                 self._ended += self._failed(worker, jobs, failure)
@@ -222,7 +222,7 @@ class RayPool:
     # Workers that come and go -------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Follow the nodes that join, leave, and are about to leave."""
+        """Follow nodes that join, leave, or are about to leave."""
         self._look_at = time.monotonic() + _LOOK_S
         self._look_at_nodes()
         for worker in [worker for worker in self._workers.values() if worker.phase != "busy"]:
@@ -238,7 +238,7 @@ class RayPool:
             self._hire(node)
 
     def _look_at_nodes(self) -> None:
-        """Take in which nodes there are, and tell what has changed."""
+        """Update the list of nodes, and report changes."""
         now = time.monotonic()
         self._silent = {node: since for node, since in self._silent.items() if now - since < _SILENT_S}
         before, draining_before = self._nodes, self._draining
@@ -254,7 +254,7 @@ class RayPool:
             self._tell("node left", node)
 
     def _free(self, node: str, here: int) -> float:
-        """How many more workers may be sent to a node on which so many are, or are to be."""
+        """How many more workers a node can take, given the number that it has or will have."""
         loaded = self._loaded(node)
         return min(room(self._needs, self._nodes[node]) - here, self._starts.most(node, here, loaded, self.now()))
 
@@ -262,7 +262,7 @@ class RayPool:
         return sum(worker.has_loaded and worker.node == node for worker in self._workers.values())
 
     def _hire(self, node: str) -> None:
-        """Have Ray start a worker's process: on this node, unless somebody else has taken the room there."""
+        """Have Ray start a worker's process: on this node, unless others have taken its resources."""
         number, self._hired = self._hired, self._hired + 1
         environment = {name: str(self._threads) for name in _THREADS}
         environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
@@ -285,7 +285,7 @@ class RayPool:
         self._starting[actor.node.remote()] = worker
 
     def _load(self) -> None:
-        """Let workers that have their place open the sources, no more of a node at once than ``starts`` allows."""
+        """Let placed workers open the sources, with no more per node at once than ``starts`` allows."""
         for worker in self._workers.values():
             if worker.phase == "placed":
                 there = [other for other in self._workers.values() if other.node == worker.node]
@@ -295,7 +295,7 @@ class RayPool:
                     self._starting[worker.actor.load.remote()] = worker
 
     def _greet(self, call: Any) -> None:
-        """A worker has its place, or has loaded; or has failed to."""
+        """Handle a worker that was placed, has loaded its sources, or has failed to."""
         worker = self._starting.pop(call)
         try:
             result = ray.get(call)
@@ -304,7 +304,7 @@ class RayPool:
             return
         if worker.phase == "placing":
             worker.node, worker.phase = result, "placed"
-            self._look_at = 0.0  # another may be started in its place
+            self._look_at = 0.0  # another may be started instead
         else:
             worker.phase = "idle"
             self._idle.append(worker)
@@ -321,7 +321,7 @@ class RayPool:
         self._drop(worker, "worker failed to start", words)
 
     def _drop(self, worker: _Hired, kind: NewsKind, why: str) -> None:
-        """End a worker; another is started when the cluster is next looked at, which is soon."""
+        """End a worker; another is started at the next check of the cluster, which is soon."""
         self._workers.pop(worker.number).end()
         self._starting = {call: other for call, other in self._starting.items() if other is not worker}
         self._idle = [other for other in self._idle if other is not worker]
@@ -329,13 +329,13 @@ class RayPool:
         self._look_at = 0.0
 
     def _is_lost(self, node: str, error: RayError) -> bool:
-        """Whether a worker's node is gone or about to go, so that the node is what has ended the worker."""
+        """Whether a worker's node is gone or about to leave, so that the node ended the worker."""
         if isinstance(error, RayTaskError):
             return False
         if tells_of_lost_node(error) or node in self._silent or node not in usable_nodes():
             return True
         if isinstance(error, ActorDiedError) or answers(node):
-            return False  # its raylet has seen the process die, or would have
+            return False  # its raylet saw the process die, or would have
         self._silent[node] = self.now()
         return True
 
@@ -366,7 +366,7 @@ class RayPool:
         try:
             returned = ray.get(call)
             finished = cast(list[Finished], returned if self._together > 1 else [returned])
-        except RayError as error:  # its process, its node or its owner is gone; a task error is of our own making
+        except RayError as error:  # its process, node or owner is gone; a task error comes from our own code
             reason, words = self._blame(worker, error), words_of(error)
             message = f"its node is gone or about to go: {words}" if reason == "node_lost" else words
             failure = Failed(reason, message, str(error))
@@ -375,7 +375,7 @@ class RayPool:
         worker.phase = "idle"
         results = [done.result for done in finished]
         if died := [result for result in results if isinstance(result, Failed) and result.reason == "worker_died"]:
-            self._drop(worker, "worker dropped", died[0].message)  # it says so of itself
+            self._drop(worker, "worker dropped", died[0].message)  # it reported this itself
         elif worker.node not in self._nodes:
             self._drop(worker, "worker dropped", "its node is gone or about to go")
         else:
@@ -391,14 +391,14 @@ class RayPool:
         return "node_lost" if self._is_lost(worker.node, error) else "worker_died"
 
     def _check_alive(self) -> None:
-        """When no worker can start anywhere, nothing will ever finish: say why instead of waiting for ever.
+        """If no worker can start anywhere, nothing will ever finish: say why instead of waiting forever.
 
         Raises:
-            InputError: with the last words of the worker that failed to start.
+            InputError: with the last output of the worker that failed to start.
         """
         if self._workers or self._ended:
             return
-        self._look()  # there may be another node by now, or a pause may be over
+        self._look()  # another node may have joined, or a pause may be over
         able = [node for node, resources in self._nodes.items() if room(self._needs, resources)]
         if not self._workers and able and all(self._starts.is_hopeless(node) for node in able):
             raise InputError("cluster", f"no worker could be started: {self._starts.last_words}")

@@ -1,5 +1,5 @@
-"""The pool on a simulated clock: jobs take made-up time and give made-up scores, so that a long search is tested in
-seconds."""
+"""The pool on a simulated clock: jobs take simulated time and return simulated scores, so that a long search can be
+tested in seconds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SimulatedClock:
 
 
 class SimulatedPool:
-    """``workers`` workers whose jobs end in the order of the simulated clock.
+    """Has ``workers`` workers whose jobs end in the order of the simulated clock.
 
     While a job runs, ``wait`` jumps to the next end, but over no more than the shortest deadline: nothing else happens
     on this clock. A job that takes ``math.inf`` seconds hangs.

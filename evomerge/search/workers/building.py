@@ -1,4 +1,4 @@
-"""Where and how a search's models are made: its device, dtype and threads, as its search file says."""
+"""Where and how a search's models are made: device, dtype and threads, according to its search file."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 def choose_device(wanted: str | None) -> torch.device:
-    """The device asked for, else the first GPU, else the CPU.
+    """The requested device, or the first GPU, or the CPU.
 
     Raises:
         InputError: this machine has no such device.
     """
     try:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()  # of a device without memory there is nothing to read
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        torch.zeros(1, device=device).item()  # a device without memory (meta) cannot be read
+    except (RuntimeError, AssertionError) as error:  # torch raises AssertionError if it was built without CUDA
         raise InputError("device", f"{wanted!r} cannot be used here ({str(error).splitlines()[0]})") from None
     return device
 
@@ -38,7 +38,7 @@ def choose_devices(file: SearchFile) -> tuple[torch.device, ...]:
     """The devices of a worker in this process: one, unless the search file gives a worker several GPUs.
 
     Raises:
-        InputError: this machine has no such device, or not so many GPUs.
+        InputError: this machine has no such device, or not enough GPUs.
     """
     count = file.cluster.devices
     if count == 1:
@@ -50,13 +50,13 @@ def choose_devices(file: SearchFile) -> tuple[torch.device, ...]:
 
 
 def check_devices(file: SearchFile) -> None:
-    """Refuse devices that this machine does not have, where the workers are to be on it. Raises InputError."""
+    """Refuse devices that this machine does not have, if the workers run on it. Raises InputError."""
     if file.pool == "in_process" or (is_here(file) and file.cluster.devices > 1):
         choose_devices(file)
 
 
 def torch_dtype(name: DType | None) -> torch.dtype | None:
-    """The dtype of this name; None, which stands for that of the source, stays None."""
+    """The dtype of this name; None, which means that of the source, stays None."""
     return None if name is None else getattr(torch, name)
 
 
@@ -69,13 +69,13 @@ def build_context(
     hops: int | None = None,
     fit_digest: str | None = None,
 ) -> BuildContext:
-    """What models of a search are made of and for. Sets the threads that this process computes with.
+    """What a search's models are made from and for. Sets the number of threads of this process.
 
     Args:
-        layers: the most different layers that a recipe is made of; those of a source when None.
-        texts_digest: that of the calibration texts, where it is known: they are read only where evidence is missing.
-        hops: the most layers of a recipe, as `layers`.
-        fit_digest: as `texts_digest`, of the items that numbers are fitted to.
+        layers: the largest number of different layers in a recipe; None means that of a source.
+        texts_digest: that of the calibration texts, if known: they are read only if evidence is missing.
+        hops: the largest number of layers of a recipe, as for `layers`.
+        fit_digest: as `texts_digest`, for the items that numbers are fitted to.
     """
     devices, dtype = computing(file)
     texts = file.calibration
@@ -96,25 +96,25 @@ def build_context(
 
 
 def fit_of(file: SearchFile, digest: str | None = None) -> AnswersFit | None:
-    """What a search fits numbers to; with the digest that it has recorded it is read only where it is needed."""
+    """What a search fits numbers to; given the recorded digest, it is read only when needed."""
     split = file.fit_split if digest is None else file.recorded_fit(digest)
     return None if split is None else AnswersFit(split)
 
 
 def computing(file: SearchFile) -> tuple[tuple[torch.device, ...], torch.dtype | None]:
-    """Where models of a search are and in which dtype. Sets the threads that this process computes with.
+    """The device and the dtype of a search's models. Sets the number of threads of this process.
 
     Raises:
         InputError: this machine has no such device, or too few.
     """
-    # The same number in every pool and at export: another number adds in another order, and rounds otherwise.
+    # The same number in every pool and at export: another number adds in another order, and rounds differently.
     torch.set_num_threads(file.cluster.cpus_per_worker)
     return choose_devices(file), computing_dtype(file)
 
 
 def computing_dtype(file: SearchFile) -> torch.dtype | None:
-    """The dtype that models of a search are scored in; None for that of the tokenizer's source."""
-    # What is scored together is rounded nowhere but to float32, as which it is exported.
+    """The dtype that a search's models are scored in; None for that of the tokenizer's source."""
+    # Candidates scored together are never rounded below float32, and are exported as float32.
     return torch.float32 if file.together > 1 else torch_dtype(file.dtype)
 
 

@@ -1,7 +1,7 @@
-"""A word before the process dies of a file that was cut under it.
+"""A message before the process dies because a mapped file was truncated.
 
-Sources are mapped, not copied. Where a mapped file is cut or its disk fails, the system ends the process at the next
-byte (SIGBUS), and Python can neither catch that nor run code of its own then: so the handler is machine code.
+Sources are memory-mapped, not copied. If a mapped file is truncated or its disk fails, the system ends the process at
+the next read (SIGBUS). Python can neither catch that nor run code then, so the handler is machine code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from numba import cfunc, types
 
-_kept: list[Any] = []  # what the handler uses, for as long as the process lives
+_kept: list[Any] = []  # what the handler uses, kept for the life of the process
 
 
 def explain_bus_errors(message: str) -> None:

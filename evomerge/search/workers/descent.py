@@ -1,4 +1,4 @@
-"""Descents: steps down the gradient of a proxy, from a genome on."""
+"""Descents: steps down the gradient of a proxy, starting at a genome."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Vector = NDArray[np.float64]
 
 
 class Descents:
-    """Walks down proxies in one search space.
+    """Follows the gradients of proxies in one search space.
 
     Args:
         builder: of the models; it keeps one live model.
@@ -41,7 +41,7 @@ class Descents:
         """Take the steps of a job.
 
         Raises:
-            InputError: no gradient, or an evaluator that asks for something else than one likelihood an item.
+            InputError: no gradient, or an evaluator that asks for anything but one likelihood per item.
             NotFiniteError: the proxy or its gradient is NaN or Inf.
         """
         parameters = self._space.parameters
@@ -67,7 +67,7 @@ class Descents:
         return Descended(points, np.array(losses), slopes[0], seconds)
 
     def _drawn(self, job: Descend, step: int, live: LiveModel) -> tuple[list[Likelihood], list[float]]:
-        """What the proxy of a step is of, and how much each counts."""
+        """The requests of a step's proxy, and their weights."""
         count = min(job.items, len(job.indices))
         drawn = sorted(random_state(job.seed, step).permutation(len(job.indices))[:count].tolist())
         evaluator = self._evaluators[job.evaluator]
@@ -81,7 +81,7 @@ class Descents:
 
 
 def _check(proxy: float, gradient: Vector, parameters: Sequence[Parameter]) -> None:
-    """Refuse what no step can be taken by. Raises NotFiniteError."""
+    """Refuse a value or gradient that is not finite. Raises NotFiniteError."""
     if not np.isfinite(proxy):
         raise NotFiniteError("the proxy")
     for parameter, slope in zip(parameters, gradient.tolist(), strict=True):

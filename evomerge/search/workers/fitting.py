@@ -1,9 +1,9 @@
-"""The loss that numbers of a search's models are fitted by: of right answers to the items of its ``fit`` section.
+"""The loss that numbers of a search's models are fitted with: on right answers to the items of its ``fit`` section.
 
-It is the proxy's, the mean of log(1 - log p) over items whose right answers have the chance p. Cross entropy, the mean
-of -log p, is ruled by the items that are furthest from right: fitted by it, one number for each tensor of four adapters
-of the zoo (120 steps on 16 of 600 items) scored 0.549 and 0.571 on 800 held-out items, by this loss 0.609 and 0.610
-(two seeds; a score's standard error is 0.017). Whether the numbers begin at 1/n or at 0.6 made no difference (0.611).
+It is the proxy's loss, the mean of log(1 - log p) over items whose right answers have probability p. Cross entropy, the
+mean of -log p, is dominated by the items that are furthest from right: with it, one number for each tensor of four
+adapters of the zoo (120 steps on 16 of 600 items) scored 0.549 and 0.571 on 800 held-out items, with this loss 0.609
+and 0.610 (two seeds; a score's standard error is 0.017). Starting at 1/n or at 0.6 made no difference (0.611).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class AnswersFit:
         return loss_parts(live, prompts, [1.0] * len(prompts), listening, told=told)
 
     def drawn(self, step: int) -> list[int]:
-        """Positions of the items of a step: all are shuffled anew whenever all were drawn."""
+        """The positions of a step's items: all are shuffled again once all have been drawn."""
         count = self._split.count
         size = min(self._split.section.drawn, count)
         rounds = {number // count: None for number in range(step * size, (step + 1) * size)}

@@ -21,7 +21,7 @@ from evomerge.search.work.jobs import Failed, Measured, Task
 
 
 class Attempt:
-    """The tasks of one candidate on their way.
+    """The tasks of one candidate while they are being scored.
 
     Args:
         evaluators: in the order that tasks refer to them.
@@ -49,7 +49,7 @@ class Attempt:
 
     @property
     def unanswered(self) -> dict[int, Batch]:
-        """What an engine is still to be asked, by the number of the task."""
+        """The batches that an engine has yet to answer, by the number of the task."""
         return {
             number: Batch(scoring.requests, (task.evaluator, task.split), self._model)
             for number, (task, scoring) in enumerate(zip(self._tasks, self._scorings, strict=True))
@@ -62,19 +62,19 @@ class Attempt:
         self._take_use(number)
 
     def _take_use(self, number: int) -> None:
-        """Keep how experts were used since the last time as that of a task, which alone has asked since."""
+        """Record the use of experts since the last call for a task; no other task has asked since."""
         if self._live.use is not None and (use := self._live.use.take()) is not None:
             self._uses.setdefault(number, []).append(use)
 
     def can_grade(self, number: int) -> bool:
-        """Whether a task's grading needs no more of the model than its responses."""
+        """Whether grading a task needs only the model's responses."""
         return not self._scorings[number].needs_model
 
     def grade(self, number: int) -> None:
-        """Have the evaluator of an answered task grade its items, and check what it gives.
+        """Have the evaluator of an answered task grade its items, and check the result.
 
         Raises:
-            ValueError: the evaluator, which may be somebody's plug-in, gave something else than it declares.
+            ValueError: the evaluator, which may be a plug-in, returned something other than it declares.
             NotFiniteError: a score is NaN or Inf.
         """
         scoring, count = self._scorings[number], len(self._tasks[number].indices)
@@ -87,7 +87,7 @@ class Attempt:
             self.took(phase, seconds)
 
     def finish(self) -> None:
-        """Grade what is left: all that the model itself is needed for. Raises as ``grade``."""
+        """Grade the remaining tasks, which need the model itself. Raises as ``grade``."""
         for number in range(len(self._tasks)):
             if number not in self._graded:
                 self.grade(number)
@@ -106,9 +106,9 @@ class Attempt:
 
 
 def answered(engine: Engine, attempts: Sequence[Attempt]) -> Iterator[tuple[Attempt, int]]:
-    """Have the engine answer all that attempts ask; every task as soon as its responses are with its attempt.
+    """Have the engine answer all requests of some attempts; yields each task once its attempt has the responses.
 
-    The engine's time is divided among the attempts by how much they asked.
+    The engine's time is divided among the attempts in proportion to their requests.
     """
     asked = [(attempt, number, batch) for attempt in attempts for number, batch in attempt.unanswered.items()]
     if not asked:
@@ -131,12 +131,12 @@ def answered(engine: Engine, attempts: Sequence[Attempt]) -> Iterator[tuple[Atte
 def score(engine: Engine, attempt: Attempt, device: torch.device) -> None:
     """Answer and grade all tasks of one candidate.
 
-    On an accelerator tasks are graded in a thread of their own, while the next ones are answered.
+    On an accelerator, tasks are graded in a separate thread while the next ones are answered.
 
     Raises:
         Exception: whatever an evaluator or the model does.
     """
-    if device.type == "cpu":  # grading would take the very core that answers
+    if device.type == "cpu":  # grading in parallel would take the core that generates answers
         for _, number in answered(engine, [attempt]):
             if attempt.can_grade(number):
                 attempt.grade(number)
@@ -162,8 +162,8 @@ def _check(evaluator: Evaluator, graded: Graded, count: int) -> None:
 
 
 def failure(error: BaseException) -> Failed:
-    """What comes back of an attempt that raised."""
-    # Half of a surrogate pair in a message would be a log that cannot be written.
+    """The failure of an attempt that raised."""
+    # Half of a surrogate pair in a message could not be written to a log.
     log = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode()
     if isinstance(error, NotFiniteError):
         return Failed("not_finite", str(error))

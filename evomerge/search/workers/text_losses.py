@@ -1,4 +1,4 @@
-"""How unlikely a model finds the calibration texts: what LM-Cocktail and the soup of these texts go by."""
+"""A model's losses on the calibration texts, used by LM-Cocktail and the soup of these texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def text_losses(live: LiveModel, engine: Engine, calibration: Calibration) -> NDArray[np.float32]:
-    """-log p of each text, in nats for a token: float32 [texts]. Nothing is predicted of a text's first token.
+    """-log p of each text, in nats per token: float32 [texts]. A text's first token is not predicted.
 
     Raises:
         InputError: a text has fewer than two tokens.

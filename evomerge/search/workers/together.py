@@ -1,8 +1,7 @@
-"""Several candidates scored at once on one live model, whose rows are each of a candidate of its own.
+"""Several candidates scored at once on one live model: each row of a batch belongs to one candidate.
 
-What evaluators ask is answered for all candidates in one go (``evomerge.inference.adapter_rows``), and graded candidate
-by candidate. An evaluator that needs the model itself, as a person's own function does, is run for one candidate after
-another.
+Requests are answered for all candidates at once (``evomerge.inference.adapter_rows``), and graded candidate by
+candidate. An evaluator that needs the model itself, such as a user's function, is run for one candidate after another.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Candidate:
-    """A job on its way.
+    """A job in progress.
 
     Attributes:
         number: among the models that the engine has.
-        change: how far it is from the search's base; None where there is none.
-        attempt: its tasks, once they are begun.
-        timings: seconds by phase that are not of its tasks.
+        change: its distance from the search's base; None if there is no base.
+        attempt: its tasks, once they have started.
+        timings: seconds by phase, apart from its tasks.
         result: once there is one.
     """
 
@@ -51,7 +50,7 @@ class _Candidate:
     result: Measured | Failed | None = None
 
     def guarded(self, step: Callable[[], None]) -> None:
-        """Take a step; what it raises ends this candidate alone."""
+        """Run a step; an exception ends only this candidate."""
         try:
             step()
         except KeyboardInterrupt:
@@ -62,11 +61,11 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Mixtures:
-    """One way of computing candidates beside the weights of the base.
+    """One way of computing candidates in addition to the base's weights.
 
     Attributes:
-        engine: answers for several of them at once.
-        numbers: (recipe) -> what the engine is told of a candidate, and how far it is from the search's base.
+        engine: answers for several candidates at once.
+        numbers: (recipe) -> the engine's input for a candidate, and its distance from the search's base.
     """
 
     engine: AdapterRowsEngine
@@ -74,7 +73,7 @@ class _Mixtures:
 
 
 class Together:
-    """Scores candidates that are made of low-rank adapters, several at once: weighted sums, or merges in core space.
+    """Scores several candidates made from low-rank adapters at once: weighted sums, or merges in core space.
 
     Args:
         sources: one model and low-rank adapters of it.
@@ -82,11 +81,11 @@ class Together:
         live: on transformers, without a serving engine.
         evaluators: in the order that jobs refer to them. They know the model by its forward passes and answers alone,
             and measure no speed.
-        base: the source that candidates are measured from; None where there is none.
-        kept: where image tokens go that memory has no room for; None for nowhere.
+        base: the source that candidates' changes are measured from, or None.
+        kept: where image tokens are stored if memory has no room; None for nowhere.
 
     Raises:
-        NotLowRankError: the sources are something else.
+        NotLowRankError: the sources are not a model and its low-rank adapters.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class Together:
         self._family = family_of(sources)
         self._base, self._kept = base, kept
 
-    # The factors of either way lie beside the model from when they are first needed.
+    # The factors of either way are loaded when first needed.
 
     @cached_property
     def _sums(self) -> _Mixtures:
@@ -122,7 +121,7 @@ class Together:
     def _core_merges(self) -> _Mixtures:
         merges = CoreMerges(self._materialiser.core_space, self._sources, self._family)
         rows = CoreRows(self._live, merges.bases)
-        base = self._family.base  # of a search in core space, and so the one that it measures from
+        base = self._family.base  # of a search in core space, so changes are measured from it
         change = CoreChange(self._sources[base]) if self._base == base else None
 
         def numbers(recipe: Recipe) -> tuple[Tensor, float | None]:
@@ -132,7 +131,7 @@ class Together:
         return _Mixtures(AdapterRowsEngine(self._live, rows, self._kept), numbers)
 
     def run(self, jobs: Sequence[Job]) -> list[Measured | Failed]:
-        """The result of each job. An exception in one candidate ends that one alone."""
+        """The result of each job. An exception in one candidate ends only that one."""
         candidates = [_Candidate(job) for job in jobs]
         for in_core in (False, True):
             alike = [candidate for candidate in candidates if in_core_space(candidate.job.recipe) is in_core]
@@ -140,10 +139,10 @@ class Together:
                 continue
             try:
                 self._run(alike, self._core_merges if in_core else self._sums)
-            except Exception as error:  # in what all of them share
+            except Exception as error:  # in a step that all of them share
                 for candidate in alike:
                     candidate.result = candidate.result or failure(error)
-        return [candidate.result for candidate in candidates if candidate.result is not None]  # by now all have one
+        return [candidate.result for candidate in candidates if candidate.result is not None]  # all have one by now
 
     def _run(self, candidates: Sequence[_Candidate], mixtures: _Mixtures) -> None:
         started = time.perf_counter()
@@ -167,7 +166,7 @@ class Together:
 
     @staticmethod
     def _shares(candidates: Sequence[_Candidate], mixtures: _Mixtures) -> list[Tensor]:
-        """What rows of each candidate are mixed by, in the order of their numbers, which are given here."""
+        """The coefficients of each candidate's rows, in the order of the numbers assigned here."""
         all_shares: list[Tensor] = []
         for candidate in candidates:
             try:
@@ -180,7 +179,7 @@ class Together:
         return all_shares
 
     def _begin(self, candidate: _Candidate, engine: AdapterRowsEngine) -> None:
-        """Have the candidate's evaluators say what they ask."""
+        """Collect the requests of the candidate's evaluators."""
         for task in candidate.job.tasks:
             if (evaluator := self._evaluators[task.evaluator]).measured:
                 raise ValueError(f"{evaluator.name} measures speed, which is not the merged model's here")
@@ -188,7 +187,7 @@ class Together:
         candidate.attempt = Attempt(self._evaluators, self._live, alone, candidate.job.tasks, candidate.number)
 
     def _answer(self, candidates: Sequence[_Candidate], engine: AdapterRowsEngine) -> None:
-        """Answer all that candidates ask; one by one where that fails, so that it ends the one that it is of."""
+        """Answer all candidates' requests; if that fails, one by one, so that only the faulty candidate ends."""
         try:
             self._answer_at_once(candidates, engine)
         except Exception as error:
@@ -208,7 +207,7 @@ class Together:
                 candidate.guarded(partial(attempt.grade, number))
 
     def _finish(self, candidate: _Candidate, engine: AdapterRowsEngine) -> None:
-        """Grade what the model itself is needed for."""
+        """Grade the tasks that need the model itself."""
         attempt = candidate.attempt
         assert attempt is not None
         engine.choose(candidate.number)

@@ -1,4 +1,4 @@
-"""A worker: it holds sources, one live model and the evaluators for life, and turns jobs into scores."""
+"""A worker: it keeps sources, one live model and the evaluators for its lifetime, and turns jobs into scores."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Worker:
     """Materialises candidates in place and scores them.
 
     Args:
-        name: shown beside every candidate it scored.
-        builders: of its models.
+        name: shown with every candidate that it scored.
+        builders: make its models.
         evaluators: in the order that jobs refer to them.
-        build_space: (what was measured of the sources) -> the search's space; None for a worker that never descends.
-        texts: of calibration, where there are any.
+        build_space: (measurements of the sources) -> the search's space; None for a worker without descents.
+        texts: the calibration texts, if any.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class Worker:
 
     @classmethod
     def start(cls, name: str, file: SearchFile, evidence: Evidence) -> Worker:
-        """Open everything that a search file names. ``evidence`` is what is known of its sources."""
+        """Open everything that a search file names. ``evidence`` is the evidence about its sources."""
         evaluators = [counted(settings, settings.build()) for settings in distinct(file.evaluators())]
         sources = open_sources(file)
         for source in sources.values():
-            if is_url(source.reference):  # copied by this node, perhaps after it was written anew there
+            if is_url(source.reference):  # copied by this node, perhaps after it was rewritten there
                 _check_content(source, evidence.content_of(source.name))
         return cls._on(name, file, sources, evaluators, evidence, space_of(file, sources))
 
     @classmethod
     def of(cls, name: str, prepared: Prepared, evidence: Evidence) -> Worker:
-        """A worker on what this process has opened already."""
+        """A worker that uses what this process has already opened."""
         space = prepared.setup.space
         return cls._on(name, prepared.file, prepared.sources, prepared.evaluators, evidence, space)
 
@@ -99,7 +99,7 @@ class Worker:
         return cls(name, builders, evaluators, partial(build_space, file, sources), texts)
 
     def run(self, job: Job) -> Finished:
-        """Score one candidate. Whatever goes wrong comes back as ``Failed``; only the death of the process does not."""
+        """Score one candidate. Every error is returned as ``Failed``, except the death of the process."""
         try:
             result: Result = self._result(job)
         except KeyboardInterrupt:
@@ -109,15 +109,15 @@ class Worker:
         return self._finished(job, result)
 
     def run_together(self, jobs: Sequence[Job]) -> list[Finished]:
-        """Score several candidates at once, each a weighted sum of low-rank adapters; their ends, in order.
+        """Score several candidates at once, each a weighted sum of low-rank adapters; their results, in order.
 
-        What goes wrong comes back as ``Failed``, of the candidates that it concerns, as do recipes that are something
-        else. Scores are those of ``run`` but for rounding: nothing is added up in the weights' own dtype here.
+        Errors are returned as ``Failed`` for the candidates that they concern, and so are recipes of other kinds.
+        Scores equal those of ``run`` up to rounding: nothing is added up in the weights' own dtype here.
         """
         if any(job.instead is not None for job in jobs):
             return [self.run(job) for job in jobs]
         try:
-            if self._together is None:  # its adapters take memory, which a worker that never comes here keeps
+            if self._together is None:  # its adapters take memory, so they are loaded only when needed
                 stack = self._stack()
                 self._together = Together(
                     stack.sources, stack.materialiser, stack.live, self._evaluators, stack.base, self._builders.evidence
@@ -185,7 +185,7 @@ class Worker:
 
 
 def _check_content(source: Source, digest: str) -> None:
-    """Refuse a source that does not hold what it held when the search began (InputError)."""
+    """Refuse a source whose content has changed since the search began (InputError)."""
     if content_digest(fingerprint(source)) != digest:
         problem = f"{source.reference} has changed since the search began"
         raise InputError(source.place, problem, "Put the old files back there, or start a new search.")
