@@ -331,9 +331,9 @@ def export(
     if team and (candidate != "best" or form is not None or as_adapter):
         raise InputError("--team", "is given with --candidate, --as or --as-adapter", "A team is exported as it is.")
     if as_adapter:
-        from evomerge.commands.extract import Wanted, export_adapter
+        from evomerge.commands.extract import ExtractOptions, export_adapter
 
-        export_adapter(folder, out, candidate, Wanted(rank, energy), verify=verify, form=form)
+        export_adapter(folder, out, candidate, ExtractOptions(rank, energy), verify=verify, form=form)
     elif team:
         export_team(folder, out, verify=verify)
     else:
@@ -414,9 +414,9 @@ def extract(
     ] = [],  # noqa: B006
 ) -> None:
     """Extract a LoRA adapter from a fine-tuned model. Reports what each part of its change loses."""
-    from evomerge.commands.extract import Wanted, extract
+    from evomerge.commands.extract import ExtractOptions, extract
 
-    extract(model, base, out, Wanted(rank, energy, embeddings, preset), verify, compare_ranks)
+    extract(model, base, out, ExtractOptions(rank, energy, embeddings, preset), verify, compare_ranks)
 
 
 @app.command()
@@ -540,13 +540,13 @@ def agreement(
 
 def _command(folder: Path, verb: Literal["pause", "stop", "cancel"], server: str | None) -> None:
     if server is not None:
-        from evomerge.commands.remote import tell
+        from evomerge.commands.remote import send_command as send_there
 
-        tell(server, str(folder), verb)
+        send_there(server, str(folder), verb)
         return
-    from evomerge.commands.look import send
+    from evomerge.commands.look import send_command
 
-    send(folder, verb)
+    send_command(folder, verb)
 
 
 def main(arguments: list[str] | None = None) -> Any:
@@ -566,6 +566,6 @@ def main(arguments: list[str] | None = None) -> Any:
                 sys.stdout.flush()
     except BrokenPipeError:
         sys.exit(1)
-    except InputError as error:  # by what could not be written in the end
+    except InputError as error:  # output that could not be written at the end
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

@@ -15,7 +15,7 @@ from helpers_checkpoints import WORDS, edit_json, edit_tensors, save_model, save
 
 from evomerge.checkpoints import writer
 from evomerge.checkpoints.tensor_file import TensorFile
-from evomerge.commands.extract import Wanted, extract
+from evomerge.commands.extract import ExtractOptions, extract
 from evomerge.commands.merge import merge
 from evomerge.commands.transplant import transplant
 from evomerge.errors import InputError
@@ -40,8 +40,8 @@ def stages(bad: Path, other: Path, out: Path) -> None:
 
 
 RUNS: dict[str, tuple[Run, str]] = {
-    "extract, model": (lambda bad, other, out: extract(str(bad), str(other), out, Wanted(rank="2")), "MODEL"),
-    "extract, base": (lambda bad, other, out: extract(str(other), str(bad), out, Wanted(rank="2")), "--base"),
+    "extract, model": (lambda bad, other, out: extract(str(bad), str(other), out, ExtractOptions(rank="2")), "MODEL"),
+    "extract, base": (lambda bad, other, out: extract(str(other), str(bad), out, ExtractOptions(rank="2")), "--base"),
     "transplant, model": (lambda bad, other, out: transplant(str(bad), str(other), out, "omp", 4, None), "MODEL"),
     "transplant, donor": (lambda bad, other, out: transplant(str(other), str(bad), out, "omp", 4, None), "DONOR"),
     "stages": (stages, "out.yaml"),

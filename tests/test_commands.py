@@ -24,7 +24,7 @@ from test_early import said
 from transformers import AutoModelForCausalLM
 
 from evomerge.checkpoints.live import live_model
-from evomerge.commands.look import send
+from evomerge.commands.look import send_command
 from evomerge.commands.run import resume
 from evomerge.errors import InputError
 from evomerge.report.consoles import make_console
@@ -580,7 +580,7 @@ def test_a_pause_from_another_terminal_is_heard_and_resume_wakes(
                 return store.search().state
 
         wait_for(lambda: (folder / "search.db").exists() and state() == "running")
-        send(folder, "pause")
+        send_command(folder, "pause")
         wait_for(lambda: state() == "paused")
         seen.append(state())
         with pytest.raises(InputError, match="only its budget can be changed"):

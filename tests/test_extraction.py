@@ -31,7 +31,7 @@ from transformers import (
 
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.tensor_file import TensorFile
-from evomerge.commands.extract import Wanted, extract
+from evomerge.commands.extract import ExtractOptions, extract
 from evomerge.errors import InputError
 from evomerge.extraction import adapter
 from evomerge.extraction.adapter import extract as make
@@ -301,25 +301,25 @@ def test_a_full_disk_is_told_and_nothing_is_left(
 def test_what_the_command_line_may_not_say(llamas: tuple[Path, Path], tmp_path: Path) -> None:
     model, base = map(str, llamas)
     for wanted, words in (
-        (Wanted(rank="0"), "--rank: is '0'"),
-        (Wanted(rank="half"), "--rank: is 'half'"),
-        (Wanted(energy=1.5), "--energy: is 1.5"),
-        (Wanted(embeddings="some"), "--embeddings"),
-        (Wanted(preset="tgi"), "--preset"),
+        (ExtractOptions(rank="0"), "--rank: is '0'"),
+        (ExtractOptions(rank="half"), "--rank: is 'half'"),
+        (ExtractOptions(energy=1.5), "--energy: is 1.5"),
+        (ExtractOptions(embeddings="some"), "--embeddings"),
+        (ExtractOptions(preset="tgi"), "--preset"),
     ):
         with pytest.raises(InputError, match=words):
             extract(model, base, tmp_path / "out", wanted)
     with pytest.raises(InputError, match="--compare-ranks: is for scores"):
-        extract(model, base, tmp_path / "out", Wanted(), ranks=["4"])
+        extract(model, base, tmp_path / "out", ExtractOptions(), ranks=["4"])
     with pytest.raises(InputError, match="--base: "):
-        extract(model, str(tmp_path / "nowhere"), tmp_path / "out", Wanted())
+        extract(model, str(tmp_path / "nowhere"), tmp_path / "out", ExtractOptions())
 
 
 def test_the_command_scores_ranks_beside_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With 3% of the energy lost the model answers as before, with 76% it does not."""
     items = {"task": "mini_math_ja", "metric": "acc", "search": "validation[:24]", "held_out": "test[:4]"}
     file = search_file(tmp_path, objectives={"problems": items})
-    wanted = Wanted(rank="48")
+    wanted = ExtractOptions(rank="48")
     extract(str(MINIATURES / "maths"), str(MINIATURES / "base"), tmp_path / "out", wanted, file, ["2", "full"])
     printed = capsys.readouterr().out
     assert "difference from the model" in printed

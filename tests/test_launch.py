@@ -26,13 +26,13 @@ from evomerge.search.clusters import launch as launching
 from evomerge.search.clusters.launch import (
     INTERRUPTED,
     ListeningPort,
-    asks_for_token,
     check_secured,
     entrypoint,
     follow,
     job_client,
     launch,
     listeners,
+    requires_token,
     running,
     stage,
     who_listens,
@@ -238,7 +238,7 @@ def cluster() -> Iterator[str]:
         env=environment() | secured | {"PATH": f"{VENV}{os.pathsep}{os.environ['PATH']}"},
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while asks_for_token(url) is None and head.poll() is None and time.monotonic() < deadline:
+    while requires_token(url) is None and head.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in secured.items():

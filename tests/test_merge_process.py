@@ -18,7 +18,7 @@ from helpers_miniature import environment
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.tensor_file import TensorFile
 from evomerge.checkpoints.writer import FolderWriter
-from evomerge.commands.extract import Wanted, extract
+from evomerge.commands.extract import ExtractOptions, extract
 from evomerge.commands.merge import merge
 from evomerge.commands.transplant import transplant
 from evomerge.merging.building.export import write_model
@@ -40,7 +40,7 @@ print("grew", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 MEASURED_EXTRACTION = """
 import sys, threading
 from pathlib import Path
-from evomerge.commands.extract import Wanted, extract
+from evomerge.commands.extract import ExtractOptions, extract
 
 def anonymous():  # KB of memory that is no file's
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
@@ -55,7 +55,7 @@ for model, base, out in (sys.argv[1:4], sys.argv[4:7]):
     ended.clear()
     thread = threading.Thread(target=watch)
     thread.start()
-    extract(model, base, Path(out), Wanted(rank="8"))
+    extract(model, base, Path(out), ExtractOptions(rank="8"))
     ended.set()
     thread.join()
     print("peak", peak[0])
@@ -131,7 +131,7 @@ def make(sources: dict[str, Source], out: Path) -> list[tuple[int, int]]:
 
 
 def make_adapter(folder: Path, out: Path) -> None:
-    extract(str(folder / "one"), str(folder / "base"), out, Wanted(rank="4"))
+    extract(str(folder / "one"), str(folder / "base"), out, ExtractOptions(rank="4"))
 
 
 def make_transplant(folder: Path, out: Path, method: str = "omp") -> None:

@@ -1,4 +1,4 @@
-"""The command that grades answers by both scorers of MGSM: agreement."""
+"""The command agreement: grade answers with both scorers of MGSM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from evomerge.report.consoles import make_console
 
 
 def agreement(file: Path, language: str, *, as_json: bool) -> None:
-    """How far both scorers agree on a file of answers, and each answer that they do not agree on."""
+    """Print how often both scorers agree on a file of answers, and each answer on which they disagree."""
     if language not in get_args(Language):
         raise unknown_name(language, get_args(Language), "--language", "language")
     code = cast(Language, language)

@@ -1,4 +1,4 @@
-"""Before a search begins or goes on: sources' runs over the calibration texts, as a job of the pool."""
+"""Before a search starts or resumes: running sources over the calibration texts, as jobs of the pool."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from evomerge.store.events import Calibrated
 
 
 def calibrate(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Console) -> bool:
-    """Have those sources run over the calibration texts of which a method or a step needs it.
+    """Run those sources over the calibration texts for which a method or a step needs it.
 
-    The caller holds the lease. What was recorded before is found by the workers, so that a resumed search loses next to
-    no time here.
+    The caller holds the lease. Workers find the results of earlier runs, so that a resumed search loses almost no time
+    here.
 
     Returns:
-        False when a stop came first.
+        False if the search was stopped first.
 
     Raises:
         InputError: a source cannot be run.
@@ -54,13 +54,13 @@ def calibrate(folder: Path, prepared: Prepared, store: Store, pool: Pool, consol
 
 
 def _runs_of(recipe: Recipe, prepared: Prepared) -> list[str]:
-    """The sources of which a recipe needs what all candidates need alike."""
+    """The sources whose runs a recipe needs in the same way as all candidates do."""
     needs = observed([recipe], prepared.sources)
     return [name for name, of_source in needs.items() if of_source != {"merged_inputs"}]
 
 
 class _SourceRuns(OutsideJobs):
-    """Each source's run over the texts, which leaves evidence behind and no scores."""
+    """The runs of sources over the texts, which produce evidence but no scores."""
 
     log_prefix = "calibration"
 

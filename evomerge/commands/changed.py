@@ -1,7 +1,7 @@
-"""Whether an evaluator that has changed since a search began still scores as recorded.
+"""Checks whether an evaluator that has changed since a search began still scores as recorded.
 
-A person fixes a function that fails on one item, or a held-out file with a bad line, and wants to go on. What was
-scored stays true only if the same model has the same scores now, so a recorded candidate is scored again first of all.
+A user may fix a function that fails on one item, or a held-out file with a bad line, and want to continue. The recorded
+scores remain valid only if the same model still gets the same scores, so a recorded candidate is scored again first.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _SPLITS: tuple[Split, ...] = ("search", "held_out")
 
 
 def check_changed(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Console) -> bool:
-    """Score a candidate again by every evaluator that has changed, and write down that it scores as recorded.
+    """Score a candidate again with every evaluator that has changed, and record that it scores as before.
 
-    The held-out split is only scored again where it was scored before. The caller holds the lease.
+    The held-out split is scored again only if it was scored before. The caller holds the lease.
 
     Returns:
-        False when a stop came first.
+        False if the search was stopped first.
 
     Raises:
-        InputError: an item scores otherwise, or cannot be scored; nothing is written then.
+        InputError: an item has another score, or cannot be scored; nothing is recorded then.
     """
     changed = changed_evaluators(store, prepared) if store.has_scores() else []
     if not changed:
@@ -46,7 +46,7 @@ def check_changed(folder: Path, prepared: Prepared, store: Store, pool: Pool, co
     tasks: dict[int, list[Task]] = {}
     for e in changed:
         for split in _SPLITS:
-            if (number := _most_telling(store, prepared.setup.evaluators[e].version, split)) is not None:
+            if (number := _most_informative(store, prepared.setup.evaluators[e].version, split)) is not None:
                 scores = _recorded(store, number, prepared.setup.evaluators[e].version, split)
                 tasks.setdefault(number, []).append(Task(e, split, scores.items.tolist()))
     rows = [store.candidate(number) for number in tasks]
@@ -67,10 +67,10 @@ def check_changed(folder: Path, prepared: Prepared, store: Store, pool: Pool, co
     return True
 
 
-def _most_telling(store: Store, version: str, split: Split) -> int | None:
-    """The baseline to score again: whose scores vary most over the items, for one that solves none shows little.
+def _most_informative(store: Store, version: str, split: Split) -> int | None:
+    """The baseline to score again: the one whose scores vary most over the items, because constant scores show little.
 
-    Baselines have all their items scored at once. Without any, the first candidate that has scores; None without one.
+    Baselines have all their items scored at once. Without baselines, the first candidate with scores; None without one.
     """
     baselines = [row.number for row in store.candidates(step=0)]
     numbers = store.scored_on(version, split, most=1 + len(baselines))
@@ -87,7 +87,7 @@ def _recorded(store: Store, number: int, version: str, split: Split) -> Scores:
 
 
 class _Rescoring(OutsideJobs):
-    """Compares what comes of candidates that are scored again with what is recorded of them."""
+    """Compares the new scores of candidates with the recorded ones."""
 
     log_prefix = "again-c"
 
@@ -97,7 +97,7 @@ class _Rescoring(OutsideJobs):
         self._tolerance = Tolerance.of(computing_dtype(prepared.file) or model.dtype)
 
     def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None:
-        assert isinstance(result, Measured)  # no candidate's job is a descent
+        assert isinstance(result, Measured)  # candidates' jobs are not descents
         for task, scores in zip(pending.tasks, result.scores, strict=True):
             before = _recorded(
                 self.store, pending.number, self.prepared.setup.evaluators[task.evaluator].version, task.split
@@ -110,7 +110,7 @@ class _Rescoring(OutsideJobs):
             if metric in evaluator.measured:
                 continue
             moved = difference(now[metric], values, self._tolerance)
-            # Batches are those of the search. On another machine sums round otherwise, but then nearly all of them.
+            # Batches are those of the search. On another machine sums round differently, but then almost all of them.
             are_few = 2 * moved.items < len(values)
             if moved.items and (are_few or moved.beyond or not moved.is_rounding):
                 size = np.abs(now[metric].astype(np.float64) - values)

@@ -1,9 +1,9 @@
-"""At the end of a search that chose its sources: its winner again, with random directions in the place of sources.
+"""The control of a search that selected its sources: the winner with random directions in place of sources.
 
-With a good source in a merge, random changes of the same lengths beside it are often as good as the sources that were
-chosen for the task (arXiv 2602.12323). The source that the winner takes most of stays; every other is replaced by a
-random direction that is as long in each weight, and the winner's numbers stay as they are. Both are compared on the
-held-out split.
+If a merge has one good source, random changes of the same lengths are often as good as the other sources that were
+selected for the task (arXiv 2602.12323). The source with the largest share in the winner stays; every other one is
+replaced by a random direction of the same length in each weight, and the winner's numbers stay the same. Both models
+are compared on the held-out split.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from evomerge.store.events import Compared, WinnerControlled
 
 
 def control_winner(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Console) -> bool:
-    """Score the winner's control, where a choice of sources came before the search and there is none yet.
+    """Score the winner's control if the search selected its sources and there is no control yet.
 
     Args:
-        pool: of the search; closed where the control is scored, whose sources are others.
+        pool: the pool of the search; it is closed before the control is scored, which has other sources.
 
     Returns:
-        False when a stop came first. A control that cannot be scored is told, and ends nothing.
+        False if the search was stopped first. If the control cannot be scored, that is only printed.
     """
     number = uncontrolled_winner(store)
     if number is None:
@@ -67,7 +67,7 @@ def control_winner(folder: Path, prepared: Prepared, store: Store, pool: Pool, c
 
 
 def _divided(recipe: StackRecipe, needed: list[str]) -> tuple[str, list[str]]:
-    """The source that a recipe takes most of, and all others that it takes anything of but those that are needed."""
+    """The source with the largest share in a recipe, and all other sources in it except the needed ones."""
     shares = Counter[str]()
     for blend in recipe.blends:
         shares.update({source: abs(share) for source, share in shares_of(blend).items() if source not in needed})
@@ -76,7 +76,7 @@ def _divided(recipe: StackRecipe, needed: list[str]) -> tuple[str, list[str]]:
 
 
 class _Control(OutsideJobs):
-    """One job: the winner's recipe over sources of which some are random directions."""
+    """One job: the winner's recipe with some sources replaced by random directions."""
 
     log_prefix = "control"
 
@@ -87,7 +87,7 @@ class _Control(OutsideJobs):
         self._scores: list[Scores] = []
 
     def compare(self, replaced: list[str]) -> Compared | None:
-        """How much better the winner is than its control on the held-out split; None when a stop came first.
+        """How much better the winner is than its control on the held-out split; None if the search was stopped first.
 
         Raises:
             InputError: the control cannot be made or scored.
@@ -112,9 +112,9 @@ class _Control(OutsideJobs):
         return Compared(mean=gap.mean, low=gap.low, high=gap.high)
 
     def _with_random(self, replaced: list[str]) -> Prepared:
-        """The search with random directions under the names of some sources."""
+        """The search with some sources replaced by random directions."""
         prepared, file = self.prepared, self.prepared.file
-        assert file.base is not None  # a selection has compared sources with it
+        assert file.base is not None  # the selection has compared sources with it
         contents = contents_of(self.store.search().record.files)
         made = {}
         for name in replaced:
@@ -126,7 +126,7 @@ class _Control(OutsideJobs):
         return with_sources(prepared, file.model_copy(update={"sources": file.sources | made}))
 
     def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None:
-        assert isinstance(result, Measured)  # no job here is a descent
+        assert isinstance(result, Measured)  # none of these jobs is a descent
         self._scores = to_scores(self.prepared.setup, result, pending.tasks)
 
     def error(self, finished: Finished, failure: Failed, log: str) -> InputError:

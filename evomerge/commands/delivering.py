@@ -1,4 +1,4 @@
-"""Where a model is made that is to lie in a folder, or in object storage."""
+"""Writing a model to a folder or to object storage."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from evomerge.objects import Storage, is_url
 
 @contextmanager
 def local_folder(out: str | Path, console: Console) -> Iterator[Path]:
-    """The folder to make where a model is to be at ``out``: that one, or a temporary one that is uploaded in the end.
+    """The local folder to write for ``out``: the folder itself, or a temporary one that is uploaded at the end.
 
     Raises:
-        InputError: nothing can be put at this URL.
+        InputError: the URL cannot be written to.
     """
     if not is_url(str(out)):
         yield Path(out)

@@ -1,6 +1,6 @@
-"""A driver at work in this process: the heavy half of the commands that run a search.
+"""Running a driver in this process: the heavy half of the commands that run a search.
 
-Torch, transformers and the evaluators are imported here, so `run` imports this only once it has checked what it can.
+Torch, transformers and the evaluators are imported here, so `run` imports this only after its own checks.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ INTERRUPTED = 130
 
 
 def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
-    """Start a search in a new folder and drive it to its end; the exit code."""
+    """Start a search in a new folder and drive it to its end; returns the exit code."""
     known = fingerprints_of(prepared)
-    # What is left is copied last of all, when the lease is released and no worker waits for it.
+    # Remaining files are copied last, after the lease is released, so that no worker is kept waiting.
     with (
         ExitStack() as last,
         closing(make_pool(prepared, folder, known["sources"])) as pool,
@@ -81,8 +81,8 @@ def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
             return _search(folder, prepared, store, pool, artifacts, console)
 
 
-def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
-    """Go on with a search whose lease is held; the exit code. What is left is copied when ``last`` is closed."""
+def drive_resumed(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
+    """Resume a search whose lease is held; returns the exit code. Closing ``last`` copies the remaining files."""
     if begin_again(folder, store, prepared):
         console.print("nothing had been scored yet: the search starts over with its file as it is now", style="dim")
     with closing(make_pool(prepared, folder, store.search().record.files)) as pool:
@@ -94,7 +94,7 @@ def drive_again(folder: Path, prepared: Prepared, store: Store, last: ExitStack,
 
 
 def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
-    """Only confirm a search whose lease is held; the exit code. What is left is copied when ``last`` is closed."""
+    """Confirm a search whose lease is held; returns the exit code. Closing ``last`` copies the remaining files."""
     with closing(make_pool(prepared, folder, store.search().record.files)) as pool:
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         if not check_changed(folder, prepared, store, pool, console):
@@ -109,7 +109,7 @@ def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: Exi
 def drive_team(
     folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console, chosen: TeamChosen
 ) -> bool:
-    """Score a team of a search whose lease is held on the held-out split; False if a stop came first."""
+    """Score a team of a search whose lease is held on the held-out split; False if it was stopped first."""
     with closing(make_pool(prepared, folder, store.search().record.files)) as pool:
         artifacts = last.enter_context(_copying(folder, prepared.file, console))
         if not check_changed(folder, prepared, store, pool, console):
@@ -124,7 +124,7 @@ def drive_team(
 
 
 def drive_selection(folder: Path, prepared: Prepared, console: Console) -> bool:
-    """Choose among the sources of a search that is made in a new folder, and do nothing more; False after a stop."""
+    """Only select among the sources of a search, which is created in a new folder; False if it was stopped first."""
     known = fingerprints_of(prepared)
     with (
         closing(make_pool(prepared, folder, known["sources"])) as pool,
@@ -144,9 +144,9 @@ def open_all(
     """Open and check everything that a search file names.
 
     Args:
-        folder: that of the search, where there is one.
-        begins: whether nothing has been scored yet, so that evaluators are to be tried.
-        start: what was taken from earlier searches; read there if None.
+        folder: the folder of the search, if there is one.
+        begins: whether nothing has been scored yet, so that evaluators must be tried out.
+        start: what was taken from earlier searches; if None, it is read from them.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for observer in file.observers:
@@ -162,23 +162,23 @@ def open_all(
 
 
 def reopen(folder: Path, store: Store, file: SearchFile) -> Prepared:
-    """Everything that a recorded search names, opened again; the same where anything was scored."""
+    """Open everything that a recorded search names again; it must be unchanged if anything was scored."""
     begun = store.has_scores()
-    # The earlier searches may be gone; they are read again only where the search begins again as another one.
+    # The earlier searches may be gone; they are read again only if the search starts over.
     start = recorded_start(store) if begun or is_same_search(file, store) else None
     prepared = open_all(file, folder, begins=not begun, start=start)
     return as_recorded(store, prepared) if begun else prepared
 
 
 def _evidence(folder: Path, store: Store) -> Evidence:
-    """What is known of the sources, in the folder of the search."""
+    """The evidence about the sources, in the folder of the search."""
     return Evidence(folder.absolute() / EVIDENCE_NAME, contents_of(store.search().record.files))
 
 
 def _search(
     folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
 ) -> int:
-    """Choose sources, measure and fit what the search needs, drive it, and control what it found; the exit code."""
+    """Select sources, measure and fit what the search needs, drive it, and score the control; returns the exit code."""
     chosen = select(folder, prepared, store, pool, console)
     if chosen is None:
         return INTERRUPTED
@@ -210,7 +210,7 @@ def _measured(
 def _drive(
     folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
 ) -> int:
-    """Search, confirm, and say how it ended and, last of all, how to go on; the exit code."""
+    """Search, confirm, and print how it ended and how to continue; returns the exit code."""
     code, how, bound = INTERRUPTED, "resume", ""
     try:
         with _session(folder, prepared, store, pool, artifacts, console) as drive:
@@ -227,7 +227,7 @@ def _drive(
     except Exception:
         traceback.print_exc()
         code = 1
-    if has_store(folder) and (code or bound):  # an optimizer that has stopped asks for nothing more
+    if has_store(folder) and (code or bound):  # an optimizer that has stopped would ask for nothing more
         more = f" --set {bound}=N" if bound else ""
         console.print(f"{how}: evomerge resume {shlex.quote(str(folder))}{more}", soft_wrap=True)
     return code
@@ -245,7 +245,7 @@ def _confirm(prepared: Prepared, drive: Drive) -> bool:
 
 @contextmanager
 def _copying(folder: Path, file: SearchFile, console: Console) -> Iterator[Artifacts | None]:
-    """Copy the folder to object storage while open, where the search file says so, and all that is left at the end."""
+    """Copy the folder to object storage while open, if the search file says so, and the remaining files at the end."""
     if file.artifacts is None:
         yield None
         return
@@ -270,7 +270,7 @@ def _copying(folder: Path, file: SearchFile, console: Console) -> Iterator[Artif
 def _session(
     folder: Path, prepared: Prepared, store: Store, pool: Pool, artifacts: Artifacts | None, console: Console
 ) -> Iterator[Drive]:
-    """Hear signals and commands, show the screen and tell observers while open."""
+    """Handle signals and commands, show the screen, and run the observers while open."""
     if prepared.file.pool == "in_process":
         what = "a file in use was truncated, or its disk is failing"
         explain_bus_errors(f"error: {what}. Put it back and resume: evomerge resume {shlex.quote(str(folder))}")
@@ -293,7 +293,7 @@ def _session(
 
 
 def _end_at_once(folder: Path, store: Store) -> None:
-    """End this process in the midst of its work. What is recorded is whole, whenever it ends."""
+    """End this process immediately. The records are consistent at any time."""
     # It may wait for a server that is away.
     writing = threading.Thread(target=Ending("interrupted").record, args=(store,), daemon=True)
     writing.start()
@@ -305,7 +305,7 @@ def _end_at_once(folder: Path, store: Store) -> None:
 def _idle(
     store: Store, pool: Pool, control: Control, screen: LiveScreen, observers: Observers, artifacts: Artifacts | None
 ) -> Callable[[], None]:
-    """What to do while waiting: show a pause to those who read the store, draw the screen, tell observers."""
+    """What to do while waiting: record a pause in the store, draw the screen, run the observers."""
     paused_from = ""
 
     def idle() -> None:

@@ -34,8 +34,8 @@ from evomerge.store import CandidateRow, Store
 
 
 class Written(NamedTuple):
-    """A candidate that was written: what it is where it is another model than was scored, how it scored again, and
-    what its scores rest on where it was never confirmed.
+    """A candidate that was written: what differs if it is not the scored model, the results of scoring it again, and
+    the basis of its scores if it was never confirmed.
     """
 
     unlike: str
@@ -48,8 +48,8 @@ class Exporter:
     """Writes candidates of one search.
 
     Attributes:
-        prepared: what they are scored again with; None where they are not to be.
-        team: that of which they are members.
+        prepared: the opened search, for scoring them again; None if they are not verified.
+        team: the team of which they are members.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class Exporter:
     team: Team | None = None
 
     def write(self, row: CandidateRow, out: str, form: str | None) -> Written:
-        """Write a candidate to a folder or a URL, in one of the forms of its kind, and see how it scores."""
+        """Write a candidate to a folder or a URL, in one of the forms of its kind, and score it again."""
         recipe = self._recipe(row, form)
         evidence = Evidence(self.folder.absolute() / EVIDENCE_NAME, contents_of(self.store.search().record.files))
         context = build_context(
@@ -76,7 +76,7 @@ class Exporter:
         with local_folder(out, self.console) as model, progress_bar(self.console, "writing tensors") as bar:
 
             def check(written: Path) -> None:
-                assert prepared is not None  # for this is called where it is to be verified
+                assert prepared is not None  # this is called only if it is to be verified
                 bar.say("verifying: loading it")
                 rounds = recipe.rounds_on_export or self.file.together > 1
                 live = builder.reload(written)
@@ -97,15 +97,15 @@ class Exporter:
         recipe = recipe_of(row, self.file.sources)
         _check_form(recipe, form)
         if self.file.together > 1 and recipe.dtype != "float32":
-            # Adapters were added to what the base computes, and not to its weights: in 16 bits, much of what they
-            # change would be rounded away, and the folder be another model than was scored.
+            # The adapters were added to the base's outputs, not to its weights: in 16 bits, much of their change would
+            # be rounded away, and the folder would not be the model that was scored.
             recipe = recipe.model_copy(update={"dtype": "float32"})
             self.console.print("written in float32: candidates that are scored together are never rounded")
         return recipe
 
 
 def _check_form(recipe: Recipe, form: str | None) -> None:
-    """Refuse a form that models of this kind have not (InputError)."""
+    """Raise InputError if models of this kind do not have this form."""
     if form is None or form in recipe.forms:
         return
     known = f"There are: {', '.join(recipe.forms)}." if recipe.forms else "Leave it out."

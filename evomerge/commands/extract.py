@@ -1,4 +1,4 @@
-"""The command extract, and the adapter of a candidate: what a model adds to a base, as a LoRA."""
+"""The command extract, and candidates as adapters: the difference of a model from a base as a LoRA."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 FULL = "full"
 _RANK = 32
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM takes for ``--max-lora-rank``."""
+"""The values that vLLM accepts for ``--max-lora-rank``."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the command line says of an adapter.
+class ExtractOptions:
+    """The options of the command line for an adapter, unchecked.
 
     Attributes:
         rank: a number, ``full``, or None for the default.
-        energy: the share of each change that is to be held, or None.
+        energy: the share of the energy of each change to keep, or None.
         embeddings, preset: see ``Extracting``.
     """
 
@@ -47,10 +47,10 @@ class Wanted:
     preset: str = "peft"
 
     def read(self) -> Extracting:
-        """The same, checked.
+        """The checked options.
 
         Raises:
-            InputError: a value is none of those that there are.
+            InputError: a value is not valid.
         """
         from evomerge.extraction.factors import RankRule
         from evomerge.extraction.held import EmbeddingForm, Extracting, Preset
@@ -63,7 +63,7 @@ class Wanted:
         if self.energy is not None and not 0.0 < self.energy <= 1.0:
             raise InputError("--energy", f"is {self.energy:g}; it is a share, above 0 and at most 1")
         rule = RankRule(_most(self.rank, has_energy=self.energy is not None), self.energy)
-        embeddings: EmbeddingForm = self.embeddings  # type: ignore[assignment]  # one of them, as was just seen
+        embeddings: EmbeddingForm = self.embeddings  # type: ignore[assignment]  # it was just checked
         preset: Preset = self.preset  # type: ignore[assignment]
         return Extracting(rule, embeddings, preset)
 
@@ -79,13 +79,13 @@ def _most(rank: str | None, *, has_energy: bool) -> int | None:
 
 
 def extract(
-    model: str, base: str, out: Path, wanted: Wanted, verify: Path | None = None, ranks: Sequence[str] = ()
+    model: str, base: str, out: Path, wanted: ExtractOptions, verify: Path | None = None, ranks: Sequence[str] = ()
 ) -> None:
-    """Write what a model adds to its base as an adapter.
+    """Write the difference of a model from its base as an adapter.
 
     Args:
-        verify: a search file, on whose items adapter and model are scored.
-        ranks: other ranks, to be compared on these items.
+        verify: a search file, on whose items the adapter and the model are scored.
+        ranks: further ranks to compare on these items.
     """
     check_target(out)
     for place, reference in (("MODEL", model), ("--base", base)):
@@ -106,17 +106,17 @@ def extract(
 
 
 def _searched(path: Path) -> SearchFile:
-    from evomerge.search.settings.search_file import load_search_file  # half a second, with what it can name
+    from evomerge.search.settings.search_file import load_search_file  # takes half a second
 
     return load_search_file(path)
 
 
 def export_adapter(
-    folder: Path, out: str, candidate: str, wanted: Wanted, *, verify: bool, form: str | None = None
+    folder: Path, out: str, candidate: str, wanted: ExtractOptions, *, verify: bool, form: str | None = None
 ) -> None:
-    """Write what a candidate of a search adds to the search's base as an adapter.
+    """Write the difference of a candidate from the search's base as an adapter.
 
-    The candidate is exported and verified as always, in a folder that is removed, and scored again as the adapter is.
+    The candidate is exported and verified as usual in a temporary folder, and scored again as the adapter is.
     """
     if is_url(out) or form is not None:
         raise InputError("--as-adapter", "writes a local folder of one form", "Leave --as out, and name a folder.")
@@ -145,7 +145,7 @@ def export_adapter(
 def write_adapter(
     model: Source, base: Source, out: Path, how: Extracting, file: SearchFile | None, others: Sequence[Extracting] = ()
 ) -> None:
-    """Make the adapter's folder, say what it lost, and score it on the items of a search file.
+    """Write the adapter's folder, print what was lost, and score it on the items of a search file.
 
     Args:
         others: further adapters, which are only scored.
@@ -179,7 +179,7 @@ def _say_vllm(console: Console, base: Source, out: Path, made: Extraction) -> No
 
 
 def _table(losses: Sequence[Loss]) -> Table:
-    """What is lost by kind of tensor; every single one is in the folder's extraction.json."""
+    """The loss by kind of tensor; single tensors are in the folder's extraction.json."""
     kinds: dict[str, list[Loss]] = defaultdict(list)
     for loss in losses:
         kinds[".".join(part for part in loss.tensor.split(".") if not part.isdecimal())].append(loss)

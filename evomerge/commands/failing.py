@@ -1,4 +1,4 @@
-"""The exit code of a search that went to its end and found nothing."""
+"""The exit code of a search that ran to its end and found nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FAILED = 1
 
 
 def failure_code(store: Store) -> int:
-    """0; or, where every candidate but the baselines failed, ``FAILED``, and stderr says why."""
+    """0, or ``FAILED`` with a message on stderr if every candidate except the baselines failed."""
     error = all_failed(store)
     if error is None:
         return 0

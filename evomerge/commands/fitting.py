@@ -1,4 +1,4 @@
-"""Before a search begins or goes on: what of its models is fitted to right answers, as jobs of the pool."""
+"""Before a search starts or resumes: fitting numbers of its models to right answers, as jobs of the pool."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from evomerge.search.work.jobs import Descended, Failed, Finished, FitNumbers, M
 from evomerge.store import Store
 from evomerge.store.events import Fitted
 
-_TOLD_S = 2.0
-"""A fit that is known already, or shared with one before, takes less, and nothing is said of it."""
+_REPORTED_S = 2.0
+"""Shorter fits are not reported: they were already known, or shared with an earlier one."""
 
 
 def fit(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Console) -> bool:
-    """Have that fitted which baselines are made by. What is fitted alike for several is fitted once.
+    """Fit the numbers that baselines need. A fit that several baselines share is done once.
 
-    The caller holds the lease. What was fitted before is found by the workers, so that a resumed search loses next to
-    no time here.
+    The caller holds the lease. Workers find the results of earlier fits, so that a resumed search loses almost no time
+    here.
 
     Returns:
-        False when a stop came first.
+        False if the search was stopped first.
 
     Raises:
         InputError: something cannot be fitted.
@@ -53,7 +53,7 @@ def fit(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Con
 
 
 class _Fits(OutsideJobs):
-    """The fit of each baseline that is made by one, which leaves evidence behind and no scores."""
+    """The fits of baselines, which produce evidence but no scores."""
 
     log_prefix = "fit"
 
@@ -64,8 +64,8 @@ class _Fits(OutsideJobs):
         self._marks, self._console = marks, console
 
     def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None:
-        """Say what is done: fits take minutes, and nothing else is to be seen meanwhile."""
-        if isinstance(result, Measured) and (seconds := result.timings.get("fit", 0.0)) >= _TOLD_S:
+        """Print each finished fit: fits take minutes, and nothing else is shown meanwhile."""
+        if isinstance(result, Measured) and (seconds := result.timings.get("fit", 0.0)) >= _REPORTED_S:
             label = self._marks[-1 - finished.candidate].label
             self._console.print(f"fit of {label}: {duration(seconds)}", style="dim")
 

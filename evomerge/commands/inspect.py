@@ -1,4 +1,4 @@
-"""The command that looks at models before anything is merged."""
+"""The command inspect: look at models before merging them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from evomerge.report.consoles import make_console
 
 
 def inspect(models: Sequence[str], base: str | None, *, as_json: bool) -> None:
-    """What models are, and how close they are to each other; that they are there is seen before torch is imported."""
+    """Print what models are and how close they are. Checks that they exist before it imports torch."""
     for model in (*models, *([base] if base is not None else [])):
         check_reference(model, model)
     from evomerge.report.closeness import shown
     from evomerge.report.inspection import inspect_models
 
-    screen = Console(stderr=True)  # what is printed may be read by a program
+    screen = Console(stderr=True)  # a program may be reading stdout
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("comparing weights", total=None)
         inspection = inspect_models(models, base, lambda done, of: bar.update(task, completed=done, total=of))

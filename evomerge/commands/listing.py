@@ -1,4 +1,4 @@
-"""The command that lists searches: of a folder, of a Ray cluster, of a server."""
+"""The command list: the searches of a folder, a Ray cluster, or a server."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from evomerge.service.summary import summaries_of
 
 
 def list_folder(place: str) -> None:
-    """The searches of a folder, or of a database by its URL; those that began last first.
+    """List the searches of a folder, or of a database by its URL, newest first.
 
     Raises:
-        InputError: there is no such folder, or it is itself that of a search.
+        InputError: there is no such folder, or it is the folder of a single search.
     """
     root = Root.of(place, Path("searches"))
     if root.database is None and is_search(root.folder):
@@ -40,7 +40,7 @@ def list_folder(place: str) -> None:
 
 
 def list_server(url: str) -> None:
-    """The searches of a server."""
+    """List the searches of a server."""
     with Client(url) as client:
         _print(client.searches(), f"{url} has no searches yet")
 
@@ -63,23 +63,23 @@ def _listed(search: SearchSummary) -> Listed:
 
 
 def _confirmed(search: SearchSummary) -> tuple[str, str]:
-    """What the winner, or the knee of a front, is worth on held-out items, and what a winner gains there."""
+    """The held-out scores of the winner, or of the knee of a front, and the gain of a winner."""
     pick = search.confirmed
     if pick is None:
         return "", ""
     values = [value_text(value) for value in pick.values.values()]
     role = "winner" if pick.role == BEST else pick.role
     gains = [f"{gap_text(gap)} over {gap.to}" for gap in pick.all_gains.values() if pick.role == BEST]
-    return f"{role} {_joined(values, pick.scalar is not None)}", "".join(gains[:1])  # that in what decides
+    return f"{role} {_joined(values, pick.scalar is not None)}", "".join(gains[:1])  # the gain that decides
 
 
 def _joined(texts: Sequence[str], has_scalar: bool) -> str:
-    """Texts of the objectives, after that of the number which decides between them."""
+    """Join the texts of the objectives, with that of the scalarisation first."""
     return f"{texts[0]} ({', '.join(texts[1:])})" if has_scalar and texts else ", ".join(texts)
 
 
 def _text(candidate: CandidateName | None, objectives: Sequence[str]) -> str:
-    """What a candidate is worth in each objective."""
+    """The scores of a candidate in each objective."""
     if candidate is None:
         return ""
     values = [value_text(candidate.objectives[name]) for name in objectives if name in candidate.objectives]
@@ -88,7 +88,7 @@ def _text(candidate: CandidateName | None, objectives: Sequence[str]) -> str:
 
 
 def list_jobs(address: str) -> None:
-    """The searches whose drivers are jobs of a Ray cluster."""
+    """List the searches whose drivers are jobs of a Ray cluster."""
     from evomerge.search.clusters.launch import running
 
     with _silent():
@@ -104,7 +104,7 @@ def list_jobs(address: str) -> None:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Nothing goes to stderr while open: Ray warns there, below Python, of what its exceptions say as well."""
+    """Silence stderr at the descriptor level, because Ray prints warnings there that its exceptions repeat."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)

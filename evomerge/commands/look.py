@@ -1,4 +1,4 @@
-"""The commands that look at a search, and those that send a word to its driver."""
+"""The commands that show a search, and those that send a command to its driver."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from evomerge.search.settings.resuming import resumed_file
 from evomerge.store import CandidateRow, SearchRecord, Store, Verb, current_holder
 from evomerge.store.rows import candidate_id
 
-_FEW, _MANY = 20, 50  # candidates in a picture of the winner's curse: too few to see it, and enough
+_FEW, _MANY = 20, 50  # points in a plot of the winner's curse: below this too few, and the suggested number
 
 
 def status(folder: Path, *, as_json: bool, watch: bool) -> None:
-    """Where a search stands; with ``watch``, again and again until it ends."""
+    """Print the status of a search; with ``watch``, keep updating it until the search ends."""
     if as_json:
         print(read_status(folder).model_dump_json(indent=2))
         return
@@ -64,7 +64,7 @@ def status(folder: Path, *, as_json: bool, watch: bool) -> None:
 
 
 def top(folder: Path, k: int | None, *, as_json: bool) -> None:
-    """The k best, by what decides or along a front the best compromises first; or all in the order asked."""
+    """Print the k best candidates, best compromises first for a front, or all candidates in the order asked."""
     with open_store(folder) as store:
         search = store.search()
         record = search.record
@@ -93,7 +93,7 @@ def top(folder: Path, k: int | None, *, as_json: bool) -> None:
 
 
 def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, picture: Path | None) -> None:
-    """One candidate: recipe, scores, attempts and the end of its log; or its recipe alone, or its path as a picture."""
+    """Print a candidate's recipe, scores, attempts and the end of its log, or only its recipe, or draw its path."""
     with open_store(folder) as store:
         row = store.candidate(chosen(store, candidate))
         search = store.search()
@@ -155,7 +155,7 @@ def show(folder: Path, candidate: str, *, as_json: bool, as_recipe: bool, pictur
 
 @dataclass(frozen=True)
 class _Items:
-    """The items of a measure on a split that candidates were scored on."""
+    """The items of a measure on one split that candidates were scored on."""
 
     title: str
     objective: str
@@ -173,7 +173,7 @@ def _items(store: Store, numbers: Sequence[int]) -> Iterator[_Items]:
 
 
 def show_items(folder: Path, candidates: Sequence[str], *, as_json: bool) -> None:
-    """Every item that a candidate was scored on, or those that two were scored on differently, with their answers."""
+    """Print all items of one candidate, or those on which two candidates differ, with their answers."""
     with open_store(folder) as store:
         numbers = [chosen(store, name) for name in candidates]
         scored = [measured for measured in _items(store, numbers) if measured.items]
@@ -202,7 +202,7 @@ def show_items(folder: Path, candidates: Sequence[str], *, as_json: bool) -> Non
 
 
 def show_prompt(folder: Path, candidate: str) -> None:
-    """What a candidate is asked: the first prompt of each measure as the model reads it, its tokens and the answer."""
+    """Print what a candidate is asked: the first prompt of each measure as it is read, its tokens, and the answer."""
     with open_store(folder) as store:
         number = chosen(store, candidate)
         file = resumed_file(folder, store, ())
@@ -235,7 +235,7 @@ def _save(file: Path, text: str) -> None:
 
 
 def compare(folder: Path, a: str, b: str, *, as_json: bool) -> None:
-    """Two candidates item by item, on every split that both were scored on."""
+    """Compare two candidates item by item on every split that both were scored on."""
     with open_store(folder) as store:
         numbers = chosen(store, a), chosen(store, b)
         comparisons = compared(store, *numbers)
@@ -264,7 +264,7 @@ def compare(folder: Path, a: str, b: str, *, as_json: bool) -> None:
 
 
 def curse(folder: Path, *, as_json: bool, picture: Path | None) -> None:
-    """How far the best search scores fall on held-out items: as a table, as JSON, or as a picture."""
+    """Show how far the best search scores drop on held-out items: as a table, as JSON, or as a picture."""
     with open_store(folder) as store:
         winners_curse = curse_of(store)
     if not winners_curse.candidates:
@@ -290,7 +290,7 @@ def curse(folder: Path, *, as_json: bool, picture: Path | None) -> None:
 
 
 def _curse_table(winners_curse: Curse) -> Table:
-    """Every candidate with both scores of what a curse is about."""
+    """A table of all candidates with both scores."""
     table = Table(title=winners_curse.objective, title_justify="left", box=None, pad_edge=False)
     for title in ("candidate", "", "search", "held out", "falls by"):
         table.add_column(title, justify="left" if title in ("candidate", "") else "right")
@@ -302,14 +302,14 @@ def _curse_table(winners_curse: Curse) -> Table:
 
 
 def _role(point: SplitScores) -> str:
-    """What a candidate is in the picture of the curse."""
+    """The role of a candidate in the plot."""
     if point.winner:
         return f"{point.label}, winner".removeprefix(", ")
     return point.label or ("shortlist" if point.confirmed else "drawn only")
 
 
-def send(folder: Path, verb: Verb) -> None:
-    """Give the driver of a search a word."""
+def send_command(folder: Path, verb: Verb) -> None:
+    """Send a command to the driver of a search."""
     with open_store(folder) as store:
         holder = current_holder(store)
         if holder is None:
@@ -319,9 +319,9 @@ def send(folder: Path, verb: Verb) -> None:
 
 
 def _as_json(row: CandidateRow, names: list[str], known: SearchStatus, record: SearchRecord) -> dict[str, Any]:
-    """A candidate as ``top --json`` gives it: the same in two runs of one search, whatever befell them.
+    """A candidate as ``top --json`` prints it: equal in two runs of the same search, even after interruptions.
 
-    With a scalarisation ``scalar`` is the number that decides on the search split.
+    If there is a scalarisation, ``scalar`` is its value on the search split.
     """
     shown = known.entry(row, record)
     genome = None if row.genome is None else dict(zip(names, row.genome.tolist(), strict=True))

@@ -1,7 +1,7 @@
-"""The commands that make a model folder without a search: merge, consolidate.
+"""The commands that write a model folder without a search: merge, consolidate.
 
-Neither scores anything, so neither imports transformers: that takes longer than most merges. What a person can have got
-wrong is looked at before torch is imported.
+Neither scores anything, so neither imports transformers, which takes longer than most merges. Input errors are detected
+before torch is imported.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _TEXTS = "--calibration"
 
 
 def calibration_of(given: Sequence[str], prompts: int, tokens: int) -> Calibration | None:
-    """The texts that the command line names, each as FILE or, those of one source alone, as SOURCE=FILE.
+    """The calibration texts on the command line, each given as FILE, or as SOURCE=FILE for a single source.
 
-    A file whose own name is like that is written ``./a=b.txt``.
+    A file whose name looks like that is written ``./a=b.txt``.
 
     Raises:
-        InputError: two files for the same.
+        InputError: there are two files for the same source.
     """
     files: dict[str | None, Path] = {}
     for text in given:
@@ -72,13 +72,13 @@ def merge(
     keep: Path | None = None,
     keys: str | None = None,
 ) -> None:
-    """Make one merged model from a recipe file, as a folder or, by its URL, in object storage.
+    """Merge one model from a recipe file, into a folder or to a URL in object storage.
 
     Args:
-        texts: of calibration, for a recipe that needs any.
-        fit: a search file, for a recipe of which something is fitted to the items of its ``fit`` section.
-        keep: where the stages of a file of several merges are kept as folders.
-        keys: what becomes of tensors that not all have, where tables of tensors are merged.
+        texts: calibration texts, for recipes that need them.
+        fit: a search file, for recipes with numbers that are fitted to the items of its ``fit`` section.
+        keep: the folder in which the stages of a file of several merges are kept.
+        keys: the rule for tensors that not all sources have, if tables of tensors are merged.
     """
     split = None if fit is None else _fit_split(fit)
     if not is_url(str(out)):
@@ -106,7 +106,7 @@ def merge(
 
     runs = texts is not None or recipe.fit is not None
     sources = _opened(recipe, opened, path, runs=runs)
-    if not isinstance(recipe, StagedRecipe):  # whose stages are each of their own sources
+    if not isinstance(recipe, StagedRecipe):  # each of its stages has its own sources
         sources = _compatible(recipe, sources)
     recipe = recipe.model_copy(
         update={"sources": {name: _from_anywhere(reference, root) for name, reference in recipe.sources.items()}}
@@ -134,7 +134,7 @@ def merge(
 
 
 def _read(path: Path, root: Path) -> tuple[Recipe, dict[str, Source]]:
-    """The recipe in a file, and the sources that were opened to read it, by their references."""
+    """The recipe in a file, and the sources that were opened to read it, by reference."""
     opened: dict[str, Source] = {}
 
     def look(reference: str) -> Mapping[str, Role]:
@@ -159,7 +159,7 @@ def _is_of_tables(content: Mapping[str, Any], root: Path) -> bool:
 
 
 def merge_tables(config: Mapping[str, Any], path: Path, root: Path, out: str | Path, keys: str | None) -> None:
-    """Merge tables of tensors, as mergekit-pytorch's configuration says."""
+    """Merge tables of tensors by a configuration of mergekit-pytorch."""
     from evomerge.commands.delivering import local_folder
     from evomerge.raw.merging import read_table_merge, summary, write_table_merge
     from evomerge.recipes.state_dict import Keys
@@ -179,7 +179,7 @@ def merge_tables(config: Mapping[str, Any], path: Path, root: Path, out: str | P
 
 
 def merge_state_dicts(path: Path, root: Path, out: str | Path, keys: str | None) -> None:
-    """Merge tables of tensors by a recipe, such as a search's export has."""
+    """Merge tables of tensors by a recipe, such as the one in a search's export."""
     from evomerge.commands.delivering import local_folder
     from evomerge.merging.building.builders import BuildContext
     from evomerge.raw.builder import StateDictBuilder, table_merge
@@ -206,7 +206,7 @@ def merge_state_dicts(path: Path, root: Path, out: str | Path, keys: str | None)
 
 
 def _refuse_stages_of_tables(documents: Sequence[Any], path: Path, root: Path) -> None:
-    """Refuse a file of several merges of which one is of tables of tensors (InputError)."""
+    """Raise InputError if one of several merges in a file is of tables of tensors."""
     from evomerge.raw.references import is_table
 
     for number, document in enumerate(documents, 1):
@@ -221,7 +221,7 @@ def _refuse_stages_of_tables(documents: Sequence[Any], path: Path, root: Path) -
 
 
 def _merged_as_tables(path: Path, root: Path, out: str | Path, keys: str | None) -> bool:
-    """Merge what a file says of tables of tensors; False where it is of language models."""
+    """Merge by a file about tables of tensors; returns False if it is about language models."""
     documents = load_documents(read_text(path, str(path)), str(path)) if path.is_file() else []
     if len(documents) > 1:
         _refuse_stages_of_tables(documents, path, root)
@@ -237,14 +237,14 @@ def _merged_as_tables(path: Path, root: Path, out: str | Path, keys: str | None)
 
 
 def _compatible(recipe: Recipe, sources: dict[str, Source]) -> dict[str, Source]:
-    """The sources, laid out for the recipe's vocabulary. Raises InputError: they cannot be mixed."""
+    """The sources, aligned to the recipe's vocabulary. Raises InputError if they cannot be merged."""
     from evomerge.checkpoints.checks import check_compatible, check_keeps_seeing
 
     check_keeps_seeing(sources, recipe.tokenizer)
     stack = recipe if isinstance(recipe, StackRecipe) else None
     vocabulary = stack.vocabulary if stack else Vocabulary()
     if vocabulary != Vocabulary():
-        from evomerge.checkpoints.vocabulary import align  # tokenizers are loaded with transformers
+        from evomerge.checkpoints.vocabulary import align  # imports transformers, for the tokenizers
 
         sources = align(sources, recipe.tokenizer, vocabulary)
     check_compatible(sources, stack, same_tokens=vocabulary.kind == "same", same_special=False)
@@ -252,11 +252,11 @@ def _compatible(recipe: Recipe, sources: dict[str, Source]) -> dict[str, Source]
 
 
 class _Stages:
-    """Opens stages as they are read, for the names of their tensors.
+    """Opens stages as they are read, to get the names of their tensors.
 
     Args:
-        opened: the sources by their references, and the stages by their names.
-        above: where folders without weights are made.
+        opened: the sources by reference, and the stages by name.
+        above: the folder in which folders without weights are created.
     """
 
     def __init__(self, opened: Mapping[str, Source], above: Path) -> None:
@@ -273,7 +273,7 @@ class _Stages:
 
 
 def _counted(recipe: Recipe, sources: Mapping[str, Source], folder: Path) -> str:
-    """How many tensors were read and written, and how many of them read images; nothing of a model of texts alone."""
+    """How many tensors were read and written, and how many of them read images; empty for a text-only model."""
     model = sources.get(recipe.tokenizer)
     if model is None or not model.takes_images:
         return ""
@@ -290,14 +290,14 @@ def _counted(recipe: Recipe, sources: Mapping[str, Source], folder: Path) -> str
 
 
 def _opened(recipe: Recipe, opened: Mapping[str, Source], path: Path, *, runs: bool) -> dict[str, Source]:
-    """The recipe's sources, of which some are open by their references.
+    """The recipe's sources, some of which are already open, by reference.
 
     Args:
-        path: of the recipe's file.
-        runs: sources will be run over texts or answers, long before any tensor is made.
+        path: the recipe's file.
+        runs: whether sources will be run over texts or answers, long before any tensor is made.
 
     Raises:
-        InputError: one cannot be opened, or is broken and would be run.
+        InputError: a source cannot be opened, or it is broken and would be run.
     """
     from evomerge.checkpoints.checks import check_finite
     from evomerge.checkpoints.source import open_source
@@ -315,10 +315,10 @@ def _opened(recipe: Recipe, opened: Mapping[str, Source], path: Path, *, runs: b
 
 
 def _calibrated(recipe: Recipe, texts: Calibration | None, path: Path) -> Recipe:
-    """The recipe with the digest of the texts that it is made by.
+    """The recipe with the digest of its calibration texts.
 
     Raises:
-        InputError: it is made by others, or they are not of its sources.
+        InputError: the recipe was made with other texts, or they name sources that it does not have.
     """
     if texts is not None:
         check_all_have_texts({name: f"{_TEXTS} {name}" for name in texts.own}, texts.read is not None, recipe.sources)
@@ -331,8 +331,8 @@ def _calibrated(recipe: Recipe, texts: Calibration | None, path: Path) -> Recipe
 
 
 def _fit_split(path: Path) -> FitSplit:
-    """The items of a search file that numbers are fitted to. Raises InputError: it names none."""
-    from evomerge.search.settings.search_file import load_search_file  # which few merges need
+    """The items of a search file that numbers are fitted to. Raises InputError if it names none."""
+    from evomerge.search.settings.search_file import load_search_file  # few merges need it
 
     if (split := load_search_file(path).fit_split) is None:
         raise InputError(f"--fit {path}", "has no section `fit:`", "Name a search file with a `fit` section.")
@@ -340,10 +340,10 @@ def _fit_split(path: Path) -> FitSplit:
 
 
 def _fitted(recipe: Recipe, split: FitSplit | None, path: Path) -> Recipe:
-    """The recipe with the digest of the items that something of it is fitted to.
+    """The recipe with the digest of the items that its numbers are fitted to.
 
     Raises:
-        InputError: it is fitted to others.
+        InputError: the recipe was fitted to other items.
     """
     digest = None if split is None else split.digest
     if recipe.fit not in (None, digest):
@@ -357,10 +357,10 @@ def _fitted(recipe: Recipe, split: FitSplit | None, path: Path) -> Recipe:
 
 @contextmanager
 def _kept(sources: Mapping[str, Source], *, in_folder: bool) -> Iterator[Evidence]:
-    """What is found of the sources while one model is made: in memory, or where sources are run in a folder."""
+    """The evidence about the sources while one model is made: in memory, or in a folder if sources are run."""
     from evomerge.merging.measured.evidence import Evidence
 
-    if not in_folder:  # what is asked once is not worth a file
+    if not in_folder:  # evidence that is used once is not worth a file
         yield Evidence()
         return
     with tempfile.TemporaryDirectory(prefix="evomerge-") as folder:
@@ -368,7 +368,7 @@ def _kept(sources: Mapping[str, Source], *, in_folder: bool) -> Iterator[Evidenc
 
 
 def consolidate(checkpoint: Path, out: Path, model: Path) -> None:
-    """Put a DeepSpeed ZeRO checkpoint together as a model folder."""
+    """Write a DeepSpeed ZeRO checkpoint as a model folder."""
     check_target(out)
     from evomerge.checkpoints.zero import consolidate_zero
     from evomerge.report.consoles import make_console
@@ -380,7 +380,7 @@ def consolidate(checkpoint: Path, out: Path, model: Path) -> None:
 
 
 def _from_anywhere(reference: str, root: Path) -> str:
-    """The reference with its folders absolute, for the copy of the recipe; a hub id does as it is."""
+    """The reference with absolute folders, for the copy of the recipe; a hub id stays as it is."""
     parts = (split_expert(part, root) for part in split_reference(reference, root))
     folders = [(part, Path(os.path.join(root, os.path.expanduser(part))), expert) for part, expert in parts]
     return "+".join(

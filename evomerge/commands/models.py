@@ -1,6 +1,6 @@
-"""The commands that make or score one model of a search: export, score.
+"""The commands that write or score one model of a search: export, score.
 
-What a person can have got wrong is looked at first, with light imports alone.
+Input errors are detected first, with light imports only.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 def export(
     folder: Path, out: str | Path, candidate: str, *, verify: bool, form: str | None = None, said: str | None = None
 ) -> None:
-    """Write a candidate of a search as a model folder, and see that it scores as recorded.
+    """Write a candidate of a search as a model folder, and verify that it scores as recorded.
 
-    ``out`` is a folder, or a URL: then the model is made and seen to score in a temporary folder, and uploaded.
-    ``form`` is one of those that recipes of its kind know. Where the model is another one than was scored, its own
-    scores are shown beside those recorded. ``said`` is what ``out`` is called on the screen, where it will not stay.
+    ``out`` is a folder, or a URL: then the model is written and verified in a temporary folder, and uploaded. ``form``
+    is one of the forms of its kind of recipe. If the written model differs from the scored one, its own scores are
+    shown next to the recorded ones. ``said`` is printed instead of ``out`` if the folder is temporary.
     """
     with open_store(folder) as store:
         rows = {str(out): store.candidate(exported(store, candidate))}
@@ -56,10 +56,10 @@ def export(
 
 
 def export_team(folder: Path, out: str | Path, *, verify: bool) -> None:
-    """Write the members of the team that was chosen last, each as ``export`` does, into a folder of its id in ``out``.
+    """Write each member of the latest team, as ``export`` does, into a folder in ``out`` that is named by its id.
 
     Raises:
-        InputError: there is no team whose members are scored.
+        InputError: there is no team with scored members.
     """
     from evomerge.report.team import team_of
 
@@ -83,7 +83,7 @@ def _export(
     said: str | None = None,
     team: Team | None = None,
 ) -> None:
-    """Write candidates, by where each is to be, or is ``said`` to be; ``team`` is that of which they are members."""
+    """Write candidates by target, with the place to print in ``said``; ``team`` is the team that they belong to."""
     console = make_console()
     for out, row in rows.items():
         if row.status not in ("done", "eliminated", "cached"):
@@ -98,7 +98,7 @@ def _export(
         from evomerge.search.opening.session import as_recorded, check_sources
         from evomerge.search.preparing.prepare import open_sources, prepare
 
-        # Where nothing is verified, no item is looked at.
+        # Without verification, no items are needed.
         prepared = as_recorded(store, prepare(file)) if verify else None
         sources = open_sources(file) if prepared is None else prepared.sources
         check_sources(store, sources)
@@ -112,7 +112,7 @@ def _export(
 
 
 def _say(console: Console, written: Written, done: str) -> None:
-    """How an export went."""
+    """Print the result of an export."""
     if written.unlike:
         console.print(written.unlike, style="yellow", soft_wrap=True)
     for line in written.checked:
@@ -123,14 +123,14 @@ def _say(console: Console, written: Written, done: str) -> None:
 
 
 def _called(row: CandidateRow, status: SearchStatus, sources: Collection[str]) -> str:
-    """A candidate with what it is: c0042 (best)."""
+    """A candidate with its roles: c0042 (best)."""
     kind = [kind_of(origin_of(row, sources), row.label)] if row.label else []
     descriptions = [*kind, *roles_of(status, row.id, "held_out")]
     return f"{row.id} ({', '.join(descriptions)})" if descriptions else row.id
 
 
 def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_json: bool) -> None:
-    """Score a model, also with adapters, on the objectives and constraints of a search file; its screen is left out."""
+    """Score a model or adapter on the objectives and constraints of a search file, without its screen."""
     file = load_search_file(path, overrides)
     check_reference(model, "MODEL")
     check_early(file)
@@ -159,7 +159,7 @@ def score(model: str, path: Path, overrides: Sequence[str], split: Split, *, as_
         values = scored(live, prepared, split)
     except (InputError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # of a model with odd settings, a tokenizer's panic, or code that a task names
+    except BaseException as error:  # odd model settings, a panic in a tokenizer, or a task's own code
         raise InputError("MODEL", f"{model} cannot be scored ({first_line(error)})") from error
     if as_json:
         scores = {

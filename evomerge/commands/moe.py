@@ -1,4 +1,4 @@
-"""The command that makes mixtures of experts without a search, or takes experts out of one."""
+"""The command moe: build mixtures of experts without a search, or prune experts of one."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def assemble_or_prune(
     *,
     merged: bool,
 ) -> None:
-    """What the command line asks for.
+    """Build or prune a mixture, as the command line says.
 
     Args:
-        texts: their file, how many count, and how many tokens of each.
+        texts: their file, how many to use, and how many tokens of each.
     """
     if architecture is not None and architecture not in get_args(Architecture):
         raise unknown_name(architecture, get_args(Architecture), "--architecture", "architecture of mixtures")
@@ -49,10 +49,10 @@ def assemble_or_prune(
 
 
 def assemble(path: Path, out: Path, architecture: Architecture | None = None) -> None:
-    """Make a mixture from a configuration of mergekit-moe.
+    """Build a mixture from a configuration of mergekit-moe.
 
     Args:
-        architecture: in place of the one that it says, or that fits its models.
+        architecture: overrides the one in the configuration, or the one that fits its models.
     """
     check_target(out)
     root = path.resolve().parent
@@ -96,10 +96,10 @@ def assemble(path: Path, out: Path, architecture: Architecture | None = None) ->
 
 
 def prune(model: str, out: Path, keep: int, texts: Calibration | None, *, merged: bool) -> None:
-    """Take experts out of a mixture: those that some texts use least.
+    """Remove the experts of a mixture that some texts use least.
 
     Args:
-        merged: they are added to those that are kept, in place of being dropped.
+        merged: merge removed experts into those that are kept, instead of dropping them.
     """
     check_target(out)
     if texts is None:

@@ -1,4 +1,4 @@
-"""The command that tells observers of a search from a process of its own."""
+"""The command observe: report a search to observers from a separate process."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class _Given(BaseModel):
 
 
 def observe(folder: Path, observers: Sequence[str]) -> None:
-    """Tell observers, each given as in a search file, what happened in a search, until nobody drives it."""
+    """Report a search to observers, each given as in a search file, until no driver is running."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     content = {"observers": [load_yaml(text, "OBSERVER") for text in observers]}
     try:
         given = _Given.model_validate(content)
     except ValidationError as error:
         raise explain(error, "evomerge observe", _Given, content) from None
-    except InputError as error:  # of an observer, whose own class has checked it
+    except InputError as error:  # from the check of an observer's own class
         raise InputError(f"evomerge observe: {error.place}", error.problem, error.hint) from None
     for observer in given.observers:
         observer.check()

@@ -1,4 +1,4 @@
-"""Jobs that are done before a search goes on and are not its candidates: the store records none of them."""
+"""Jobs that run before a search continues and are not candidates; the store does not record them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from evomerge.checkpoints.fingerprints import fingerprint
 from evomerge.errors import InputError
 from evomerge.files import FileFingerprint
 from evomerge.search.driving.control import Control
-from evomerge.search.driving.dispatch import Dispatcher, OfNoCandidate, Pending, feed_of, write_log
+from evomerge.search.driving.dispatch import Dispatcher, NonCandidateRecorder, Pending, feed_of, write_log
 from evomerge.search.pools.base import Pool
 from evomerge.search.preparing.prepare import Prepared
 from evomerge.search.settings.folder import LOGS_NAME
@@ -19,15 +19,15 @@ from evomerge.search.work.jobs import Descended, Failed, Finished, Measured
 from evomerge.store import Store
 
 
-class OutsideJobs(OfNoCandidate):
-    """Some jobs of one kind, and what is made of their results. The last failure of any of them ends the command.
+class OutsideJobs(NonCandidateRecorder):
+    """Some jobs of one kind, and the handling of their results. A final failure of any of them ends the command.
 
     Args:
-        folder: of the search.
+        folder: the search's folder.
     """
 
     log_prefix: ClassVar[str]
-    """What the names of logs begin with."""
+    """The prefix of the names of logs."""
 
     def __init__(self, folder: Path, prepared: Prepared, store: Store) -> None:
         self.prepared = prepared
@@ -35,7 +35,7 @@ class OutsideJobs(OfNoCandidate):
         self._logs = folder / LOGS_NAME
 
     def run(self, pool: Pool, jobs: Iterable[Pending]) -> bool:
-        """Have the jobs done; False when a stop came first. Raises InputError: one has failed."""
+        """Run the jobs; returns False if the search was stopped first. Raises InputError if a job has failed."""
         dispatcher = Dispatcher(
             pool, Control(self.store.take_commands), self.prepared.setup.attempts, lambda: None,
             Deadlines(self.prepared.file.attempt_hours * 3600), check=self.prepared.untouched.check,
@@ -43,12 +43,12 @@ class OutsideJobs(OfNoCandidate):
         return dispatcher.run(feed_of(jobs), self)
 
     def files_of(self, prepared: Prepared) -> dict[str, dict[str, FileFingerprint]]:
-        """Fingerprints of the files of a search's sources; those that were known are not read again."""
+        """Fingerprints of the files of a search's sources; known ones are not computed again."""
         known = self.store.search().record.files
         return {name: fingerprint(source, known.get(name)) for name, source in prepared.sources.items()}
 
     def error(self, finished: Finished, failure: Failed, log: str) -> InputError:
-        """What a job's failure means to people; ``log`` is a file in the search's folder, or empty."""
+        """The error for people after a job's failure; ``log`` is a file in the search's folder, or empty."""
         raise NotImplementedError
 
     # As a ``Recorder``

@@ -1,4 +1,4 @@
-"""The command that lists what can be named in a search file."""
+"""The command plugins: list what can be named in a search file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from evomerge.printable import printable
 
 
 def list_plugins() -> None:
-    """Print every part by name; those of packages with the package that brings them. Imports none of them."""
+    """Print all parts by name, with the package if they come from another one. Does not import any of them."""
     for group, noun in NOUNS.items():
         parts = plugins(group)
         print(f"{noun}s: {', '.join(name for name in parts if name in OWN[group])}")

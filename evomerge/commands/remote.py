@@ -1,4 +1,4 @@
-"""The commands that look at searches, and tell them what to do, through a server (``--server URL``)."""
+"""The commands that show and control searches through a server (``--server URL``)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ENDED = ("finished", "stopped", "cancelled", "failed", "interrupted")
 
 
 def status(url: str, search: str, *, as_json: bool, watch: bool) -> None:
-    """Where a search stands; with ``watch``, again and again until it ends."""
+    """Print the status of a search; with ``watch``, keep updating it until the search ends."""
     with Client(url) as client:
         current = client.status(search)
         if as_json:
@@ -40,14 +40,14 @@ def status(url: str, search: str, *, as_json: bool, watch: bool) -> None:
             console.print(line, soft_wrap=True)
 
 
-def tell(url: str, search: str, word: Literal["pause", "resume", "stop", "cancel"]) -> None:
-    """Give a search a word."""
+def send_command(url: str, search: str, word: Literal["pause", "resume", "stop", "cancel"]) -> None:
+    """Send a command to a search."""
     with Client(url) as client:
         print(client.send_command(search, word), file=sys.stderr)
 
 
 def resume(url: str, search: str, overrides: Sequence[str]) -> None:
-    """Go on with a search, with another budget where one is given."""
+    """Resume a search, with a new budget if one is given."""
     hint = "Through a server only the bounds under budget can be set."
     bounds = bounds_of(overrides, hint)
     with Client(url) as client:
@@ -58,12 +58,12 @@ def resume(url: str, search: str, overrides: Sequence[str]) -> None:
 
 
 def top(url: str, search: str, k: int | None, *, as_json: bool) -> None:
-    """The k best of a search by the scalarisation or the first objective, or all in the order asked."""
+    """Print the k best of a search by the scalarisation or the first objective, or all in the order asked."""
     with Client(url) as client:
         known = client.status(search)
         first, way = next(iter(known.directions.items()))
         rows: list[CandidateSummary] = []
-        sorts = k is not None and known.scalar is None  # by a scalarisation the server does not sort
+        sorts = k is not None and known.scalar is None  # the server cannot sort by a scalarisation
         wanted = {"sort": first, "order": "desc" if way == "maximize" else "asc"} if sorts else {}
         for row in client.candidates(search, **wanted):
             if k is None or (row.eligible and row.same_as is None):
@@ -90,7 +90,7 @@ def top(url: str, search: str, k: int | None, *, as_json: bool) -> None:
 
 
 def _entry(row: CandidateSummary, known: SearchStatus) -> Entry:
-    """A candidate on the search split, with the number of the scalarisation."""
+    """A candidate on the search split, with the value of the scalarisation."""
     values = {name: row.objectives[name] for name in known.directions if name in row.objectives}
     plain = Entry(id=row.id, label=row.label, origin=row.origin, objectives=values)
     return with_scalar(plain, known.scalar, preference_of(known.directions, known.scalarisation))

@@ -1,4 +1,4 @@
-"""`evomerge report`: a search as one HTML file."""
+"""The command report: a search as one HTML file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from evomerge.service.report import report_html
 
 
 def report(folder: Path, out: Path | None) -> None:
-    """Write the report of a search: into its folder, unless a file is named. One that is there is replaced as a whole.
+    """Write the report of a search, by default into its folder. An existing file is replaced atomically.
 
     Raises:
-        InputError: no search lies in the folder, or the file cannot be written.
+        InputError: there is no search in the folder, or the file cannot be written.
     """
     with open_store(folder) as store:
         page = report_html(store, folder)

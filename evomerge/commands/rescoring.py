@@ -1,4 +1,4 @@
-"""What one model is worth in the objectives of a search."""
+"""Scoring a single model in the objectives of a search."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _CONFIDENCE = 0.95
 
 
 def scored(live: LiveModel, prepared: Prepared, split: Split) -> dict[str, Estimate]:
-    """What a model is worth in each objective and constraint, on as many items of a split as a search scores."""
+    """A model's estimates in each objective and constraint, on as many items of a split as a search scores."""
     scores = item_scores(live, prepared, split)
     return {m.name: mean_and_error(objective_values(m, scores, split)) for m in prepared.setup.measures}
 
 
 def item_scores(live: LiveModel, prepared: Prepared, split: Split) -> list[ItemScores]:
-    """A model's scores of as many items of a split as a search scores, one entry for each evaluator."""
+    """A model's scores on as many items of a split as a search scores, one entry per evaluator."""
     setup = prepared.setup
     evaluators = enumerate(zip(setup.evaluators, prepared.evaluators, strict=True))
     wanted = setup.counts()
     return [
         score(evaluator, live, split, range(wanted[e] if split == "search" else info.held_out_items)).scores
-        if e in wanted  # the screen's is not
+        if e in wanted  # the screen is not wanted
         else {}
         for e, (info, evaluator) in evaluators
     ]
@@ -37,7 +37,7 @@ def item_scores(live: LiveModel, prepared: Prepared, split: Split) -> list[ItemS
 
 @dataclass(frozen=True)
 class Gap:
-    """A measure of one model, and how it differs from another's item by item."""
+    """A measure of one model, and the paired difference from another model."""
 
     own: Estimate
     difference: Difference
@@ -51,6 +51,6 @@ class Gap:
 def gaps(
     measures: Iterable[MeasureInfo], ours: Sequence[ItemScores], theirs: Sequence[ItemScores], split: Split
 ) -> list[Gap]:
-    """How one model's scores differ from another's on the same items, for each measure."""
+    """The differences between the scores of two models on the same items, for each measure."""
     values = [(objective_values(m, ours, split), objective_values(m, theirs, split)) for m in measures]
     return [Gap(mean_and_error(own), paired_difference(own, other, _CONFIDENCE)) for own, other in values]

@@ -1,6 +1,6 @@
 """The commands that run a search: validate, search, resume, confirm.
 
-What a person can have got wrong is looked at first, with light imports alone: the file, its keys, the target folder.
+Input errors are detected first, with light imports only: the file, its keys, the target folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from evomerge.store import Store, acquire, current_holder
 
 
 def validate(path: Path, overrides: Sequence[str], *, show_prompt: bool = False, as_json: bool = False) -> None:
-    """Open and check everything that a search file names, and print the plan, and a prompt of each measure."""
+    """Open and check everything that a search file names, print the plan, and optionally a prompt of each measure."""
     file = load_search_file(path, overrides)
     check_early(file)
     check_start(file)
@@ -61,7 +61,7 @@ def validate(path: Path, overrides: Sequence[str], *, show_prompt: bool = False,
 
 
 def select(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
-    """Choose among the sources of a search file, and say which; the exit code. What it takes is gone at the end."""
+    """Select among the sources of a search file and print them; returns the exit code. Temporary files are removed."""
     file = load_search_file(path, overrides)
     if file.select is None:
         file = file.model_copy(update={"select": Select()})
@@ -79,7 +79,7 @@ def select(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
             return INTERRUPTED
         with open_store(folder) as store:
             selection = selection_of(store)
-    assert selection is not None  # which has just been written down
+    assert selection is not None  # it was just recorded
     if as_json:
         print(selection.model_dump_json(indent=2))
     else:
@@ -88,7 +88,7 @@ def select(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
 
 
 def search(path: Path, folder: Path | None, overrides: Sequence[str]) -> int:
-    """Start a search; the exit code."""
+    """Start a search; returns the exit code."""
     file = load_search_file(path, overrides)
     folder = folder or Path("searches") / file.name
     refuse_existing(folder)
@@ -107,11 +107,11 @@ def search(path: Path, folder: Path | None, overrides: Sequence[str]) -> int:
 
 
 def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None) -> int:
-    """Go on with a search; the exit code. A driver that is at work is given another budget, or woken, instead.
+    """Resume a search; returns the exit code. If a driver is running, change its budget or end its pause instead.
 
     Args:
-        place: the search's folder, or the URL of its copy in object storage, which is fetched first.
-        into: with a URL, the folder to make.
+        place: the search's folder, or the URL of its copy in object storage, which is downloaded first.
+        into: with a URL, the folder to create.
     """
     from evomerge.report.consoles import make_console
 
@@ -121,7 +121,7 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
         if current_holder(store) is not None and (overrides or store.search().state == "paused"):
             _tell_driver(folder, store, overrides, console)
             return 0
-        with acquire(store):  # first of all, so that a second driver is refused before it has cost anything
+        with acquire(store):  # first, so that a second driver is refused before it does any work
             file = resumed_file(folder, store, overrides)
             if _is_at_its_end(store, file):
                 from evomerge.commands.failing import failure_code
@@ -137,15 +137,15 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
                 return failure_code(store)
             check_early(file)
             with opening():
-                from evomerge.commands.driving import drive_again, reopen
+                from evomerge.commands.driving import drive_resumed, reopen
 
                 prepared = reopen(folder, store, file)
             with output_is_optional():
-                return drive_again(folder, prepared, store, last, console)
+                return drive_resumed(folder, prepared, store, last, console)
 
 
 def _is_at_its_end(store: Store, file: SearchFile) -> bool:
-    """Whether going on with a search as ``file`` says would do nothing."""
+    """Whether resuming a search with ``file`` would do nothing."""
     search = store.search()
     is_as_recorded = file.model_dump(mode="json") == search.settings
     return search.state == "finished" and is_as_recorded and _has_nothing_to_confirm(store, file)
@@ -156,7 +156,7 @@ def _has_nothing_to_confirm(store: Store, file: SearchFile) -> bool:
     from evomerge.search.driving.confirm import is_confirmed
     from evomerge.search.estimation.preference import Preference
 
-    if file.artifacts is not None:  # of which something may not be copied yet
+    if file.artifacts is not None:  # some files may not have been copied yet
         return False
     search = store.search()
     versions = {measure.version for measure in search.record.measures}
@@ -165,11 +165,11 @@ def _has_nothing_to_confirm(store: Store, file: SearchFile) -> bool:
     if uncontrolled_winner(store) is not None:
         return False
     (last,) = store.events(kinds=("winner", "confirmed"), newest=1)
-    return not changed_since(file, last.time)  # else who confirms is told whether it scores as recorded
+    return not changed_since(file, last.time)  # otherwise the confirmation checks the evaluators
 
 
 def _tell_driver(folder: Path, store: Store, overrides: Sequence[str], console: Console) -> None:
-    """Give a driver at work another budget, and wake it if it is paused."""
+    """Change the budget of a running driver, and end its pause if it is paused."""
     bounds = bounds_of(overrides, "While a driver is at work only its budget can be changed; stop it first.")
     if bounds:
         change_budget(folder, store, bounds)
@@ -181,7 +181,7 @@ def _tell_driver(folder: Path, store: Store, overrides: Sequence[str], console: 
 
 
 def _local(place: str, into: Path | None, console: Console) -> Path:
-    """The folder of a search; one that is named by the URL of its copy is fetched, unless it was before."""
+    """The folder of a search. If ``place`` is the URL of its copy, download it unless that was done before."""
     if not is_url(place):
         if into is not None:
             raise InputError("--dir", "is where to put a search that is named by a URL", "Leave it out.")
@@ -196,7 +196,7 @@ def _local(place: str, into: Path | None, console: Console) -> Path:
 
 
 def confirm(folder: Path) -> int:
-    """Score the front and the best on the held-out split; the exit code."""
+    """Score the front and the best on the held-out split; returns the exit code."""
     from evomerge.report.consoles import make_console
     from evomerge.report.screen import panel
     from evomerge.report.status import status_of
@@ -221,7 +221,7 @@ def confirm(folder: Path) -> int:
 
 
 def team(folder: Path, members: int, *, as_json: bool) -> int:
-    """Choose a team, score it on the held-out split, and say what it covers; the exit code."""
+    """Choose a team, score it on the held-out split, and print what it covers; returns the exit code."""
     from rich.console import Console
 
     from evomerge.report.consoles import make_console
@@ -230,14 +230,14 @@ def team(folder: Path, members: int, *, as_json: bool) -> int:
     console = make_console()
     with ExitStack() as last, open_store(folder) as store, acquire(store):
         file = resumed_file(folder, store, ())
-        choice = choose_team(store, members)  # what is wrong with it is said before anything is opened
+        choice = choose_team(store, members)  # fails before anything is opened
         check_early(file)
         with opening():
             from evomerge.commands.driving import INTERRUPTED, drive_team, reopen
 
             prepared = reopen(folder, store, file)
         with output_is_optional():
-            screen = Console(stderr=True) if as_json else console  # what is printed may be read by a program
+            screen = Console(stderr=True) if as_json else console  # a program may be reading stdout
             if not drive_team(folder, prepared, store, last, screen, choice):
                 return INTERRUPTED
         chosen = team_of(store)

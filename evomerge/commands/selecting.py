@@ -1,4 +1,4 @@
-"""Before a search begins: which of many sources it is over, chosen by jobs of the pool and written down as it goes."""
+"""Before a search begins: selecting some of many sources, with jobs of the pool; every score is recorded at once."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ from evomerge.store import Estimate, Scores, Store
 from evomerge.store.events import Compared, Fate, ScoredItems, Selected, SelectedSource, SelectScored
 
 MIN_KEPT = 2
-"""Sources that are kept whatever they add: of one there is nothing to merge."""
+"""The number of sources that are always kept, because a single one leaves nothing to merge."""
 
 KEPT, WITH_REST, CONTROL = "average of the kept", "average with the rest", "the first kept, and random directions"
-"""The merges that are scored, by their names in the report."""
+"""The names of the scored merges in the report."""
 
 Sums = Mapping[str, Mapping[str, float]]
-"""Of some merges how much each has of each source's change."""
+"""For some merges, the factor of each source's change."""
 
 
 def select(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Console) -> Prepared | None:
-    """The search over the sources that are chosen, as the search file asks for it; the caller holds the lease.
+    """Select sources as the search file says, and return the search over them; the caller holds the lease.
 
-    What was scored before is read from the store, so that a selection that was interrupted goes on, and ends the same.
+    Earlier scores are read from the store, so that an interrupted selection continues with the same result.
 
     Returns:
-        The search as it is where there is nothing to choose; None when a stop came first.
+        The unchanged search if there is nothing to select; None if it was stopped first.
 
     Raises:
         InputError: a source cannot be scored.
@@ -73,10 +73,10 @@ def select(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: 
 
 
 class Selection(OutsideJobs):
-    """The choice among the sources of a search: a race of each alone, then a few merges of those that are kept.
+    """The selection among the sources of a search: a race of single sources, then a few merges of the kept ones.
 
     Args:
-        section: of the search file.
+        section: the section of the search file.
     """
 
     log_prefix = "select"
@@ -84,14 +84,14 @@ class Selection(OutsideJobs):
     def __init__(self, folder: Path, prepared: Prepared, store: Store, section: Select) -> None:
         super().__init__(folder, prepared, store)
         self._folder, self._section, self._file = folder, section, prepared.file
-        assert prepared.file.base is not None  # ``check_select`` has seen to it
+        assert prepared.file.base is not None  # ``check_select`` guarantees it
         self._base = prepared.file.base
         self._choices = choices(prepared.file)
         self._objectives = [o for o in prepared.setup.objectives if o.maximise]
         self._orders = [self._order(number) for number in range(len(prepared.setup.evaluators))]
         self._races: list[ObjectiveRace] = []
         self._tables: dict[str, ScoreTable] = {}
-        self._names: list[str] = []  # of the models that are being scored, by the numbers of their jobs
+        self._names: list[str] = []  # of the models that are being scored, by job number
         for event in store.events(kinds=(SelectScored.kind,)):
             said = event.read(SelectScored)
             scores = [_scores(one) for one in said.scores]
@@ -106,7 +106,7 @@ class Selection(OutsideJobs):
     # The race -----------------------------------------------------------------------------------------------------
 
     def run_race(self, pool: Pool) -> bool:
-        """Score each source alone, and the base beside it, rung by rung; False when a stop came first."""
+        """Score each source and the base, rung by rung; returns False if the search was stopped first."""
         places = -(-self._section.keep // len(self._objectives))
         self._races = [
             ObjectiveRace(self._choices, places, o.items, self._section.confidence) for o in self._objectives
@@ -127,25 +127,25 @@ class Selection(OutsideJobs):
 
     @cached_property
     def _able(self) -> list[str]:
-        """Those that are not out in every objective."""
+        """The sources that are not surely worse in every objective."""
         able = [name for name in self._choices if any(name not in race.out for race in self._races)]
         return able if len(able) >= MIN_KEPT else self._choices
 
     @property
     def scored(self) -> int:
-        """Items that were scored so far."""
+        """The number of items scored so far."""
         return sum(table.count for table in self._tables.values())
 
     @cached_property
     def kept(self) -> list[Chosen]:
-        """Those that are kept, in their order, once the race is run."""
+        """The kept sources in their order, after the race."""
         rows = {name: [self._row(name, o) for o in self._objectives] for name in self._able}
         base = [self._row(self._base, o) for o in self._objectives]
         return list(by_gain(base, rows, self._section.keep, self._section.confidence, MIN_KEPT))
 
     @cached_property
     def _rest(self) -> list[str]:
-        """Those that are neither kept nor known to be of no use."""
+        """The sources that are neither kept nor known to be useless."""
         kept = {chosen.name for chosen in self.kept}
         return [] if self._section.rest == "drop" else [name for name in self._able if name not in kept]
 
@@ -153,14 +153,14 @@ class Selection(OutsideJobs):
 
     @cached_property
     def _norms(self) -> dict[str, float]:
-        """norm(tau) / norm(W0) of those that are kept."""
+        """norm(tau) / norm(W0) of the kept sources."""
         names = (self._base, *(chosen.name for chosen in self.kept))
         evidence = Evidence(self._folder.absolute() / EVIDENCE_NAME, self._contents)
         return relative_norms({name: self.prepared.sources[name] for name in names}, self._base, evidence)
 
     @cached_property
     def _scales(self) -> dict[str, float]:
-        """What the change of each that is kept is multiplied by."""
+        """The factor of the change of each kept source."""
         known = [norm for norm in self._norms.values() if norm > 0]
         longest = self._section.norm_ratio * float(np.median(known)) if known else 0.0
         return {name: min(1.0, longest / norm) if norm > 0 else 1.0 for name, norm in self._norms.items()}
@@ -171,7 +171,7 @@ class Selection(OutsideJobs):
 
     @cached_property
     def _references(self) -> dict[str, str]:
-        """Where each source lies that may be searched, or that merges are made of; made where there is need to."""
+        """The locations of all sources that may be searched or merged; missing ones are created."""
         made = {name: Derived({name: scale}) for name, scale in self._scales.items() if scale < 1.0}
         if self._rest:
             made[REST] = Derived(dict.fromkeys(self._rest, 1.0 / len(self._rest)))
@@ -187,13 +187,13 @@ class Selection(OutsideJobs):
 
     @cached_property
     def _randoms(self) -> list[str]:
-        """The names of the random directions in place of all that are kept but the first."""
+        """The names of the random directions that replace all kept sources except the first."""
         return [random_name(number) for number in range(1, len(self.kept))]
 
     # Merges -------------------------------------------------------------------------------------------------------
 
     def run_merges(self) -> bool:
-        """Score the average of those kept, that with the rest in it, and the control; False when a stop came first."""
+        """Score the average of the kept sources, the average with the rest, and the control; False if stopped first."""
         # Nothing is searched here; the file is valid all the same, because workers of a cluster read it again.
         nothing_searched = {"budget": Budget(hours=1), "optimizer": self._file.optimizer.at_shares({})}
         file = searched(self._file, self._references).model_copy(update=nothing_searched)
@@ -211,7 +211,7 @@ class Selection(OutsideJobs):
 
     @cached_property
     def _sums(self) -> Sums:
-        """Each source by the law of ``merging.amplitude``, which makes them as strong as one of them."""
+        """The factors of sources by the rule in ``merging.amplitude``, which makes a sum as strong as one of them."""
         names = [chosen.name for chosen in self.kept]
         scaled = [self._norms[name] * self._scales[name] for name in names]
         weight = kappa(scaled) / len(names) ** 0.5
@@ -223,7 +223,7 @@ class Selection(OutsideJobs):
     # The end ------------------------------------------------------------------------------------------------------
 
     def end(self) -> Prepared:
-        """Write down what is chosen; the search over it."""
+        """Record the selection, and return the search over it."""
         said = self._said()
         names = [s.name for s in said.sources if s.fate == "kept"]
         averaged = any(source.fate == "rest" for source in said.sources)
@@ -258,7 +258,7 @@ class Selection(OutsideJobs):
         )
 
     def _source(self, name: str, place: int | None, *, averages: bool) -> SelectedSource:
-        """What is said of a source."""
+        """The record of one source."""
         table = self._table(name)
         known = {o.name: estimate(o, table, self._orders[o.evaluator], None) for o in self._objectives}
         estimates = {objective: value for objective, value in known.items() if value is not None}
@@ -274,7 +274,7 @@ class Selection(OutsideJobs):
         )  # fmt: skip
 
     def _compared(self, other: str) -> Compared | None:
-        """How much better the average of those kept is than another merge; None where that was not scored."""
+        """How much better the average of the kept sources is than another merge; None if that was not scored."""
         if other not in self._sums:
             return None
         rung = self._section.rungs[-1]
@@ -295,18 +295,18 @@ class Selection(OutsideJobs):
         return self._tables.setdefault(model, ScoreTable())
 
     def _row(self, model: str, objective: ObjectiveInfo) -> Row:
-        """A model's scores of an objective's items in the order asked, NaN where there is none: float64 [items]."""
+        """A model's scores of an objective's items in the order asked, NaN if missing: float64 [items]."""
         positions = self._orders[objective.evaluator].positions
         values: Row = self._table(model).values(objective)[positions[positions < objective.items]].astype(np.float64)
         return values
 
     def _on(self, model: str, objective: ObjectiveInfo, rung: int) -> Row:
-        """The same of the items of a rung."""
+        """The same for the items of a rung."""
         positions = self._orders[objective.evaluator].positions[:rung]
         return self._row(model, objective)[: int((positions < objective.items).sum())]
 
     def _score(self, blends: Mapping[str, Blend], counts: Mapping[str, Counts], pool: Pool, prepared: Prepared) -> bool:
-        """Score models on what each lacks of these items; False when a stop came first."""
+        """Score models on those of these items that each lacks; returns False if the search was stopped first."""
         self._names = list(blends)
         file, sources = prepared.file, prepared.sources
         layers = sources[file.tokenizer_source].layers
@@ -323,7 +323,7 @@ class Selection(OutsideJobs):
         return self.run(pool, list(pending()))
 
     def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None:
-        assert isinstance(result, Measured)  # no job here is a descent
+        assert isinstance(result, Measured)  # none of these jobs is a descent
         scores, name = to_scores(self.prepared.setup, result, pending.tasks), self._names[-1 - finished.candidate]
         self.store.record_event(SelectScored(model=name, scores=[_said_of(one) for one in scores]))
         self._table(name).update(self.prepared.setup, ScoreTable.of(self.prepared.setup, scores))
@@ -336,7 +336,7 @@ class Selection(OutsideJobs):
 
 
 def random_seed(seed: int, number: int) -> int:
-    """Of the random direction of this number."""
+    """The seed of the random direction with this number."""
     return int(random_state(seed, number).randint(2**31))
 
 

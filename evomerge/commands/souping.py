@@ -1,7 +1,7 @@
-"""Before a search with calibration texts: two mixes of its sources by how unlikely these find the texts, as baselines.
+"""Before a search with calibration texts: two mixes of its sources by their losses on the texts, as baselines.
 
-LM-Cocktail (arXiv 2311.13534) weighs the sources by the softmax of their losses; the greedy soup (arXiv 2203.05482)
-takes in one source after the other as long as the loss of the mean does not rise.
+LM-Cocktail (arXiv 2311.13534) weights the sources by the softmax of their losses; the greedy soup (arXiv 2203.05482)
+adds one source after the other as long as the loss of the mean does not rise.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from evomerge.store.events import TextLoss
 from search_spaces.base import Soup
 
 TEMPERATURE = 5.0
-"""Of the softmax: the default of the method's own code, research/LM_Cocktail of FlagOpen/FlagEmbedding."""
+"""The temperature of the softmax: the default in the method's code, research/LM_Cocktail in FlagOpen/FlagEmbedding."""
 
 COCKTAIL, GREEDY = "LM-Cocktail", "greedy soup"
 
 
 def with_soups(folder: Path, prepared: Prepared, store: Store, pool: Pool, console: Console) -> Prepared | None:
-    """The search with its mixes by losses among the baselines; the caller holds the lease.
+    """The search with the mixes by losses added to its baselines; the caller holds the lease.
 
-    A search that began without them goes on without: what it was asked is what is replayed.
+    A search that began without them continues without them, because its recorded asks are replayed.
 
     Returns:
-        The search as it is where there are no texts; None when a stop came first.
+        The unchanged search if there are no texts; None if it was stopped first.
 
     Raises:
         InputError: a source cannot be run over the texts.
@@ -70,10 +70,10 @@ def _mixed(prepared: Prepared) -> list[str]:
 
 
 class _Soups(OutsideJobs):
-    """The losses of sources and of means of them, each measured once for a search.
+    """The losses of sources and of their means, each measured once per search.
 
     Attributes:
-        is_new: nothing is known yet.
+        is_new: whether nothing is known yet.
     """
 
     log_prefix = "soup"
@@ -89,7 +89,7 @@ class _Soups(OutsideJobs):
         self._asked: list[tuple[str, ...]] = []
 
     def run_all(self, pool: Pool) -> tuple[Soup, ...] | None:
-        """The softmax of the sources' losses, and the greedy soup of more than one; None when a stop came first."""
+        """The softmax of the sources' losses, and the greedy soup if it has several; None if stopped first."""
         parameters = [Parameter(name, 0.0, 1.0, 1.0, group="model", share_of=name) for name in self._sources]
         soup = GreedySoup(parameters)
         while soup.stopped is None:
@@ -106,7 +106,7 @@ class _Soups(OutsideJobs):
         return tuple(self._sources[place] for place in np.flatnonzero(genome).tolist())
 
     def _measure(self, means: Sequence[tuple[str, ...]], pool: Pool) -> bool:
-        """Have the losses of means of sources measured that are not known; False when a stop came first."""
+        """Measure the unknown losses of means of sources; returns False if the search was stopped first."""
         self._asked, file = [members for members in means if members not in self._losses], self.prepared.file
         layers = self.prepared.sources[file.tokenizer_source].layers
         jobs = []

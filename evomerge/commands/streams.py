@@ -1,7 +1,7 @@
-"""What a command prints on: streams that write what they can, and say once where they cannot.
+"""Robust output streams for commands: they write what they can, and report a failure once.
 
-A pipe whose reader has left, a full disk under a log, a closed descriptor and a terminal without the letters that we
-print must neither end the work of hours nor end a command without a word.
+A closed pipe, a full disk under a log, a closed descriptor, or a terminal that cannot encode our characters must
+neither end hours of work nor end a command silently.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from evomerge.errors import InputError
 
 
 class Stream:
-    """A text stream in whose place another one stands.
+    """A wrapper of a text stream.
 
     Attributes:
-        needed: whether what cannot be written ends the command, by an InputError; else it is let go, and the stream
-            says so on stderr, once.
+        needed: whether output that cannot be written raises InputError and ends the command; otherwise it is discarded,
+            with a single warning on stderr.
     """
 
     def __init__(self, stream: TextIO, *, needed: bool) -> None:
@@ -45,7 +45,7 @@ class Stream:
             self._miss(error)
 
     def close_quietly(self) -> None:
-        """Throw away what could not be written: the interpreter would try again at its end, and complain."""
+        """Discard what could not be written; otherwise the interpreter would try again at exit, and complain."""
         try:
             self._stream.flush()
         except OSError:
@@ -56,7 +56,7 @@ class Stream:
 
     def _miss(self, error: OSError) -> None:
         if isinstance(error, BrokenPipeError) and self.needed:
-            raise error  # whoever read has enough: the command ends as others do
+            raise error  # the reader has closed the pipe: the command ends as other programs do
         if self.needed:
             problem = f"cannot be written ({error.strerror})"
             raise InputError("the output", problem, "Free some space, or send it elsewhere.") from error
@@ -67,8 +67,8 @@ class Stream:
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Put streams that can always be written to in the place of stdout and stderr, while open."""
-    for number in range(3):  # a file that is opened later must not become what others print on
+    """Replace stdout and stderr by streams that can always be written to, while open."""
+    for number in range(3):  # a file that is opened later must not become a standard stream
         try:
             os.fstat(number)
         except OSError:
@@ -86,7 +86,7 @@ def standard_streams() -> Iterator[None]:
 
 @contextmanager
 def output_is_optional() -> Iterator[None]:
-    """Let work go on whose output cannot be written: what it does is in its store."""
+    """Let work continue if its output cannot be written, because its results are in the store."""
     out = sys.stdout
     if not isinstance(out, Stream):
         yield
@@ -100,7 +100,7 @@ def output_is_optional() -> Iterator[None]:
 
 
 def _readable(stream: TextIO | None) -> TextIO:
-    """The stream with a question mark for what its encoding has no letter for; nowhere, where it was closed."""
+    """The stream with question marks for characters that it cannot encode; a null device if it is closed."""
     if stream is None:
         return open(os.devnull, "w", encoding="utf-8")
     if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):

@@ -1,4 +1,4 @@
-"""The command transplant: a model with another one's vocabulary, and how well it still predicts a text."""
+"""The command transplant: give a model another vocabulary, and measure how well it still predicts a text."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from evomerge.plugins import unknown_name
 if TYPE_CHECKING:
     from evomerge.checkpoints.source import Source
 
-_TOKENS = 512  # of one piece of the text, with the one before it
+_TOKENS = 512  # in a chunk of the text, including the previous chunk
 _MAX_BYTES = 1_000_000
 
 SHIPPED = Path(__file__).parents[1] / "checkpoints" / "transplant_text.txt"
-"""The text that both models predict where none is given."""
+"""The default text that both models predict."""
 
 
 def transplant(model: str, donor: str, out: Path, method: str, atoms: int | None, text: Path | None) -> None:
-    """Make a model folder of ``model`` with the vocabulary of ``donor``.
+    """Write a model folder of ``model`` with the vocabulary of ``donor``.
 
     Args:
-        atoms: of how many shared tokens a row is made, by ``omp``.
-        text: that both are to predict; a few pages that ship with the project when None.
+        atoms: the number of shared tokens that ``omp`` makes a row from.
+        text: the text that both models predict; None for a few pages that ship with the project.
     """
     from evomerge.checkpoints.transplant import RowMethod
 
@@ -51,7 +51,7 @@ def transplant(model: str, donor: str, out: Path, method: str, atoms: int | None
         own = open_source("model", model, place="MODEL")
         other = open_source("donor", donor, place="DONOR")
         check_finite(own)
-        made = transplanted(own, other, method, atoms)  # type: ignore[arg-type]  # one of them, as was seen
+        made = transplanted(own, other, method, atoms)  # type: ignore[arg-type]  # it was checked above
     assert made.plan is not None
     console = make_console()
     recipe = StackRecipe.uniform(
@@ -69,7 +69,7 @@ def transplant(model: str, donor: str, out: Path, method: str, atoms: int | None
 
 
 def bits_per_byte(source: Source, text: str) -> float:
-    """How many bits a model needs for a byte of a text, which does not hang on how its tokenizer cuts it."""
+    """The bits that a model needs per byte of a text, which does not depend on its tokenizer."""
     import torch
 
     from evomerge.checkpoints.plain import plain_model

@@ -1,4 +1,4 @@
-"""Whether an exported model scores what was recorded of its candidate, item by item."""
+"""Verifies, item by item, that an exported model scores as recorded for its candidate."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from evomerge.store import CandidateRow, Store
 from evomerge.store.events import Rung
 
 _ONE_IN = 20
-"""Of how many items one may score otherwise by more than the tolerance: two tokens were all but equally likely."""
+"""One in this many items may exceed the tolerance, because two tokens may be almost equally likely."""
 
 _CONFIDENCE = 0.95
 
 _SURE = 4.0
-"""A shift of the mean is more than chance from so many of its standard errors on."""
+"""A shift of the mean by this many standard errors is not chance."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far rounding may move a score.
+    """How far rounding may move scores.
 
     Attributes:
-        item: of an item, as a share of one plus the size of its score.
-        mean: of the mean, as a share of one plus the mean size of the scores.
+        item: the tolerance of an item, relative to one plus the magnitude of its score.
+        mean: the tolerance of the mean, relative to one plus the mean magnitude of the scores.
     """
 
     item: float
@@ -39,7 +39,7 @@ class Tolerance:
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Tolerance:
-        """That of a model of this dtype; in bfloat16 3% of an item and 0.4% of the mean."""
+        """The tolerance for a model of this dtype; in bfloat16, 3% of an item and 0.4% of the mean."""
         item = max(1e-3, 4 * torch.finfo(dtype).eps)
         return cls(item, item / 8)
 
@@ -53,14 +53,14 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class ScoreChange:
-    """How a metric's scores differ from those recorded.
+    """How a metric's scores differ from the recorded ones.
 
     Attributes:
-        items: how many scores are not the same, bit for bit.
-        beyond: how many differ by more than the tolerance.
+        items: the number of scores that are not bit-identical.
+        beyond: the number of scores that differ by more than the tolerance.
         largest: the largest difference.
-        shift: of the mean.
-        is_rounding: whether rounding explains it.
+        shift: the shift of the mean.
+        is_rounding: whether rounding explains the differences.
     """
 
     items: int
@@ -71,7 +71,7 @@ class ScoreChange:
 
 
 def difference(now: Values, before: Values, tolerance: Tolerance) -> ScoreChange:
-    """What became of the scores of some items; both are float [items]."""
+    """The change of the scores of some items; both are float [items]."""
     moved = now.astype(np.float64) - before
     size = np.abs(before)
     beyond = np.abs(moved) > tolerance.item * (1 + size)
@@ -91,18 +91,18 @@ def difference(now: Values, before: Values, tolerance: Tolerance) -> ScoreChange
 def reproduce(
     live: LiveModel, store: Store, row: CandidateRow, prepared: Prepared, *, rounds: bool, say: Callable[[str], None]
 ) -> list[str]:
-    """Score an exported model again, as those load it whom it is meant for; a line for each evaluator.
+    """Score an exported model again, loaded as its users load it. Returns a line per evaluator.
 
-    Each item must score as recorded, but for what rounds: scales that were folded into the weights and adapters that
-    were not (``rounds``), and items that a race scored in several batches, for sums are added up in another order in
-    each. There a tolerance holds, which is the last line.
+    Each item must score as recorded, up to rounding: scales that were folded into the weights and adapters that were
+    not (``rounds``), and items that a race scored in several batches, because sums are then added in another order. A
+    tolerance applies to these, and is given in the last line.
 
     Args:
-        rounds: what was written rounds otherwise than what was scored.
-        say: told what is being done.
+        rounds: whether the written model rounds differently from the scored one.
+        say: is called with what is being done.
 
     Raises:
-        InputError: it does not score what was recorded.
+        InputError: the model does not score as recorded.
     """
     tolerance = Tolerance.of(live.model.dtype)
     raced = _raced(store, row) if prepared.setup.racing is not None else {}
@@ -127,7 +127,7 @@ def reproduce(
             for metric, moved in differences.items():
                 if moved.items and (exact or not moved.is_rounding):
                     place = f"{name} ({split}): {metric}"
-                    raise _unlike(row.id, place, moved, len(before.items))
+                    raise _mismatch(row.id, place, moved, len(before.items))
             result = f"{what} score exactly as recorded"
             if any(moved.items for moved in differences.values()):
                 all_exact = False
@@ -140,9 +140,9 @@ def reproduce(
 def compare(
     live: LiveModel, store: Store, row: CandidateRow, prepared: Prepared, *, say: Callable[[str], None]
 ) -> list[str]:
-    """Score an exported model that is another one than its candidate: a line for each evaluator, metric and split.
+    """Score an exported model that differs from its candidate. Returns a line per evaluator, metric and split.
 
-    Each says the model's own score, the one recorded, and the difference, paired item by item.
+    Each line has the model's own score, the recorded one, and the difference, paired item by item.
     """
     lines = []
     for split in ("search", "held_out"):
@@ -165,7 +165,7 @@ def compare(
 
 
 def measures_of(prepared: Prepared, number: int) -> str:
-    """What an evaluator measures, by the names of objectives and constraints, and what it is called if otherwise."""
+    """The objectives and constraints that an evaluator measures, and its own name if it differs."""
     names = [measure.name for measure in prepared.setup.measures if measure.evaluator == number]
     own = prepared.evaluators[number].name
     if not names or own in names:
@@ -181,7 +181,7 @@ def _differences_text(differences: dict[str, ScoreChange]) -> str:
     )
 
 
-def _unlike(candidate: str, place: str, moved: ScoreChange, count: int) -> InputError:
+def _mismatch(candidate: str, place: str, moved: ScoreChange, count: int) -> InputError:
     return InputError(
         candidate,
         f"the exported model scores {moved.items} of {count} items of {place} differently than was recorded, by up to "
@@ -192,7 +192,7 @@ def _unlike(candidate: str, place: str, moved: ScoreChange, count: int) -> Input
 
 
 def _raced(store: Store, row: CandidateRow) -> dict[str, set[int]]:
-    """For each evaluator's version the numbers of items at which scoring this recipe was broken off."""
+    """For each evaluator version, the numbers of items at which the scoring of this recipe was interrupted."""
     same = {other.number for other in store.candidates() if other.recipe_hash == row.recipe_hash}
     counts: dict[str, set[int]] = {}
     for event in store.events(kinds=("rung",)):

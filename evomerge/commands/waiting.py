@@ -1,4 +1,4 @@
-"""What a person is told while a command works on something that takes seconds before it can say anything."""
+"""Progress messages for people while a command does something that takes seconds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _OPENING = "opening models and tasks…"
 
 @contextmanager
 def opening(*, quiet: bool = False) -> Iterator[None]:
-    """Say on stderr that models and tasks are opened: for as long on a terminal, once anywhere else.
+    """Show on stderr that models and tasks are being opened: as a status on a terminal, as one line elsewhere.
 
     Args:
-        quiet: for a program that reads what the command prints; a terminal is told all the same.
+        quiet: print nothing unless stderr is a terminal, because a program is reading the output.
     """
     screen = Console(stderr=True)
     if screen.is_terminal:
@@ -28,8 +28,8 @@ def opening(*, quiet: bool = False) -> Iterator[None]:
     yield
 
 
-class Bar:
-    """A bar on the screen: called with how much is done, and of how much; or told that something else is done now."""
+class ProgressBar:
+    """A progress bar: called with how much is done and of how much, or given the description of a new phase."""
 
     def __init__(self, progress: Progress, what: str) -> None:
         self._progress = progress
@@ -39,13 +39,13 @@ class Bar:
         self._progress.update(self._task, completed=done, total=of)
 
     def say(self, what: str) -> None:
-        """Name what is done from now on, of which nobody knows how much is left."""
+        """Show a new phase of unknown length."""
         self._progress.remove_task(self._task)
         self._task = self._progress.add_task(what, total=None)
 
 
 @contextmanager
-def progress_bar(console: Console, what: str) -> Iterator[Bar]:
-    """A bar that goes when it is done; without a terminal there is none."""
+def progress_bar(console: Console, what: str) -> Iterator[ProgressBar]:
+    """A progress bar that disappears when done; it is not shown without a terminal."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield Bar(progress, what)
+        yield ProgressBar(progress, what)

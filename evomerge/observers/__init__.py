@@ -1,6 +1,6 @@
-"""Observers tell others of a search, such as Prometheus and experiment trackers: one a file, with its settings.
+"""Observers report a search to other systems, such as Prometheus and experiment trackers: one per file, with settings.
 
-A new one is a file here, or an entry point ``evomerge.observers`` of a package.
+To add one, add a file here or an entry point ``evomerge.observers`` in a package.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ from evomerge.observers.wandb import WandbSettings
 def _of_their_kinds(value: object) -> object:
     if not isinstance(value, list | tuple):
         return value
-    base: Any = ObserverSettings  # which is abstract, and so no class to mypy
+    base: Any = ObserverSettings  # Any, because mypy does not accept an abstract class
     return [
         read_part(entry, "evomerge.observers", "kind", f"observers.{place}", base) for place, entry in enumerate(value)
     ]
@@ -36,7 +36,7 @@ def _one_of_each(observers: tuple[ObserverSettings, ...]) -> tuple[ObserverSetti
 ObserverList = Annotated[
     tuple[SerializeAsAny[ObserverSettings], ...], BeforeValidator(_of_their_kinds), AfterValidator(_one_of_each)
 ]
-"""What the search file says under ``observers:``: at most one of each kind, whose ``kind`` decides its settings."""
+"""The ``observers:`` section of the search file: at most one of each kind, and ``kind`` selects the settings class."""
 
 __all__ = [
     "LogsSettings",

@@ -1,6 +1,6 @@
-"""What an observer is, what it is told of a search, and what it keeps between two processes.
+"""The interface of observers, the news that they get about a search, and the state that they keep between processes.
 
-An observer reads and never writes to a search: whatever it does, the search is the same.
+Observers read a search and never write to it, so whatever they do, the search stays the same.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from evomerge.store.record import Measure
 from evomerge.store.rows import CandidateRow, EventRow, SearchRow, Status
 
 FOLDER_NAME = "observers"
-"""The folder in a search's folder where observers keep what is theirs."""
+"""The folder in a search's folder where observers keep their state."""
 
 ENDED = ("finished", "stopped", "cancelled", "failed")
-"""States of a search in which nothing more will come, unless it is resumed."""
+"""States of a search in which nothing more happens unless it is resumed."""
 
 
 class PoolCounts(Protocol):
-    """What a pool is doing: workers by what they do now, and the jobs that wait for one."""
+    """What a pool is doing: its workers by state, and the jobs that wait for one."""
 
     @property
     def workers(self) -> int: ...
@@ -48,15 +48,15 @@ class PoolCounts(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class News:
-    """What happened in a search since the last look, and where it stands.
+    """What has happened in a search since the last poll, and its current status.
 
     Attributes:
-        events: the new ones, oldest first.
-        candidates: those that an event of these ended, by number, as they are now.
-        best: the best candidate by each objective that has one, by the objective's name.
-        held_out: means on the held-out split by objective, of every candidate that was scored there.
-        winner: the number of the candidate that the last confirmation named, None before it has.
-        workers: None where they are not known: in another process than the driver's.
+        events: the new events, oldest first.
+        candidates: the current state of the candidates that these events ended, by number.
+        best: the best candidate in each objective that has one, by the objective's name.
+        held_out: means on the held-out split by objective, for every candidate that was scored there.
+        winner: the number of the winner of the last confirmation; None before that.
+        workers: None if unknown, which is the case outside the driver's process.
     """
 
     search: SearchRow
@@ -70,7 +70,7 @@ class News:
     workers: PoolCounts | None
 
     def ended_by(self, event: EventRow) -> CandidateRow | None:
-        """The candidate that an event ended; None if it ended none."""
+        """The candidate whose scoring an event ended; None for other events."""
         return self.candidates.get(event.candidate) if event.candidate is not None and ends(event) else None
 
     @property
@@ -80,14 +80,14 @@ class News:
 
 
 def ends(event: EventRow) -> bool:
-    """Whether nothing more of a candidate will be scored on the search split after this event."""
+    """Whether an event is the last one of a candidate's scoring on the search split."""
     if event.kind == "failure":
         return event.read(Failure).final
     return event.kind in ("result", "cached", "eliminated", "done")
 
 
 def genome_of(row: CandidateRow, search: SearchRow) -> dict[str, float]:
-    """A candidate's genome by the names of the parameters; empty for a baseline that has none."""
+    """A candidate's genome by parameter name; empty for a baseline without one."""
     if row.genome is None:
         return {}
     names = [parameter.name for parameter in search.record.parameters]
@@ -95,44 +95,44 @@ def genome_of(row: CandidateRow, search: SearchRow) -> dict[str, float]:
 
 
 def named(number: int) -> str:
-    """How a candidate is named to people: c0042."""
+    """The display id of a candidate, such as c0042."""
     return f"c{number:04d}"
 
 
 class Observer(ABC):
-    """Tells somebody else of a search. Whatever it raises is logged once, and it is told no more."""
+    """Reports a search to another system. If it raises an exception, that is logged once and it is dropped."""
 
     seq: int = 0
-    """The last event that it was told of. Set at the start to what an earlier process told; later ``hub`` counts on."""
+    """The last event that was reported. Initialised from the saved state of an earlier process; ``hub`` updates it."""
 
     @abstractmethod
     def tell(self, news: News) -> None:
-        """Take what is new: at most once a second, and also when there are no new events."""
+        """Report the news. Called at most once a second, even if there are no new events."""
 
     def close(self) -> None:  # noqa: B027 (most have nothing to close)
-        """Let go of what is open. Called once, after the last news."""
+        """Release resources. Called once, after the last news."""
 
 
 class ObserverSettings(BaseModel, ABC):
-    """What the search file says of one observer: an entry of ``observers:``."""
+    """The settings of one observer: an entry of ``observers:`` in the search file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
 
     def check(self) -> None:
-        """Raise InputError where this observer cannot work here: a package is missing."""
+        """Raise InputError if this observer cannot work here, for example because a package is missing."""
 
     @abstractmethod
     def build(self, folder: Path, search: SearchRow) -> Observer:
-        """Start it for the search in ``folder``; raises whatever goes wrong."""
+        """Start the observer for the search in ``folder``; may raise any exception."""
 
 
 def package(name: str, extra: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        InputError: it is not installed; says which extra brings it.
+        InputError: it is not installed; the message names the extra to install.
     """
     try:
         return importlib.import_module(name)
@@ -142,10 +142,10 @@ def package(name: str, extra: str) -> ModuleType:
 
 
 def locked(path: Path, kind: str) -> IO[bytes]:
-    """A file opened for this process alone, so that nobody is told everything twice.
+    """Open a file and lock it for this process, so that nothing is reported twice.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process has locked it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+b")
@@ -159,10 +159,10 @@ def locked(path: Path, kind: str) -> IO[bytes]:
 
 
 class ObserverState:
-    """What an observer keeps in a search's folder: the ids of its runs, and the last event that it was told of.
+    """The state of an observer in a search's folder: the ids of its runs, and the last event that it reported.
 
     Raises:
-        InputError: another process tells the same observer of this search.
+        InputError: another process runs the same observer for this search.
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
@@ -171,7 +171,7 @@ class ObserverState:
         self.content: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
 
     def save(self, **values: Any) -> None:
-        """Replace these values; the file is whole at any time."""
+        """Replace these values. The file is replaced atomically."""
         self.content |= values
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(self.content))

@@ -1,4 +1,4 @@
-"""Reads what is new in a store and tells the observers, beside the driver or in a process of its own."""
+"""Reads new events from a store and passes them to the observers, in the driver's process or in a separate one."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from evomerge.store.rows import CandidateRow, EventRow, SearchRow
 from evomerge.store.store import Store
 
 EVERY_S = 1.0
-"""How often observers are told at most."""
+"""The minimum interval between calls of observers."""
 
 _PATIENCE_S = 30.0
-"""How long the end of a search waits for its observers, such as one that cannot reach its server."""
+"""How long the end of a search waits for its observers, for example for one that cannot reach its server."""
 
 _log = logging.getLogger(__name__)
 
 
 class Observers:
-    """The observers of one search, each in a thread: none ends the search, holds it up, or holds up another.
+    """The observers of one search, each in its own thread, so that none can stop or delay the search or another one.
 
     Args:
-        store: is only read.
-        folder: of the search, where observers keep what is theirs.
-        settings: the search file's.
+        store: the store of the search; it is only read.
+        folder: the search's folder, where observers keep their state.
+        settings: the observers in the search file.
     """
 
     def __init__(self, store: ReadStore, folder: Path, settings: Sequence[ObserverSettings]) -> None:
@@ -45,7 +45,7 @@ class Observers:
         self._told_at = -math.inf
 
     def poll(self, workers: Callable[[], PoolCounts]) -> None:
-        """Tell the observers if it is time; the caller, a driver, never waits for them."""
+        """Pass news to the observers if it is time; the caller, a driver, never waits for them."""
         moment = time.monotonic()
         if not self._listeners or moment - self._told_at < EVERY_S:
             return
@@ -56,12 +56,12 @@ class Observers:
                 listener.start(partial(listener.look, current))
 
     def look(self) -> None:
-        """Tell every observer what is new, in this thread."""
+        """Pass news to every observer, in this thread."""
         for listener in self._listeners:
             listener.look()
 
     def close(self) -> None:
-        """Tell the observers all that is left, and let go of them; waits for half a minute at most."""
+        """Pass the remaining news to the observers and close them; waits for at most half a minute."""
         end = time.monotonic() + _PATIENCE_S
         for listener in self._listeners:
             listener.finish()
@@ -72,7 +72,7 @@ class Observers:
 
 
 class Listener:
-    """One observer: starts it, tells it what is new, and drops it when it fails, which is logged once."""
+    """Runs one observer: starts it, passes news to it, and drops it if it fails, which is logged once."""
 
     def __init__(self, store: ReadStore, folder: Path, settings: ObserverSettings) -> None:
         self.kind = settings.kind
@@ -85,19 +85,19 @@ class Listener:
         self._thread: threading.Thread | None = None
 
     def start(self, target: Callable[[], None]) -> None:
-        """Run something in a thread of this observer's."""
+        """Run a function in a thread for this observer."""
         self._thread = threading.Thread(target=target, name=f"observer {self.kind}", daemon=True)
         self._thread.start()
 
     def is_busy(self, wait_s: float = 0.0) -> bool:
-        """Whether what was started has not ended, after waiting for it."""
+        """Whether the started function is still running after waiting for it."""
         if self._thread is None:
             return False
         self._thread.join(wait_s)
         return self._thread.is_alive()
 
     def look(self, workers: PoolCounts | None = None) -> None:
-        """Read what is new and tell it; starts the observer at the first time, because that may ask a server."""
+        """Read the news and pass them on. The first call also starts the observer, which may have to reach a server."""
         if self._is_dropped:
             return
         try:
@@ -105,7 +105,7 @@ class Listener:
                 search = self._store.search()
                 self.observer = self._guarded("could not be started", partial(self._start_it, search))
             news = self._read(workers) if self.observer is not None else None
-        except Exception as error:  # the store is the driver's business: here, the next look may find it again
+        except Exception as error:  # the driver handles errors of the store; the next poll may succeed
             if not self._is_away:
                 _log.warning("observer %s cannot read the store: %s", self.kind, error)
             self._is_away = True
@@ -117,7 +117,7 @@ class Listener:
                 self._end()
 
     def finish(self) -> None:
-        """Look for the last time and let go of the observer, in its thread, after the look that goes on there."""
+        """Poll a last time and close the observer, in its thread, after the poll that is running there."""
         before = self._thread
 
         def last() -> None:
@@ -134,7 +134,7 @@ class Listener:
             self.observer = None
 
     def _guarded(self, what: str, call: Callable[[], Any]) -> Any:
-        """Whatever a library raises, a search does not end by it."""
+        """Call a function of the observer; an exception, whatever it is, must not end the search."""
         try:
             return call()
         except Exception as error:
@@ -167,15 +167,15 @@ class Listener:
         return self._news
 
     def _rows(self, numbers: Collection[int]) -> dict[int, CandidateRow]:
-        """These candidates, in one query: what ends now was asked for lately, so few are read that are not wanted."""
+        """These candidates, in one query of the newest ones: they were asked for recently, so few others are read."""
         while numbers:
             rows = self._store.candidates(newest=sum(self._store.counts().values()) - min(numbers))
-            if rows[0].number <= min(numbers):  # else more have been asked for since they were counted
+            if rows[0].number <= min(numbers):  # otherwise more have been asked for since the count
                 return {row.number: row for row in rows if row.number in numbers}
         return {}
 
     def _held_out(self, search: SearchRow, events: Sequence[EventRow]) -> dict[int, Mapping[str, float]]:
-        """The means of all that has held-out scores; only what is new is read."""
+        """The means of all candidates with held-out scores; only new ones are read."""
         known = {} if self._news is None else dict(self._news.held_out)
         scored = events if self._news is not None else self._store.events(kinds=("scores",))
         for number in {e.candidate for e in scored if e.kind == "scores" and e.candidate is not None}:
@@ -195,10 +195,10 @@ def _tell(observer: Observer, news: News) -> bool:
 
 
 def follow(store: Store, folder: Path, settings: Sequence[ObserverSettings]) -> None:
-    """Tell observers of a search from a process of its own, until nobody drives it."""
+    """Report a search to observers from a separate process, until no driver is running."""
     with closing(Observers(store, folder, settings)) as observers:
         while True:
-            driven = current_holder(store) is not None  # asked first, so that what the driver did last is told
+            driven = current_holder(store) is not None  # checked first, so that the driver's last events are reported
             observers.look()
             if not driven:
                 return

@@ -1,4 +1,4 @@
-"""A structured log of a search: one JSON object a line, for whatever collects logs."""
+"""A structured log of a search for log collectors, with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evomerge.printable import without_nan
 from evomerge.store.rows import CandidateRow, EventRow, SearchRow
 
 FILE = Path("logs", "search.jsonl")
-"""In the search's folder, beside the logs of failed attempts."""
+"""In the search's folder, next to the logs of failed attempts."""
 
 
 class LogsSettings(ObserverSettings):
@@ -26,10 +26,11 @@ class LogsSettings(ObserverSettings):
 
 
 class Logs(Observer):
-    """Appends to a file, after the last whole line that is there: each event has one line, however often it is resumed.
+    """Appends to a file after its last complete line, so that each event has one line even if the search is resumed.
 
     A line has ``time`` (ISO 8601, UTC), ``search``, ``seq``, ``kind``, ``candidate`` (its id), ``attempt``, and the
-    event's ``payload``. Where it ended a candidate, ``seconds`` are those of each phase, ``objectives`` its values.
+    event's ``payload``. If the event ended a candidate, it also has the ``seconds`` of each phase and its
+    ``objectives``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,7 +66,7 @@ def _line(search: str, event: EventRow, ended: CandidateRow | None) -> str:
 
 
 def _last_seq(file: IO[bytes]) -> int:
-    """The event of the last line, 0 without one; half a line, which a kill left, is cut off."""
+    """The event of the last line, or 0 if there is none; an incomplete line, left by a killed process, is cut off."""
     if file.seek(0, 2) == 0:
         return 0
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:

@@ -1,4 +1,4 @@
-"""MLflow: a run for the search, and below it one a candidate."""
+"""MLflow: a run for the search, with a child run for each candidate."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from evomerge.observers.tracker import Row, Tracker
 from evomerge.store.rows import CandidateRow, SearchRow
 
 _MAX = 100
-"""So many parameters MLflow's API takes at once."""
+"""The maximum number of parameters per call of MLflow's API."""
 
 
 class MlflowSettings(ObserverSettings):
-    """Tracks to the server at ``uri``; left out, to a database file in the search's folder.
+    """Logs to the server at ``uri``; by default, to a database file in the search's folder.
 
-    Users and passwords are MLflow's own business: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+    Set the user and password through MLflow's own MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
     """
 
     kind: Literal["mlflow"]
@@ -45,7 +45,7 @@ class MlflowSettings(ObserverSettings):
 
 
 class Mlflow(Tracker):
-    """Metrics of the search's run are the best so far; a candidate's run has its genome as parameters."""
+    """The metrics of the search's run are the best so far; a candidate's run has its genome as parameters."""
 
     def __init__(self, kept: ObserverState, folder: Path, search: SearchRow, settings: MlflowSettings) -> None:
         super().__init__(kept)
@@ -96,9 +96,9 @@ class Mlflow(Tracker):
             self._client.set_terminated(self._run, status)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing, because nothing is buffered."""
 
 
 def _name(name: str) -> str:
-    """The name with the letters that MLflow allows in it."""
+    """The name with only the characters that MLflow allows."""
     return re.sub(r"[^\w.\- :/]", "_", name, flags=re.ASCII)

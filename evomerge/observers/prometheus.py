@@ -17,13 +17,14 @@ from evomerge.store.events import Eliminated, Failure, Rung, ScoresAdded
 from evomerge.store.rows import CandidateRow, EventRow, SearchRow
 
 _BUCKETS_S = tuple(m * 10.0**e for e in range(-2, 5) for m in (1, 2, 5))
-"""From 10 ms, a merge of small models, to 14 hours, the longest evaluation that is still one."""
+"""From 10 ms, a merge of small models, to 14 hours, the longest plausible evaluation."""
 
 
 class PrometheusSettings(ObserverSettings):
     """Serves metrics at ``http://host:port/metrics``.
 
-    ``host`` is this machine alone unless told otherwise: anybody who reaches the port reads them. Port 0 takes any.
+    By default ``host`` is loopback, because anybody who can reach the port can read the metrics. Port 0 takes any free
+    port.
     """
 
     kind: Literal["prometheus"]
@@ -35,7 +36,7 @@ class PrometheusSettings(ObserverSettings):
 
 
 class Prometheus(Observer):
-    """Counts from the first event of the search, so that counters go on where they were when a search is resumed."""
+    """Counts from the first event of the search, so that counters continue from their old values after a resume."""
 
     def __init__(self, host: str, port: int) -> None:
         self.registry = CollectorRegistry()
@@ -136,7 +137,7 @@ class Prometheus(Observer):
 
 
 def _items(row: CandidateRow, news: News) -> int:
-    """On how many items a candidate was scored: of objectives on one evaluator, that with the most has all."""
+    """The number of items a candidate was scored on; among objectives of one evaluator, the largest number counts."""
     most: dict[int, int] = {}
     for objective in news.objectives:
         if (estimate := row.objectives.get(objective.name)) is not None:
@@ -145,7 +146,7 @@ def _items(row: CandidateRow, news: News) -> int:
 
 
 class Gpus:
-    """The GPUs of this machine through nvml; none where it or they are missing. Use is NaN where it is not told."""
+    """The GPUs of this machine, read through NVML; none if it is not available. Unknown utilisation is NaN."""
 
     def __init__(self) -> None:
         self._nvml: ModuleType | None = None
@@ -154,12 +155,12 @@ class Gpus:
             nvml.nvmlInit()
         except InputError:
             return
-        except Exception:  # the package without a driver: there is no GPU
+        except Exception:  # NVML without a GPU driver: there is no GPU
             return
         self._nvml = nvml
 
     def read(self) -> Iterator[tuple[str, float, int, int]]:
-        """Number, share of the time in use, bytes in use and bytes of each."""
+        """For each GPU: its number, its utilisation from 0 to 1, its memory in use and its total memory in bytes."""
         if self._nvml is None:
             return
         for number in range(self._nvml.nvmlDeviceGetCount()):
@@ -167,6 +168,6 @@ class Gpus:
             memory = self._nvml.nvmlDeviceGetMemoryInfo(handle)
             try:
                 use = self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
-            except self._nvml.NVMLError:  # a GPU in parts (MIG) tells none
+            except self._nvml.NVMLError:  # not available for a partitioned GPU (MIG)
                 use = math.nan
             yield str(number), use, memory.used, memory.total

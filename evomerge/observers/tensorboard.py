@@ -25,12 +25,12 @@ class TensorBoardSettings(ObserverSettings):
 
 
 class TensorBoard(Tracker):
-    """Curves over candidates that have ended; a resumed search adds a file to the same run."""
+    """Curves over finished candidates; a resumed search adds a file to the same run."""
 
     def __init__(self, kept: ObserverState, folder: Path) -> None:
         super().__init__(kept)
-        # It names a file by the whole second and would empty the one of an earlier writer in the same; readers take
-        # files in the order of their names.
+        # File names have a resolution of one second, so a new writer could truncate the file of an earlier one. Readers
+        # read files in the order of their names.
         suffix = f".{time.time_ns()}"
         self._writer: Any = package("tensorboardX", "tensorboard").SummaryWriter(str(folder), filename_suffix=suffix)
 

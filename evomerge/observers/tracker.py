@@ -1,4 +1,4 @@
-"""What experiment trackers have in common: a run for the search, a row a candidate, the front at the end."""
+"""The base of experiment trackers: a run for the search, a row per candidate, and the front at the end."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Row = Mapping[str, float | str | None]
 
 
 class Tracker(Observer):
-    """Tells candidates in the order in which they ended, and keeps what was told, so that a resumed search goes on.
+    """Reports candidates in the order in which they ended, and saves its position, so that a resumed search continues.
 
-    A process that is killed between telling and keeping tells its last second again.
+    If a process is killed between reporting and saving, its last second is reported again.
     """
 
     def __init__(self, kept: ObserverState) -> None:
@@ -51,15 +51,17 @@ class Tracker(Observer):
 
     @abstractmethod
     def candidate(self, step: int, row: CandidateRow, values: Mapping[str, float], genome: Mapping[str, float]) -> None:
-        """One that has ended. ``step`` counts these from 1."""
+        """Report a candidate that has ended. ``step`` counts them from 1."""
 
     @abstractmethod
     def front(self, step: int, rows: Sequence[Row], news: News) -> None:
-        """The search has ended: its front, a row a candidate, all with the same columns. Again after a confirmation."""
+        """Report the front when the search has ended, and again after a confirmation: a row per candidate, all with the
+        same columns.
+        """
 
     @abstractmethod
     def flush(self) -> None:
-        """Send what is held back."""
+        """Send buffered data."""
 
     def close(self) -> None:
         self.kept.close()

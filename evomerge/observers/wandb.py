@@ -1,4 +1,4 @@
-"""Weights & Biases: one run a search."""
+"""Weights & Biases: one run per search."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from evomerge.store.rows import CandidateRow, SearchRow
 
 
 class WandbSettings(ObserverSettings):
-    """Logs to a project of Weights & Biases. The key is wandb's own business: ``wandb login``, or WANDB_API_KEY.
+    """Logs to a project of Weights & Biases. Set the key with ``wandb login`` or WANDB_API_KEY.
 
-    ``mode: offline`` writes to ``observers/wandb/`` in the search's folder alone, for ``wandb sync``.
+    ``mode: offline`` only writes to ``observers/wandb/`` in the search's folder, for ``wandb sync``.
     """
 
     kind: Literal["wandb"]
@@ -35,17 +35,17 @@ class WandbSettings(ObserverSettings):
 
 
 class Wandb(Tracker):
-    """A history row a candidate; a resumed search goes on with the run of the same id."""
+    """A history row per candidate; a resumed search continues the run with the same id."""
 
     def __init__(self, kept: ObserverState, folder: Path, search: SearchRow, settings: WandbSettings) -> None:
         super().__init__(kept)
         if "run" not in kept.content:
-            kept.save(run=uuid.uuid4().hex[:16])  # before the run is made, so that there is never a second
+            kept.save(run=uuid.uuid4().hex[:16])  # saved before the run is created, so that there is never a second one
         self._wandb: Any = package("wandb", "wandb")
         self._run = self._wandb.init(
             project=settings.project, entity=settings.entity, mode=settings.mode, name=search.name,
             id=kept.content["run"], resume="allow", reinit="create_new", dir=str(folder), config=search.settings,
-            # Neither the screen nor the code of whoever runs a search is wandb's.
+            # wandb must not record the console output or the code of the user.
             settings=self._wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
         )  # fmt: skip
 
@@ -61,7 +61,7 @@ class Wandb(Tracker):
             self._run.summary["winner"] = named(news.winner)
 
     def flush(self) -> None:
-        """Nothing: a process of wandb's own sends what it was given."""
+        """Do nothing, because wandb's own process sends the data."""
 
     def close(self) -> None:
         self._run.finish()

@@ -299,7 +299,7 @@ def check_secured(job_server: str | None, *, insecure: bool, place: str = "clust
     """
     if insecure:
         return
-    asks = None if job_server is None else asks_for_token(job_server)
+    asks = None if job_server is None else requires_token(job_server)
     if asks is None:
         asks = in_token_mode()
     if not asks:
@@ -315,7 +315,7 @@ def in_token_mode() -> bool:
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
-def asks_for_token(job_server: str) -> bool | None:
+def requires_token(job_server: str) -> bool | None:
     """Whether a job server refuses those without a token; None where it cannot be reached."""
     url = job_server if "://" in job_server else f"http://{job_server}"
     try:

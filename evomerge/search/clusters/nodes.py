@@ -102,7 +102,7 @@ def answers(node: str) -> bool:
     return False
 
 
-def tells_of_lost_node(error: RayError) -> bool:
+def is_lost_node_error(error: RayError) -> bool:
     """Whether Ray says that an actor died with its node. It keeps the cause from Python, but for these words."""
     return "node has died" in str(error)
 

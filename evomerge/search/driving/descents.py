@@ -18,7 +18,7 @@ import numpy as np
 from evomerge.front import extend_front
 from evomerge.genome import Genome
 from evomerge.search.driving.candidates import PROXY, START, Candidate
-from evomerge.search.driving.dispatch import Dispatcher, OfNoCandidate, Pending, feed_of, write_log
+from evomerge.search.driving.dispatch import Dispatcher, NonCandidateRecorder, Pending, feed_of, write_log
 from evomerge.search.estimation.agreement import Agreement, along
 from evomerge.search.preparing.setup import ProxyInfo, Setup
 from evomerge.search.work.jobs import Descend, Descended, Failed, Finished, Measured
@@ -125,7 +125,7 @@ class Descents:
         self.rate = None if is_last else max(self.rate / 2, lowest)
 
 
-class _Run(OfNoCandidate):
+class _Run(NonCandidateRecorder):
     """One descent, as a ``Recorder``; it fails for itself alone."""
 
     def __init__(self, store: Store, logs: Path, step: int, descend: Descend) -> None:

@@ -85,7 +85,7 @@ class Recorder(Protocol):
         ...
 
 
-class OfNoCandidate:
+class NonCandidateRecorder:
     """The common part of ``Recorder``s for jobs that belong to no candidate: their progress is not recorded."""
 
     def answer(self, pending: Pending) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evomerge.genome import Refitting
 from evomerge.recipes.base import Recipe, read_recipe
-from evomerge.search.driving.dispatch import Dispatcher, OfNoCandidate, Pending, feed_of, write_log
+from evomerge.search.driving.dispatch import Dispatcher, NonCandidateRecorder, Pending, feed_of, write_log
 from evomerge.search.estimation.preference import Preference, ranked
 from evomerge.search.preparing.setup import Setup
 from evomerge.search.work.jobs import Descended, Failed, Finished, FitNumbers, Measured
@@ -67,7 +67,7 @@ class Refits:
         return recipes
 
 
-class _Run(OfNoCandidate):
+class _Run(NonCandidateRecorder):
     """The ``Recorder`` of fits. A fit that fails is tried again when its candidate is scored, which then reports it."""
 
     def __init__(self, logs: Path) -> None:

@@ -23,10 +23,10 @@ from evomerge.search.clusters.nodes import (
     answers,
     ask_for,
     draining_nodes,
+    is_lost_node_error,
     needs_of_worker,
     node_names,
     room,
-    tells_of_lost_node,
     together_on_a_node,
     usable_nodes,
     words_of,
@@ -332,7 +332,7 @@ class RayPool:
         """Whether a worker's node is gone or about to leave, so that the node ended the worker."""
         if isinstance(error, RayTaskError):
             return False
-        if tells_of_lost_node(error) or node in self._silent or node not in usable_nodes():
+        if is_lost_node_error(error) or node in self._silent or node not in usable_nodes():
             return True
         if isinstance(error, ActorDiedError) or answers(node):
             return False  # its raylet saw the process die, or would have
