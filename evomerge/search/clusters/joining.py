@@ -19,7 +19,7 @@ PORTS_VARIABLE = "EVOMERGE_PORTS"
 
 
 def connect(cluster: Cluster) -> bool:
-    """Join the cluster, or start one on this machine; True when it was started here and is ours to end."""
+    """Join the cluster, or start one on this machine; True if it was started here, so that we must end it."""
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

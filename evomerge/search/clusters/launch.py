@@ -1,7 +1,7 @@
-"""Launch on a Ray cluster: the driver of a search as a Ray job, its log, the searches that run, and who may get in.
+"""Launch on a Ray cluster: the driver of a search as a Ray job, its log, the running searches, and access control.
 
-The job's files are the search file and the small files that it names. Sources are not among them: they are gigabytes,
-and each node reads them where the search file says.
+The job's files are the search file and the small files that it names, but not the sources: they are gigabytes, and
+each node reads them from where the search file says.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from evomerge.search.settings.search_file import SearchFile, load_search_file
 
 INTERRUPTED = 130
 
-_MAX_BYTES = 100 * 2**20  # of a file or folder that travels with the job; Ray refuses 500 MiB in all
+_MAX_BYTES = 100 * 2**20  # of a file or folder that is uploaded with the job; Ray refuses 500 MiB in total
 _FILE, _FILES = "search.yaml", "files"
 _SEARCH, _FOLDER, _VERSION = "evomerge_search", "evomerge_folder", "evomerge_version"  # keys of a job's metadata
 _PROBE_S = 5.0
@@ -44,7 +44,7 @@ _RETRY_S = 2.0
 class Running:
     """A search whose driver is a job of a cluster, pending or running.
 
-    ``started`` is in seconds since 1970; ``folder`` lies on the cluster.
+    ``started`` is in seconds since 1970; ``folder`` is on the cluster.
     """
 
     name: str
@@ -77,15 +77,15 @@ def launch(
 
     Args:
         path: the search file, on this machine.
-        folder: where the search is to live, on the cluster; a search that is there already is resumed.
+        folder: the search's folder on the cluster; a search that is there already is resumed.
         address: ``auto``, ``ray://HOST:10001``, ``HOST:6379`` or the job server's ``http://HOST:8265``.
-        insecure: join a cluster that lets everybody in.
+        insecure: join a cluster that admits everybody.
 
     Returns:
-        The exit code of the job; 0 when detached at once, 130 when Ctrl-C ended the following alone.
+        The exit code of the job; 0 if detached at once, 130 if Ctrl-C only ended the following.
 
     Raises:
-        InputError: the search file is wrong, no job server answers, or the cluster asks for no token.
+        InputError: the search file is wrong, no job server answers, or the cluster requires no token.
     """
     file = load_search_file(path, overrides)
     if folder is None or not folder.is_absolute():
@@ -119,7 +119,7 @@ def job_client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every package and connection on the screen
+        logging.getLogger(name).setLevel(logging.WARNING)  # they would print every package and connection
     try:
         return JobSubmissionClient(address)
     except AuthenticationError:
@@ -138,13 +138,13 @@ def _refused(address: str) -> InputError:
 
 
 def stage(file: SearchFile, into: Path) -> list[str]:
-    """Write the search file for the cluster, and beside it copies of the small local files that it names.
+    """Write the search file for the cluster, with copies of the small local files that it names.
 
-    In it ``pool`` is ray, ``cluster.address`` is auto, and what was copied is named relative to it. Sources and the
-    folder of tasks' data, which may hold anything, stay where they are.
+    In it ``pool`` is ray, ``cluster.address`` is auto, and copied files are named relative to it. Sources and the
+    folder of tasks' data, which may contain anything, stay where they are.
 
     Returns:
-        What is here but was too large to be copied.
+        The local files that were too large to be copied.
     """
     settings = file.model_dump(mode="json")
     settings["pool"] = "ray"
@@ -186,10 +186,10 @@ def _copy(path: Path, to: Path) -> None:
 
 
 def entrypoint(folder: Path) -> str:
-    """The job's shell command: resume the search that lies in ``folder``, else start it.
+    """The job's shell command: resume the search in ``folder``, or start it.
 
-    The files that came with the job are put beside the folder first: Ray deletes them after the job, and `resume` and
-    the workers of other nodes need them.
+    The job's files are copied next to the folder first, because Ray deletes them after the job, and `resume` and
+    the workers on other nodes need them.
     """
     there, files = shlex.quote(str(folder)), shlex.quote(f"{folder}.files")
     return (
@@ -199,10 +199,10 @@ def entrypoint(folder: Path) -> str:
 
 
 def submit(client: Any, name: str, folder: Path, command: str, runtime_env: Mapping[str, Any]) -> str:
-    """Start a shell command as a job that ``running`` finds as the search of this name; the job's id.
+    """Start a shell command as a job that ``running`` lists as the search of this name; the job's id.
 
     Raises:
-        InputError: the cluster does not take it.
+        InputError: the cluster refuses it.
     """
     metadata = {_SEARCH: name, _FOLDER: str(folder), _VERSION: evomerge.__version__}
     try:
@@ -221,7 +221,7 @@ def follow(client: Any, job: str, write: Callable[[str], None]) -> int:
     """Copy a job's log until it ends; its exit code, or 130 after Ctrl-C, which leaves the job alone.
 
     Raises:
-        InputError: the job server has been out of reach for five minutes.
+        InputError: the job server has been unreachable for five minutes.
     """
     try:
         asyncio.run(_copy_log(client, job, write))
@@ -236,7 +236,7 @@ def follow(client: Any, job: str, write: Callable[[str], None]) -> int:
 
 
 async def _copy_log(client: Any, job: str, write: Callable[[str], None]) -> None:
-    """Every connection gives the log from its start, so what was shown already is left out of the next."""
+    """Every connection returns the log from its start, so text that was already shown is skipped."""
     import aiohttp
     import requests
 
@@ -263,7 +263,7 @@ async def _copy_log(client: Any, job: str, write: Callable[[str], None]) -> None
 
 
 def has_ended(status: Any) -> bool:
-    """Whether a job of this status will do no more."""
+    """Whether this status is final."""
     return bool(status.is_terminal())
 
 
@@ -284,18 +284,18 @@ def running(address: str) -> list[Running]:
 
 
 def check_secured(job_server: str | None, *, insecure: bool, place: str = "cluster.insecure") -> None:
-    """Refuse a cluster that lets everybody in: whoever reaches its ports can run commands on it.
+    """Refuse a cluster that admits everybody: whoever reaches its ports can run commands on it.
 
-    The job server is asked without a token, and must refuse. Where there is none, or it cannot be reached from here,
-    this process must be in token mode itself.
+    The job server is asked without a token, and must refuse. If there is none, or it cannot be reached from here,
+    this process itself must be in token mode.
 
     Args:
         job_server: its URL, such as ``http://HEAD:8265``.
-        insecure: the person knows, and joins all the same.
-        place: what the message names.
+        insecure: the user has consented to join it anyway.
+        place: the place that the error names.
 
     Raises:
-        InputError: the cluster asks for no token.
+        InputError: the cluster requires no token.
     """
     if insecure:
         return
@@ -311,12 +311,12 @@ def check_secured(job_server: str | None, *, insecure: bool, place: str = "clust
 
 
 def in_token_mode() -> bool:
-    """Whether Ray asks for a token in this process, and in the clusters that it starts."""
+    """Whether Ray requires a token in this process, and in the clusters that it starts."""
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
 def requires_token(job_server: str) -> bool | None:
-    """Whether a job server refuses those without a token; None where it cannot be reached."""
+    """Whether a job server refuses requests without a token; None if it cannot be reached."""
     url = job_server if "://" in job_server else f"http://{job_server}"
     try:
         with urllib.request.urlopen(f"{url}/api/jobs/", timeout=_PROBE_S):
@@ -328,7 +328,7 @@ def requires_token(job_server: str) -> bool | None:
 
 
 def listeners() -> list[ListeningPort]:
-    """The ports that processes started by this one listen on: those of the Ray cluster that it has started."""
+    """The ports on which child processes of this one listen: those of the Ray cluster that it has started."""
     return sorted(set(_listening()), key=lambda listener: (listener.process, listener.host, listener.port))
 
 
@@ -336,7 +336,7 @@ def _listening() -> Iterator[ListeningPort]:
     for process in psutil.Process().children(recursive=True):
         try:
             name, connections = _role(process.cmdline()), process.net_connections("tcp")
-        except psutil.Error:  # it has ended meanwhile, or is somebody else's
+        except psutil.Error:  # it has ended, or belongs to another user
             continue
         for connection in connections:
             if connection.status == psutil.CONN_LISTEN:
@@ -344,7 +344,7 @@ def _listening() -> Iterator[ListeningPort]:
 
 
 def _role(command: Sequence[str]) -> str:
-    """What a process of Ray's is, for people."""
+    """The role of a Ray process, for people."""
     known = {"gcs_server": "gcs", "raylet": "raylet", "dashboard.py": "job server"}
     for word in command[:3]:
         name = Path(word).name
@@ -356,10 +356,10 @@ def _role(command: Sequence[str]) -> str:
 
 
 def who_listens(all_listeners: Sequence[ListeningPort], *, secured: bool, ports: bool) -> str:
-    """One line for people: whether other machines can reach the cluster of this search, and what that takes.
+    """One line for people: whether other machines can reach the cluster of this search, and what they need for that.
 
     Args:
-        secured: whether the cluster asks for a token.
+        secured: whether the cluster requires a token.
         ports: name every port, for a log.
     """
     near: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Where workers of a Ray cluster can live: how many fit on which node, and how many are wanted."""
+"""Where workers of a Ray cluster can run: how many fit on which node, and how many are wanted."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ Resources = Mapping[str, float]
 """Amounts by kind, as Ray names them: CPU, GPU."""
 
 _ANSWER_S = 2.0  # a raylet of the same cluster takes milliseconds to accept a connection
-_WORDS = 300  # letters of an error that are kept; what matters comes first
+_WORDS = 300  # characters of an error that are kept; the important part comes first
 
 
 def gpus_per_worker(cluster: Cluster, resources: Resources) -> float:
-    """As the search file says, else one where the cluster has any."""
+    """As the search file says, or one if the cluster has any."""
     if cluster.gpus_per_worker is not None:
         return cluster.gpus_per_worker
     return 1.0 if resources.get("GPU", 0) else 0.0
 
 
 def needs_of_worker(cluster: Cluster, *nodes: Resources) -> dict[str, float]:
-    """What one worker takes of a node."""
+    """The resources that one worker takes from a node."""
     gpus = gpus_per_worker(cluster, {"GPU": sum(node.get("GPU", 0) for node in nodes)})
     return {kind: n for kind, n in {"CPU": float(cluster.cpus_per_worker), "GPU": gpus}.items() if n}
 
 
 def room(needs: Resources, *nodes: Resources) -> int:
-    """How many workers fit; none is spread over two nodes."""
+    """How many workers fit; a worker is never spread over two nodes."""
     return sum(min(int(node.get(kind, 0) / need + 1e-9) for kind, need in needs.items()) for node in nodes)
 
 
 def worker_limits(cluster: Cluster) -> tuple[int, int | None]:
-    """The least and the most workers that are wanted; None is as many as fit."""
+    """The smallest and largest number of wanted workers; None means as many as fit."""
     wanted = cluster.workers
     if isinstance(wanted, Workers):
         return wanted.min, wanted.max
@@ -47,10 +47,10 @@ def worker_limits(cluster: Cluster) -> tuple[int, int | None]:
 
 
 def workers_that_fit(cluster: Cluster, *nodes: Resources) -> int:
-    """How many workers to start on these nodes: as many as asked, else as many as there is room for.
+    """How many workers to start on these nodes: as many as requested, or as many as fit.
 
     Raises:
-        InputError: the cluster has less than is asked for; with the arithmetic.
+        InputError: the cluster has fewer resources than requested; with the arithmetic.
     """
     needs, (least, most) = needs_of_worker(cluster, *nodes), worker_limits(cluster)
     fitting = room(needs, *nodes)
@@ -76,7 +76,7 @@ def _check_node(needs: Resources, nodes: Sequence[Resources]) -> None:
 
 
 def usable_nodes() -> dict[str, Resources]:
-    """Resources of the nodes that live and are not about to go, by node id."""
+    """The resources of nodes that are alive and not about to leave, by node id."""
     leaving = draining_nodes()
     return {
         node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving
@@ -84,12 +84,12 @@ def usable_nodes() -> dict[str, Resources]:
 
 
 def node_names() -> dict[str, str]:
-    """What to call each node that Ray knows of, by its id: its host, and enough of the id where a host has several."""
+    """The name of each node that Ray knows, by its id: its host, and a part of the id if a host has several."""
     return {node["NodeID"]: f"{node['NodeManagerHostname']}-{node['NodeID'][:6]}" for node in ray.nodes()}
 
 
 def answers(node: str) -> bool:
-    """Whether a node's raylet accepts connections. Ray itself takes 15 s to miss a node that is gone."""
+    """Whether a node's raylet accepts connections. Ray itself takes 15 s to notice that a node is gone."""
     if ray.util.client.ray.is_connected():
         return True  # a Ray client's process need not reach the nodes
     for entry in ray.nodes():
@@ -103,12 +103,12 @@ def answers(node: str) -> bool:
 
 
 def is_lost_node_error(error: RayError) -> bool:
-    """Whether Ray says that an actor died with its node. It keeps the cause from Python, but for these words."""
+    """Whether Ray says that an actor died with its node. Python can see the cause only in this message."""
     return "node has died" in str(error)
 
 
 def words_of(error: RayError) -> str:
-    """What an error says, in a line: the last of one that was raised in a worker, else all but how Ray names things."""
+    """An error as one line: the last line if it was raised in a worker, otherwise all without Ray's names."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, RayTaskError):
         return lines[-1][:_WORDS]
@@ -117,9 +117,9 @@ def words_of(error: RayError) -> str:
 
 
 def draining_nodes() -> set[str]:
-    """Nodes that are to be taken away: by an autoscaler, or by whoever rents them out.
+    """Nodes that will be taken away: by an autoscaler, or by their provider.
 
-    Ray tells it to its own libraries alone (``ray.train`` asks in this way); a Ray client's process cannot ask.
+    Ray exposes this only to its own libraries (``ray.train`` asks in this way); a Ray client's process cannot ask.
     """
     if ray.util.client.ray.is_connected():
         return set()
@@ -127,12 +127,12 @@ def draining_nodes() -> set[str]:
 
 
 def together_on_a_node(needs: Resources, node: str) -> PlacementGroup:
-    """Hold what one worker takes, all of one node: of this one, unless somebody else has taken the room there."""
+    """Reserve the resources of one worker, all on one node: this one, unless others have taken its resources."""
     return placement_group([dict(needs)], strategy="STRICT_PACK", _soft_target_node_id=node)
 
 
 def ask_for(needs: Resources, workers: int) -> None:
-    """Tell an autoscaler, where there is one, how many workers are wanted in all; 0 takes it back."""
+    """Tell an autoscaler, if there is one, how many workers are wanted in total; 0 withdraws the request."""
     from ray.autoscaler.sdk import request_resources
 
     request_resources(bundles=[dict(needs)] * workers)

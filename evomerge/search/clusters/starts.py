@@ -1,4 +1,4 @@
-"""When workers may start on a node: few at once, and where one has failed to start, not at once again."""
+"""When workers may start on a node: a few at a time, and after a failed start not immediately again."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections import Counter
 from collections.abc import Mapping
 
 TOGETHER = 4
-"""Workers of a node that load sources at once, after the first: by then the files are in the node's memory, and more at
-once would want memory for as many unfinished copies."""
+"""How many workers of a node load sources at once, after the first: by then the files are in the node's page cache, and
+more at once would need memory for as many unfinished copies."""
 
 PLACED_TOGETHER = 32
-"""Workers of the cluster whose processes are started at once. Hundreds at once would keep Ray's head, and a file system
-that all import from, from answering."""
+"""How many worker processes of the cluster are started at once. Hundreds at once would overload Ray's head, and the
+file system that all import from."""
 
 TRIES = 5
 """Failed starts in a row after which a node is left alone."""
 
 TRIES_AT_FIRST = 2
-"""The same as long as no worker has started anywhere, and each says why: that is hardly the fault of the nodes."""
+"""The same while no worker has started anywhere and each reports why: the nodes are then hardly at fault."""
 
 FIRST_PAUSE_S = 5.0
-"""How long a node is left alone after a failed start; each further one doubles it. All four pauses are 75 s, in which a
-file system comes back, or an earlier process gives its memory back."""
+"""How long a node is left alone after a failed start; each further one doubles it. All four pauses are 75 s: time for a
+file system to come back, or for an earlier process to release its memory."""
 
 
 def next_places(free: Mapping[str, float], placing: Mapping[str, int], wanted: float) -> list[str]:
-    """The nodes on which workers are started now, in this order: where there is most room first, and no more at once of
-    a node and of the cluster than answer soon. As processes have started, the next ones are.
+    """The nodes on which to start workers now, in this order: those with most room first, and per node and cluster no
+    more at once than can respond soon. More follow as processes have started.
 
     Args:
         free: how many more workers may be sent to each node.
@@ -47,10 +47,10 @@ def next_places(free: Mapping[str, float], placing: Mapping[str, int], wanted: f
 
 
 class Starts:
-    """Remembers how starts on each node have ended. It has no clock: ``now`` is in seconds of whichever one is used.
+    """Remembers how starts on each node have ended. It has no clock: ``now`` is in seconds of any clock.
 
     Attributes:
-        last_words: those of the last start that failed, after the name of its node.
+        last_words: the last output of the last failed start, after the name of its node.
     """
 
     def __init__(self) -> None:
@@ -61,15 +61,15 @@ class Starts:
         self.last_words = ""
 
     def started(self, node: str) -> None:
-        """A worker has started there: what failed before is over."""
+        """A worker has started there: forget earlier failures."""
         self._any = True
         self._failed.pop(node, None)
         self._paused_until.pop(node, None)
 
     def failed(self, node: str, now: float, words: str, *, died: bool = False) -> None:
-        """A start has failed there: by what it says, or because it ``died``, which somebody may have brought about.
+        """A start has failed there: with an error, or because it ``died``, which others may have caused.
 
-        What ends in a pause began before it, and says nothing new.
+        A start that ends during a pause began before it, and adds no information.
         """
         self.last_words = words
         self._any_died = self._any_died or died
@@ -79,15 +79,15 @@ class Starts:
             self._paused_until[node] = now + FIRST_PAUSE_S * 2**before
 
     def is_hopeless(self, node: str) -> bool:
-        """Whether nothing more is to be tried there."""
+        """Whether no more starts should be tried there."""
         return self._failed.get(node, 0) >= (TRIES if self._any or self._any_died else TRIES_AT_FIRST)
 
     def limit(self, node: str, loaded: int, now: float) -> int:
-        """How many workers may load there at once; ``loaded`` of that node have done so."""
+        """How many workers may load there at once; ``loaded`` counts those of the node that have done so."""
         if self.is_hopeless(node) or now < self._paused_until.get(node, now):
             return 0
         return TOGETHER if loaded and node not in self._failed else 1
 
     def most(self, node: str, here: int, loaded: int, now: float) -> float:
-        """How many more workers may be sent there: where starts fail, one at a time, beside those that have loaded."""
+        """How many more workers may be sent there: after failures one at a time, in addition to those that have loaded."""
         return self.limit(node, loaded, now) - (here - loaded) if node in self._failed else float("inf")

@@ -1,4 +1,4 @@
-"""What a drive needs: what to score, where, on whose word, and where that is written down."""
+"""What a driver needs: what to score, where, who controls it, and where it is recorded."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Drive:
         setup: what to search.
         store: where everything is recorded; the caller holds its lease.
         pool: what runs the jobs.
-        control: the verbs.
+        control: the commands.
         logs: folder for the logs of failed attempts.
         idle: called at least once a second while waiting, and after each step.
         clock: seconds, for the budget of hours.
-        attempt_s: the longest that an attempt may take, in seconds.
-        check: raises InputError where the sources are not what they were.
-        progress: is told how much has been scored and how much is to come.
+        attempt_s: the longest time that an attempt may take, in seconds.
+        check: raises InputError if the sources have changed.
+        progress: counts what has been scored and what is left.
     """
 
     setup: Setup
@@ -56,7 +56,7 @@ class Drive:
         self.idle()
 
     def dispatcher(self, deadlines: Deadlines) -> Dispatcher:
-        """What scores candidates on the pool, and records what happens to nodes and workers."""
+        """Scores candidates on the pool, and records what happens to nodes and workers."""
         return Dispatcher(
             self.pool, self.control, self.setup.attempts, self._turn, deadlines, self.store.record_event, self.check,
             self.progress, self.store.batching,

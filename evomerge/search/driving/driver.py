@@ -2,8 +2,8 @@
 
 It asks the optimizer for genomes, decodes them, has them scored by a pool, and tells the optimizer: generation after
 generation, or, without a barrier, whenever a worker is free and whenever a candidate is known. It alone writes to the
-store, each step in one transaction, before anything is done on the strength of it. So whatever kills it, a new driver
-brings a fresh optimizer to the same point by replaying the recorded asks and tells in their order, and goes on.
+store, each step in one transaction, before it acts on it. So if it is killed at any point, a new driver brings a fresh
+optimizer to the same state by replaying the recorded asks and tells in order, and continues.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Driver:
     """Runs one search.
 
     Attributes:
-        optimizer: what proposes candidates.
-        asked_after: the seq of an event before the asks of those that were waiting when this driver began.
+        optimizer: proposes candidates.
+        asked_after: the seq of an event before the asks of all candidates that were open when this driver began.
     """
 
     def __init__(self, drive: Drive) -> None:
@@ -79,7 +79,7 @@ class Driver:
             BestAnswers(setup.answers.best, len(setup.objectives)) if isinstance(setup.answers, BestKept) else None
         )
         self._without_answers: list[int] = []  # by the last tell
-        self._refined = 0  # steps of the optimizer from coarse to fine that were written down
+        self._refined = 0  # the optimizer's splits from coarse to fine that were recorded
         self._unchanged = 0.0  # generations since the front or an elite last changed
 
     def run(self) -> Ending:
@@ -103,12 +103,12 @@ class Driver:
 
     @property
     def waiting(self) -> list[Candidate]:
-        """The candidates that were asked for and are not told yet, in the order asked."""
+        """The candidates that were asked for and not told yet, in the order asked."""
         return list(self._open.values())
 
     @property
     def rivals(self) -> Grid:
-        """What a new candidate must better to be kept: the front, or the elites of its niche."""
+        """What a new candidate must beat to be kept: the front, or the elites of its niche."""
         return self._kept.rivals(self.optimizer.keeps)
 
     @property
@@ -118,7 +118,7 @@ class Driver:
 
     @property
     def is_starting(self) -> bool:
-        """Whether candidates of an earlier search are to be told before anything is asked for."""
+        """Whether candidates of an earlier search must be told before anything is asked for."""
         return any(c.origin == START for c in self._open.values())
 
     # Asking and telling -------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Driver:
         self._record_ask(asked, [mark.label for mark in marks])
 
     def _ask_start(self) -> None:
-        """Ask for what an earlier search found good, as far as the budget goes."""
+        """Ask for the candidates from an earlier search, as far as the budget allows."""
         points = self._setup.start[: self._room()]
         if points:
             self._step += 1
@@ -142,15 +142,15 @@ class Driver:
         return sys.maxsize if (most := self._most_asked) is None else most - self._asked
 
     def prepare(self) -> bool:
-        """Have a worker follow the proxy, where there is one and room for its points; False when a stop came first."""
+        """Have a worker follow the proxy, if there is one and room for its points; False if a stop came first."""
         if self._descents is None or self._room() <= self.optimizer.population:
             return True
         return self._descents.prepare(self._step + 1)
 
     def ask(self, count: int) -> list[Candidate]:
-        """So many new candidates, or what is left of the budget.
+        """This many new candidates, or as many as the budget has left.
 
-        Beside them the optimizer's favourite, with racing, and the points that the proxy leads to.
+        Also the optimizer's favourite, with racing, and the points that the proxy leads to.
         """
         room = self._room()
         wanted = min(count, room)
@@ -174,7 +174,7 @@ class Driver:
         return asked
 
     def _refit(self) -> bool:
-        """Have the best candidates fitted anew, and score what they are then; False when a stop came first."""
+        """Have the best candidates fitted again, and score the results; False if a stop came first."""
         if self._refits is None or self._refits.are_asked:
             return True
         room = sys.maxsize if self._budget.candidates is None else self._budget.candidates - self._asked
@@ -189,7 +189,7 @@ class Driver:
         return self._scoring.run(self)
 
     def _favourite(self) -> Genome | None:
-        """The optimizer's favourite, once a generation, where scores are estimates and the best are mostly lucky."""
+        """The optimizer's favourite, once per generation, if scores are estimates and the best are mostly lucky."""
         if self._setup.racing is None or self._asked_since_favourite < self.optimizer.population:
             return None
         self._asked_since_favourite = 0
@@ -209,7 +209,7 @@ class Driver:
         self._asked += len(asked)
 
     def tell(self, candidates: Sequence[Candidate]) -> None:
-        """Candidates are known as well as they need to be: rank them, write it down, and learn from it."""
+        """Candidates are scored as far as needed: rank them, record it, and let the optimizer learn."""
         outcomes = self._scoring.conclude(candidates)
         self._ranking.rank(candidates, self._scoring.recent)
         self._check_baselines(candidates)
@@ -232,18 +232,18 @@ class Driver:
         self._record_item_response()
 
     def _record_agreement(self, candidates: Sequence[Candidate]) -> None:
-        """Write down what is known of the proxy, when it is about points of it."""
+        """Record the proxy's agreement, if some of the candidates are its points."""
         if (descents := self._descents) is not None and any(c.origin == PROXY for c in candidates):
             known = descents.agreement
             self._store.record_event(Agreed(points=known.points, tau=known.tau, on=descents.rate is not None))
 
     def _record_screen(self) -> None:
-        """Write down what is known of the screen."""
+        """Record the screen's agreement."""
         if (screening := self._scoring.screening) is not None:
             self._store.record_event(Screening(pairs=screening.pairs, tau=screening.tau, on=screening.is_on))
 
     def _record_refinements(self) -> None:
-        """Write down what came apart of the optimizer's numbers, for people: what is replayed are asks and tells."""
+        """Record how the optimizer has split its numbers, for people: only asks and tells are replayed."""
         if len(refined := self.optimizer.refined) > self._refined:
             self._refined = len(self._store.events(kinds=("refined",)))
         for new in refined[self._refined :]:
@@ -253,14 +253,14 @@ class Driver:
         self._refined = len(refined)
 
     def _record_item_response(self) -> None:
-        """Write down what is known of item response, if that is new; it is only with each new fit."""
+        """Record the state of item response if it has changed, which is only after a new fit."""
         if payload := dict(self._scoring.predictions.summary()):
             before = self._store.events(kinds=("item response",), newest=1)
             if not before or before[0].payload != payload:
                 self._store.record_event(ItemResponse.model_validate(payload))
 
     def _learn(self, candidates: Sequence[Candidate]) -> None:
-        """Let everything learn that learns from what was told."""
+        """Pass told candidates to everything that learns from them."""
         taught = [c for c in candidates if c.origin != FAVOURITE]
         self.optimizer.tell(
             [self._observed(c, c.genome, c.losses) for c in taught if c.genome is not None and c.losses]
@@ -285,7 +285,7 @@ class Driver:
         )
 
     def _check_baselines(self, candidates: Sequence[Candidate]) -> None:
-        """When every baseline fails, what is wrong is not a merge, and a whole budget would be spent on finding out.
+        """If every baseline fails, the fault is not in a merge, and the whole budget would be wasted.
 
         Raises:
             InputError: with the first failure's message.
@@ -309,7 +309,7 @@ class Driver:
     # Progress -----------------------------------------------------------------------------------------------------
 
     def _items_of(self, candidate: Candidate) -> int:
-        """How many items a candidate that was told had to be scored on: none where an earlier one answered for it."""
+        """How many items a told candidate was scored on: none if an earlier one answered for it."""
         if candidate.same_as is not None:
             return 0
         known: dict[int, int] = {}
@@ -320,9 +320,9 @@ class Driver:
         return sum(known.values())
 
     def _items_to_come(self) -> float | None:
-        """How many items are to be scored until the budget of candidates is spent; None without one.
+        """How many items remain to be scored until the budget of candidates is spent; None without one.
 
-        A candidate needs as many as those told so far have, and, while these are few, as the rungs let expect.
+        A candidate is expected to need as many as those told so far, and, while these are few, as the rungs suggest.
         """
         if self._budget.candidates is None:
             return None
@@ -343,16 +343,16 @@ class Driver:
 
     @property
     def _most_asked(self) -> int | None:
-        """How many candidates may be asked for before the best are fitted anew; None without a bound."""
+        """How many candidates may be asked for before the refits; None without a bound."""
         reserved = 0 if self._refits is None else self._refits.reserved
         return None if self._budget.candidates is None else self._budget.candidates - reserved
 
     def _spent_s(self) -> float:
-        """Seconds in which a driver was at work on this search, earlier ones included and pauses not."""
+        """Seconds that drivers have worked on this search, including earlier ones but not pauses."""
         return self._spent_before_s + self._clock() - self._started - self._control.paused_s()
 
     def _spent(self) -> Ending | None:
-        """How the search should end now; None where it should go on."""
+        """How the search should end now; None if it should continue."""
         budget = self._budget
         if budget.candidates is not None and self._room() <= 0:
             return Ending("candidates", budget.candidates)
@@ -367,7 +367,7 @@ class Driver:
         return Ending("optimizer", self.optimizer.stopped) if self.optimizer.stopped else None
 
     def _check_that_it_costs(self) -> None:
-        """Refuse a budget of money that would never be spent, as of GPUs where workers have none (InputError)."""
+        """Refuse a budget of money that would never be spent, such as for GPUs if workers have none (InputError)."""
         state, prices = self._pool.state(), self._setup.prices
         if state.workers and prices is not None and not prices.cost_an_hour(state.workers, state.gpus):
             problem = "would never be spent: cluster.gpu_hour is the price of a GPU, and the workers have none"
@@ -383,13 +383,13 @@ class Driver:
     # Replay -------------------------------------------------------------------------------------------------------
 
     def _replay(self) -> None:
-        """Bring the optimizer to where the store is.
+        """Bring the optimizer to the state of the store.
 
         Raises:
-            InputError: a genome or recipe comes out otherwise than it was recorded.
+            InputError: a genome or recipe differs from the record.
         """
         newest = 0
-        before_ask: dict[int, int] = {}  # of each open candidate, the seq of an event before its ask
+        before_ask: dict[int, int] = {}  # for each open candidate, the seq of an event before its ask
         for step in self._store.steps():
             newest = step.seq
             if step.kind == "ask":
@@ -405,7 +405,7 @@ class Driver:
                 for number in step.candidates:
                     del before_ask[number]
         self.asked_after = min(before_ask.values(), default=newest)
-        if self._best_answers is not None:  # of an earlier driver that kept more
+        if self._best_answers is not None:  # an earlier driver may have kept more
             open_or_best = self._open.keys() | self._best_answers.kept
             self._store.drop_answers([number for number in self._store.answered() if number not in open_or_best])
         self._spent_before_s = self._store.search().spent_s
@@ -428,7 +428,7 @@ class Driver:
     def _replay_ask(self, step: int) -> list[Candidate]:
         rows = self._store.candidates(step=step)
         if step == 0:
-            # Whether a baseline is a point of the space may be known better today than when the search began.
+            # A newer program may know that a baseline is a point of the space.
             marks = list(self._setup.space.baselines())
             points = [(row.genome, mark.recipe) for row, mark in zip(rows, marks, strict=False)]
             points += [(mark.genome, mark.recipe) for mark in marks[len(rows) :]]
@@ -441,7 +441,7 @@ class Driver:
         else:
             if self._refits is not None:
                 self._refits.are_asked = False
-            given = [row for row in rows if row.origin == PROXY]  # by a worker: what was recorded is what there was
+            given = [row for row in rows if row.origin == PROXY]  # computed by a worker, so taken from the record
             ours = [row.genome for row in rows if row.genome is not None and row.origin not in (FAVOURITE, PROXY)]
             genomes = self.optimizer.replay(ours)
             self._asked_since_favourite += len(genomes)
@@ -461,9 +461,9 @@ class Driver:
         return generation
 
     def _restore(self, row: CandidateRow, genome: Genome | None, recipe: Recipe) -> Candidate:
-        """A recorded candidate as it was when the store last heard of it."""
+        """A recorded candidate in its last recorded state."""
         candidate = Candidate(row.number, genome, recipe, row.recipe_hash, "", row.step, row.origin, row.attempts)
-        # To be scored again, in place of an attempt that died with its driver.
+        # To be scored again, because its attempt died with its driver.
         candidate.status = "asked" if row.status == "running" else row.status
         candidate.same_as, candidate.timings = row.same_as, dict(row.timings)
         candidate.objectives, candidate.losses, candidate.eligible = row.objectives, row.losses, row.eligible

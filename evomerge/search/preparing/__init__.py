@@ -1,1 +1,1 @@
-"""From a search file to all that a search needs, opened and checked before the first expensive second."""
+"""From a search file to everything that a search needs, opened and checked before anything expensive."""

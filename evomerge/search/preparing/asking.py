@@ -1,4 +1,4 @@
-"""What the evaluators of a search ask, looked at before any model is there: whether it fits, and how it reads."""
+"""The prompts of a search's evaluators, checked before any model is loaded: whether they fit, and how they read."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _NAMES: Mapping[Split, str] = {"search": "search", "held_out": "held-out"}
 
 @dataclass(frozen=True)
 class Shown:
-    """One prompt of a measure, for people.
+    """One prompt of a measure, to be shown to people.
 
     Attributes:
         place: the measure in the search file: ``objectives.maths``.
         item: where its item was read.
-        prompt: the text that the model is given.
-        answer: what is scored after it; empty where the model writes the answer.
-        tokens: what it is given: each token's id and text; those of the prompt first.
+        prompt: the text that the model receives.
+        answer: the text that is scored after it; empty if the model writes the answer.
+        tokens: the model's input: each token's id and text; those of the prompt first.
         scored: how many of the last are scored.
     """
 
@@ -43,7 +43,7 @@ class Shown:
 
 
 def reader_of(source: Source) -> Reader:
-    """How the model of a source will read: nothing, where that is a table of tensors.
+    """The reader of a source's model; one without texts for a table of tensors.
 
     Raises:
         InputError: its tokenizer cannot be used.
@@ -56,10 +56,10 @@ def reader_of(source: Source) -> Reader:
 
 
 def item_warnings(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterator[str]:
-    """What is odd about items of either split: too long for the model, or there more than once.
+    """Warnings about items of either split: too long for the model, or duplicated.
 
     Args:
-        evaluators: by the place in the search file that names each.
+        evaluators: by the place in the search file that names each of them.
 
     Raises:
         InputError: an item that cannot be scored at all, with its place.
@@ -78,7 +78,7 @@ def item_warnings(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterat
 
 
 def _confirmed_elsewhere(evaluators: Mapping[str, Evaluator]) -> Iterator[str]:
-    """Items that candidates are chosen by and, as another evaluator's, confirmed on: there they look too good."""
+    """Items that candidates are chosen by and also confirmed on, by another evaluator: confirmed scores are too high."""
     confirming = {place: one for place, one in evaluators.items() if place.startswith(("objectives.", "constraints."))}
     for place, evaluator in evaluators.items():
         asked = {item.asks for item in evaluator.items("search")} - {()}
@@ -89,7 +89,7 @@ def _confirmed_elsewhere(evaluators: Mapping[str, Evaluator]) -> Iterator[str]:
 
 
 def shown_prompts(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterator[Shown]:
-    """The first prompt of the search split of each measure that asks the model anything."""
+    """The first search-split prompt of each measure that asks the model anything."""
     for place, evaluator in evaluators.items():
         with _said_of(place):
             asked = evaluator.first_prompts(reader)
@@ -98,7 +98,7 @@ def shown_prompts(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterat
 
 
 def shown(asked: Prompt, reader: Reader, place: str) -> Shown:
-    """What is asked, as people read it: only the tokens that the model is given."""
+    """A prompt as shown to people, with only the tokens that the model receives."""
     ids = list(asked.fed)
     tokens = list(zip(ids, (reader.tokenizer.decode([token]) for token in ids), strict=True))
     return Shown(place, asked.place, asked.text, asked.answer, tokens, asked.scored)
@@ -106,7 +106,7 @@ def shown(asked: Prompt, reader: Reader, place: str) -> Shown:
 
 @contextmanager
 def _said_of(place: str) -> Iterator[None]:
-    """What is wrong with the prompts of a measure is said with its place in the search file."""
+    """Report errors in the prompts of a measure with its place in the search file."""
     try:
         yield
     except InputError as error:
@@ -114,6 +114,6 @@ def _said_of(place: str) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        # A tokenizer's own panic is no Exception.
+        # A panic of a tokenizer is not an Exception.
         said = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
         raise InputError(place, f"its prompts cannot be put to the model ({said})") from error

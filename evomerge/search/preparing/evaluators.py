@@ -15,7 +15,7 @@ from evomerge.search.settings.search_file import SearchFile
 
 
 class Resolved(NamedTuple):
-    """Where a measure's evaluator stands, which way its metric is better, and how many items it is the mean of."""
+    """The position of a measure's evaluator, the better direction of its metric, and its number of items."""
 
     evaluator: int
     higher_is_better: bool
@@ -28,8 +28,8 @@ class Evaluators:
 
     Attributes:
         wanted: the settings of each measure's evaluator, by the measure's place in the file.
-        settings: those of them that differ.
-        opened: the evaluator of each of these.
+        settings: the different ones among them.
+        opened: the evaluator of each of those.
     """
 
     wanted: Mapping[str, EvaluatorSettings]
@@ -38,10 +38,10 @@ class Evaluators:
 
     @classmethod
     def open(cls, file: SearchFile, *, tries: bool = False) -> Evaluators:
-        """Open all that a search file names.
+        """Open everything that a search file names.
 
         Args:
-            tries: whether what they do without a model is tried.
+            tries: whether to try what they do without a model.
 
         Raises:
             InputError: naming the first measure whose evaluator cannot be opened.
@@ -58,10 +58,10 @@ class Evaluators:
         }
 
     def resolve(self, file: SearchFile, place: str) -> Resolved:
-        """What a measure is of.
+        """Resolve a measure.
 
         Raises:
-            InputError: its evaluator has no such metric, or not so many items.
+            InputError: its evaluator has no such metric, or not enough items.
         """
         measure, position = file.measures[place], self.settings.index(self.wanted[place])
         evaluator = self.opened[position]
@@ -73,17 +73,17 @@ class Evaluators:
         return Resolved(position, evaluator.metrics[measure.metric], measure.items or items)
 
     def refuse_test_items(self) -> None:
-        """A search on test items of a public benchmark makes its score there worthless, and is not to happen unseen.
+        """Refuse to search on test items of a public benchmark without consent: its scores there become worthless.
 
         Raises:
-            InputError: naming the first measure that is scored on some.
+            InputError: naming the first measure that uses some.
         """
         for place, wanted in self.wanted.items():
             refuse_test_items(place, self.opened[self.settings.index(wanted)].items("search"))
 
 
 def refuse_test_items(place: str, items: Sequence[Item]) -> None:
-    """Refuse items that a public benchmark has as test items. Raises InputError: naming ``place``."""
+    """Refuse items that are test items of a public benchmark. Raises InputError: naming ``place``."""
     for benchmark, known in count(item.benchmark for item in items).items():
         raise InputError(
             place,
@@ -93,7 +93,7 @@ def refuse_test_items(place: str, items: Sequence[Item]) -> None:
 
 
 def distinct(wanted: Mapping[str, EvaluatorSettings]) -> tuple[EvaluatorSettings, ...]:
-    """The settings that differ, in the order that jobs refer to their evaluators."""
+    """The different settings, in the order in which jobs refer to their evaluators."""
     unique: list[EvaluatorSettings] = []
     for settings in wanted.values():
         if settings not in unique:
@@ -106,16 +106,16 @@ def _first_place(wanted: Mapping[str, EvaluatorSettings], settings: EvaluatorSet
 
 
 def _build(place: str, settings: EvaluatorSettings, tries: bool) -> Evaluator:
-    """Build an evaluator; what is wrong with it is said with the measure that named it first."""
+    """Build an evaluator; errors name the first measure that uses it."""
     try:
         evaluator: object = settings.build_and_try() if tries else settings.build()
-        if not isinstance(evaluator, Evaluator):  # a package's, which may be older than this contract
+        if not isinstance(evaluator, Evaluator):  # from a package, which may be older than this contract
             problem = f"{type(evaluator).__name__} is not an evaluator"
             hint = "Derive it from evaluators.base.Evaluator, or from ImperativeEvaluator: docs/extend.md says how."
             raise InputError("evaluator", problem, hint)
         return counted(settings, evaluator)
     except InputError as error:
         raise InputError(f"{place}: {error.place}", error.problem, error.hint) from error
-    except (SystemExit, GeneratorExit) as error:  # of code that a task names
+    except (SystemExit, GeneratorExit) as error:  # from code that a task names
         problem = f"its code ends the program ({type(error).__name__}: {error})"
         raise InputError(place, problem, "It may only raise exceptions derived from Exception.") from error

@@ -1,6 +1,6 @@
-"""What a search measures of its sources' weights when it begins: each is read once, and what was found is kept.
+"""What a search measures of its sources' weights when it begins: each is read once, and the results are kept.
 
-How strongly to merge (the baseline by the law of ``merging.measured.amplitude``) and which layers are in one tier
+These are how strongly to merge (the kappa baseline of ``merging.measured.amplitude``) and the tiers of layers
 (``merging.adapters.tiers``). Checking a search file reads no weights for them.
 """
 
@@ -18,12 +18,12 @@ from search_spaces.parameter_space import LAW, ParameterSpaceSettings
 
 
 def with_measures(prepared: Prepared, store: Store, evidence: Evidence) -> Prepared:
-    """The search with its space as the sources' weights make it.
+    """The search with a space that depends on measurements of the sources' weights.
 
-    A search that began without the baseline by the law goes on without: what it was asked is what is replayed.
+    A search that began without the kappa baseline continues without it, because asks are replayed.
 
     Args:
-        evidence: of the sources, where what is found is kept.
+        evidence: of the sources; it keeps the results.
     """
     file, recorded = prepared.file, store.candidates(step=0)
     if file.base is None:
@@ -42,7 +42,7 @@ def with_measures(prepared: Prepared, store: Store, evidence: Evidence) -> Prepa
 
 
 def plans_soups(prepared: Prepared) -> bool:
-    """Whether a search that begins now has baselines by the losses of calibration texts."""
+    """Whether a search that begins now has baselines from the losses on calibration texts."""
     file = prepared.file
     mixed = [name for name in file.sources if name != file.base]
     over_weights = isinstance(file.space, ParameterSpaceSettings)
@@ -50,7 +50,7 @@ def plans_soups(prepared: Prepared) -> bool:
 
 
 def planned_baselines(prepared: Prepared) -> int:
-    """How many baselines by the law a search will have that begins now."""
+    """How many kappa baselines a search that begins now will have."""
     if prepared.file.base is None or not prepared.file.baselines.kappa:
         return 0
     space = space_of(prepared.file, prepared.sources, Measures(kappa=EVEN))

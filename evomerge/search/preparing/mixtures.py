@@ -1,4 +1,4 @@
-"""Whether a search over mixtures has what its models are made of: memory, and texts of each slot."""
+"""Whether a search over mixtures has what its models need: memory, and texts for each slot."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from evomerge.search.settings.search_file import SearchFile
 
 
 def mixture_bytes(space: SearchSpace, sources: Mapping[str, Source]) -> int:
-    """Bytes of the largest mixture's weights, as its sources store them; 0 where the space has none."""
+    """The bytes of the largest mixture's weights, in its sources' dtypes; 0 if the space has no mixtures."""
     recipes = (mark.recipe for mark in space.baselines())
     return max(
         (
             needed_bytes(
                 sources[recipe.tokenizer],
                 len(recipe.slots),
-                shared=recipe.shared is not None or has_bias(recipe),  # which has one as wide, if only of zeros
+                shared=recipe.shared is not None or has_bias(recipe),  # it has one of that width, even if all zeros
                 untied=has_bias(recipe),
             )
             for recipe in recipes
@@ -33,7 +33,7 @@ def mixture_bytes(space: SearchSpace, sources: Mapping[str, Source]) -> int:
 
 
 def check_mixtures(file: SearchFile, space: SearchSpace, sources: Mapping[str, Source]) -> None:
-    """Refuse mixtures that this machine cannot hold, where it is to, and prototypes of texts that are the same.
+    """Refuse mixtures that this machine would have to hold and cannot, and prototypes without texts of their own.
 
     Raises:
         InputError: naming the key of the search file.

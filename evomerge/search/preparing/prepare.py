@@ -1,4 +1,4 @@
-"""From a search file to all that a search needs, opened and checked before the first expensive second."""
+"""From a search file to everything that a search needs, opened and checked before anything expensive."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ from search_spaces.prompts_space import PromptsSpace
 from search_spaces.state_dict_space import StateDictSpaceSettings
 
 _EXPERT = "recipe.experts."
-"""Where builders say what is wrong with one of a recipe's experts."""
+"""The place that builders name in errors about one of a recipe's experts."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An opened search: what the driver knows, and what a worker in this process can use at once.
+    """An opened search: what the driver knows, and what a worker in this process can use directly.
 
-    ``warnings`` are sentences for a person, of items and calibration texts.
+    ``warnings`` are sentences for people, about items and calibration texts.
     """
 
     file: SearchFile
@@ -81,11 +81,11 @@ class Prepared:
 
     @property
     def evaluators(self) -> tuple[Evaluator, ...]:
-        """The evaluators, in the order that jobs refer to them."""
+        """The evaluators, in the order in which jobs refer to them."""
         return self.opened.opened
 
     def reader(self) -> Reader:
-        """How the merged models will read."""
+        """The reader of the merged models."""
         return reader_of(self.sources[self.file.tokenizer_source])
 
 
@@ -93,12 +93,12 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
     """Open sources (headers only) and evaluators, and check that everything fits together.
 
     Args:
-        tries: whether what evaluators do without a model is tried, for what is about to be scored in this process.
+        tries: whether to try what evaluators do without a model, before scoring in this process.
 
     Raises:
-        InputError: naming the key of the search file, or the file of a source, and the hint.
+        InputError: naming the key of the search file, or the file of a source, and a hint.
     """
-    asked, file = file, stand_in(file)  # what is checked is what will be searched
+    asked, file = file, stand_in(file)  # check what will be searched
     _check_engine(file)
     if file.pool == "ray":
         runtime_env_of(file.cluster)
@@ -152,7 +152,7 @@ def prepare(file: SearchFile, *, tries: bool = False) -> Prepared:
 
 
 def with_sources(prepared: Prepared, file: SearchFile) -> Prepared:
-    """The same search over other sources, which are opened.
+    """The same search over other sources, which are opened here.
 
     Raises:
         InputError: they cannot be merged, or a setting does not fit them.
@@ -166,7 +166,7 @@ def with_sources(prepared: Prepared, file: SearchFile) -> Prepared:
 
 
 def space_of(file: SearchFile, sources: Mapping[str, Source], measures: Measures = UNMEASURED) -> SearchSpace:
-    """The space of a search file; where sources are yet to be chosen, one over as many as will be."""
+    """The space of a search file; if sources are yet to be chosen, one over as many as will be kept."""
     file = stand_in(file)
     return build_space(file, _those_of(file, sources), measures)
 
@@ -176,7 +176,7 @@ def _those_of(file: SearchFile, sources: Mapping[str, Source]) -> dict[str, Sour
 
 
 def _check_selectable(setup: Setup) -> None:
-    """Refuse to choose for a space whose sources have no average, or by objectives that count no solved items."""
+    """Refuse to choose sources for a space without averages, or by objectives that do not count solved items."""
     if not any(objective.maximise for objective in setup.objectives):
         raise InputError(
             SELECT, "compares sources by the items that they solve, and no objective is maximised", "Leave it out."
@@ -190,7 +190,7 @@ def _with_room(reader: Reader, space: SearchSpace) -> Reader:
     """The reader of texts behind the longest prompt of a space.
 
     Raises:
-        InputError: it leaves no more than half of the context.
+        InputError: it leaves at most half of the context.
     """
     if not isinstance(space, PromptsSpace) or reader.context is None:
         return reader
@@ -203,7 +203,7 @@ def _with_room(reader: Reader, space: SearchSpace) -> Reader:
 def _text_warnings(
     file: SearchFile, space: SearchSpace, sources: Mapping[str, Source], reader: Reader
 ) -> Iterator[str]:
-    """What is odd about the calibration texts, where models of the space are made by them."""
+    """Warnings about the calibration texts, if models of the space use them."""
     if file.calibration is None:
         return
     needs = observed((mark.recipe for mark in space.baselines()), sources)
@@ -211,7 +211,7 @@ def _text_warnings(
 
 
 def _check_engine(file: SearchFile) -> None:
-    """Refuse an engine that is not installed here, or that cannot answer with the models of this space."""
+    """Refuse an engine that is not installed here, or that cannot run models of this space."""
     if file.engine not in file.space.engines:
         problem = f"is {file.engine}, which cannot answer with models of a {file.space.kind} space"
         raise InputError("engine", problem, f"Take `engine: {file.space.engines[0]}`.")
@@ -222,7 +222,7 @@ def _check_engine(file: SearchFile) -> None:
 
 
 def open_sources(file: SearchFile) -> dict[str, Source]:
-    """Open every source of a search file, lay them out for one vocabulary, and refuse those that cannot be merged."""
+    """Open every source of a search file, align them to one vocabulary, and refuse those that cannot be merged."""
     if isinstance(file.space, StateDictSpaceSettings):
         return _open_tables(file, file.space)
     prompts = file.space.takes_prompts
@@ -259,7 +259,7 @@ def _open_tables(file: SearchFile, space: StateDictSpaceSettings) -> dict[str, S
 
 
 def _every_layer(file: SearchFile, sources: Mapping[str, Source]) -> StackRecipe:
-    """One path through all layers of all sources: what must hold for a search that puts layers after each other."""
+    """A path through all layers of all sources, to check what a search over paths requires."""
     copies = {name: Blend(method="passthrough", sources=(name,), parameters={"scale": {name: 1.0}}) for name in sources}
     model = copies[file.tokenizer_source]
     return StackRecipe.compose(
@@ -274,17 +274,17 @@ def _every_layer(file: SearchFile, sources: Mapping[str, Source]) -> StackRecipe
 
 
 def build_space(file: SearchFile, sources: Mapping[str, Source], measures: Measures = UNMEASURED) -> SearchSpace:
-    """The search space of a search file over these sources, and what was measured of their weights."""
+    """The search space of a search file over these sources, given measurements of their weights."""
     model = sources[file.tokenizer_source]
     depths = {name: source.layers for name, source in sources.items()}
     space = make_space(file, layers=model.layers, tied=model.tied, depths=depths, measures=measures)
-    # The corners of the space: a bound that the method cannot compute would otherwise fail candidate after candidate.
+    # Check the corners of the space: a bound that the method cannot compute would fail every candidate there.
     for corner in ("low", "high"):
         genome = np.array([getattr(parameter, corner) for parameter in space.parameters], dtype=np.float64)
         try:
             check_recipe(space.decode(genome), sources)
         except InputError as error:
-            if error.place.endswith(".basis"):  # whatever the values are
+            if error.place.endswith(".basis"):  # independent of the values
                 raise InputError("space.basis", error.problem, error.hint) from error
             if error.place.startswith(_EXPERT):
                 source = error.place.removeprefix(_EXPERT)
@@ -296,7 +296,7 @@ def build_space(file: SearchFile, sources: Mapping[str, Source], measures: Measu
 
 
 def _refuse_strange_prompts(file: SearchFile, sources: Mapping[str, Source]) -> None:
-    """Refuse prompts of another model than the base: before another one they are noise."""
+    """Refuse prompts of another model than the base: with another model they are noise."""
     base = None if file.base is None else sources[file.base]
     for name, source in sources.items():
         if source.prompt is not None and base is not None and (source.folder != base.folder or base.adapters):
@@ -306,7 +306,7 @@ def _refuse_strange_prompts(file: SearchFile, sources: Mapping[str, Source]) -> 
 
 
 def _refuse_rigid(file: SearchFile, sources: Mapping[str, Source]) -> None:
-    """Refuse paths through layers that cannot leave their places: candidate after candidate would fail."""
+    """Refuse paths through layers that cannot change places: every candidate would fail."""
     if not file.space.moves_layers:
         return
     for source in sources.values():
@@ -317,7 +317,7 @@ def _refuse_rigid(file: SearchFile, sources: Mapping[str, Source]) -> None:
 
 
 def _check_fit(file: SearchFile, evaluators: Evaluators) -> None:
-    """Refuse a fit to items that candidates are scored on or that are a benchmark's, and one without gradients."""
+    """Refuse a fit to items that candidates are scored on or that belong to a benchmark, and one without gradients."""
     if (split := file.fit_split) is None:
         return
     if file.engine != "transformers":
@@ -328,7 +328,7 @@ def _check_fit(file: SearchFile, evaluators: Evaluators) -> None:
 
 
 def _check_change(file: SearchFile, space: SearchSpace, evaluators: Evaluators) -> None:
-    """Refuse to measure how far candidates are from the base where there is none, or where nobody measures it."""
+    """Refuse to measure the distance from the base if there is none, or if it is not measured for this kind."""
     for place, settings in evaluators.wanted.items():
         if not isinstance(settings, ChangeSettings) or settings.model is not None:
             continue
@@ -343,7 +343,7 @@ def _check_change(file: SearchFile, space: SearchSpace, evaluators: Evaluators) 
 def _check_together(
     file: SearchFile, space: SearchSpace, sources: Mapping[str, Source], evaluators: Sequence[Evaluator]
 ) -> None:
-    """Refuse to score several candidates at once where they are not adapters' weighted sums on one model."""
+    """Refuse to score several candidates at once unless they are weighted sums of adapters on one model."""
     if file.together == 1:
         return
     hint = "Leave `together` out."
@@ -376,7 +376,7 @@ def _constraint(file: SearchFile, name: str, evaluators: Evaluators) -> Constrai
     resolved = evaluators.resolve(file, f"constraints.{name}")
     least = constraint.at_least is not None
     threshold = constraint.at_least if constraint.at_least is not None else constraint.at_most
-    assert threshold is not None  # the search file has checked that there is one
+    assert threshold is not None  # checked by the search file
     return ConstraintInfo(name, resolved.evaluator, constraint.metric, least, resolved.items, threshold)
 
 
@@ -390,7 +390,7 @@ def _feature(file: SearchFile, name: str, evaluators: Evaluators) -> FeatureInfo
 
 
 def _check_niches(file: SearchFile, setup: Setup) -> None:
-    """Refuse features that cannot tell candidates apart, and a screen that knows nothing of niches."""
+    """Refuse features that are equal for all candidates, and a screen together with niches."""
     for feature in setup.features:
         counted = setup.evaluators[feature.evaluator].name == "cost" and feature.metric in COUNTED
         if counted and not file.space.moves_layers:

@@ -24,7 +24,7 @@ from search_spaces.base import Measures
 
 
 def violation(mean: float, threshold: float, *, at_least: bool) -> float:
-    """By how much a mean misses a threshold, as a share of it; 0 where it is kept."""
+    """By how much a mean violates a threshold, as a share of it; 0 if it is met."""
     miss = threshold - mean if at_least else mean - threshold
     return max(0.0, miss) / (abs(threshold) or 1.0)
 
@@ -46,7 +46,7 @@ class MeasureInfo:
 
 @dataclass(frozen=True)
 class ObjectiveInfo(MeasureInfo):
-    """What the search makes better."""
+    """A quantity that the search improves."""
 
     def loss(self, mean: float) -> float:
         """The value that an optimizer minimises."""
@@ -55,18 +55,18 @@ class ObjectiveInfo(MeasureInfo):
 
 @dataclass(frozen=True)
 class ConstraintInfo(MeasureInfo):
-    """What a candidate must keep: at least ``threshold`` where ``maximise``, at most that otherwise."""
+    """A requirement: at least ``threshold`` if ``maximise``, at most ``threshold`` otherwise."""
 
     threshold: float
 
     def violation(self, mean: float) -> float:
-        """By how much a mean misses the threshold, as a share of it; 0 where it is kept."""
+        """By how much a mean violates the threshold, as a share of it; 0 if it is met."""
         return violation(mean, self.threshold, at_least=self.maximise)
 
 
 @dataclass(frozen=True)
 class ScreenInfo(MeasureInfo):
-    """A cheap metric that says beforehand which candidates are worth scoring on ``objective``, a position."""
+    """A cheap metric that predicts which candidates are worth scoring on ``objective``, a position."""
 
     objective: int
     least_tau: float
@@ -75,8 +75,8 @@ class ScreenInfo(MeasureInfo):
 
 @dataclass(frozen=True)
 class ProxyInfo:
-    """A smooth stand-in for the objectives; see ``Proxy``. ``evaluator`` is a position in ``Setup.evaluators``;
-    ``drawn`` is no more than ``items``.
+    """A smooth substitute for the objectives; see ``Proxy``. ``evaluator`` is a position in ``Setup.evaluators``;
+    ``drawn`` is at most ``items``.
     """
 
     evaluator: int
@@ -88,7 +88,7 @@ class ProxyInfo:
 
 @dataclass(frozen=True)
 class FeatureInfo(MeasureInfo):
-    """What sets candidates apart that may be equally good, and how its range is divided. See ``Feature``."""
+    """A property that sets apart equally good candidates, and how its range is divided. See ``Feature``."""
 
     low: float
     high: float
@@ -107,7 +107,7 @@ def objective_values(measure: MeasureInfo, scores: Sequence[ItemScores], split: 
 
 @dataclass(frozen=True)
 class EvaluatorInfo:
-    """An evaluator as the driver sees it; ``version`` keys its scores in the store, the counts are items by split."""
+    """An evaluator as the driver sees it; ``version`` is the key of its scores in the store; the counts are items."""
 
     name: str
     version: str
@@ -117,19 +117,19 @@ class EvaluatorInfo:
 
 @dataclass(frozen=True, eq=False)
 class StartPoint:
-    """A genome that an earlier search found good, and what it is to people: "from coarse c0012"."""
+    """A genome from an earlier search, and its label for people: "from coarse c0012"."""
 
     genome: Genome
     label: str
 
 
 Counts = Mapping[int, int]
-"""How many items of the search split each evaluator is asked for, by the evaluator's position; others for none."""
+"""The number of search-split items of each evaluator, by the evaluator's position; none for others."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """All that the driver knows of a search. It holds no tensor and no model."""
+    """All that the driver knows about a search. It holds no tensor and no model."""
 
     name: str
     seed: int
@@ -153,19 +153,19 @@ class Setup:
 
     @property
     def measures(self) -> Iterator[MeasureInfo]:
-        """What a candidate is judged and placed by: objectives, constraints and features, without the screen."""
+        """The objectives, constraints and features, without the screen."""
         return chain(self.objectives, self.constraints, self.features)
 
     @property
     def axes(self) -> tuple[Feature, ...]:
-        """The features, as optimizers and elites know them."""
+        """The features, in the form that optimizers and elites use."""
         return tuple(feature.axis for feature in self.features)
 
     def build_optimizer(self) -> Optimizer:
-        """The optimizer, as it is before its first ask.
+        """The optimizer before its first ask.
 
         Raises:
-            InputError: it lacks what every optimizer has.
+            InputError: it lacks a required member.
         """
         made = self.optimizer.build(self.space.parameters, len(self.objectives), self.seed, self.axes)
         if missing := [name for name in OPTIMIZER_MEMBERS if not hasattr(made, name)]:
@@ -174,11 +174,11 @@ class Setup:
         return made
 
     def feature_values(self, objectives: Mapping[str, Estimate]) -> list[float]:
-        """A candidate's value of each feature by its estimates; NaN where there is none."""
+        """A candidate's value of each feature from its estimates; NaN if there is none."""
         return [objectives[f.name].mean if f.name in objectives else math.nan for f in self.features]
 
     def counts(self, rung: int | None = None) -> Counts:
-        """How many items of the search split are scored at a rung; all that objectives want when None."""
+        """How many items of the search split are scored at a rung; None means all that objectives need."""
         wanted: dict[int, int] = {}
         for measure in self.measures:
             items = measure.items if rung is None else min(rung, measure.items)
@@ -186,8 +186,8 @@ class Setup:
         return wanted
 
     def violation(self, objectives: Mapping[str, Estimate]) -> float:
-        """By how much estimates miss the constraints, in all; 0 when they keep them. What is not estimated is not held
-        against a candidate.
+        """By how much estimates violate the constraints, in total; 0 if they meet them. Constraints without an estimate
+        do not count.
         """
         pairs = ((constraint, objectives.get(constraint.name)) for constraint in self.constraints)
         return sum(constraint.violation(value.mean) for constraint, value in pairs if value is not None)
@@ -196,7 +196,7 @@ class Setup:
     def rungs(self) -> list[Counts]:
         """The rungs of a race, each with more items than the one before, up to all items.
 
-        After those that the search file names come larger ones, each three times as large, for candidates that
+        The rungs of the search file are followed by larger ones, each three times as large, for candidates that
         challenge the best. Without racing, all items are the only rung.
         """
         if self.racing is None:
@@ -209,20 +209,20 @@ class Setup:
 
     @property
     def ordinary_rungs(self) -> int:
-        """How many of the rungs every candidate may reach; the others are for those that challenge the best."""
+        """How many of the rungs every candidate can reach; the others are for those that challenge the best."""
         if self.racing is None:
             return 1
         most = max(self.counts().values())
         return sum(size < most for size in self.racing.rungs) + (self.racing.rungs[-1] >= most)
 
     def tasks(self, split: Split) -> list[Task]:
-        """What is scored without racing: on the search split as many items as are wanted, else every item."""
+        """What is scored without racing: the wanted number of items on the search split, every item on the other."""
         if split == "held_out":
             return [Task(e, split, range(self.evaluators[e].held_out_items)) for e in sorted(self.counts())]
         return [Task(e, split, range(count)) for e, count in sorted(self.all_counts().items())]
 
     def all_counts(self) -> Counts:
-        """How many items of the search split a baseline is scored on: all that anything wants, the screen's too."""
+        """How many items of the search split a baseline is scored on: all that any measure needs, including the screen."""
         counts = dict(self.counts())
         if self.screen is not None:
             counts[self.screen.evaluator] = max(self.screen.items, counts.get(self.screen.evaluator, 0))
@@ -230,4 +230,4 @@ class Setup:
 
 
 CHALLENGE_GROWTH = 3
-"""By how much the items grow from rung to rung for a candidate that challenges the best."""
+"""The factor by which items grow from rung to rung for a candidate that challenges the best."""

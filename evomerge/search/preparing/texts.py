@@ -1,4 +1,4 @@
-"""What can be said of calibration texts before any source is run over them."""
+"""Checks of calibration texts before any source is run over them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def text_warnings(
 ) -> Iterator[str]:
     """Which sources' texts have fewer tokens than their widest linear layer has inputs, where Gram matrices are needed.
 
-    The Gram matrix of such a layer is singular. A ridge makes what needs its inverse solvable all the same, so it is no
-    error; but what the texts do not reach is then decided by the ridge.
+    The Gram matrix of such a layer is singular. A ridge makes it invertible nevertheless, so this is not an error; but
+    in directions that the texts do not reach the ridge decides.
 
     Args:
         model: the source that gives the tokenizer, whose layers are as wide as those of the others.
-        needs: what is needed of each source that is run over its texts.
+        needs: what is needed from each source that is run over its texts.
 
     Raises:
         InputError: texts cannot be read or have no tokens, or a layer's inputs are needed that cannot be observed.

@@ -1,7 +1,8 @@
-"""What can be seen to be wrong with a search before its models and tasks are opened.
+"""Errors in a search that can be found before its models and tasks are opened.
 
-Opening imports torch, transformers and lm-eval, which takes longer than most mistakes take to find. So what names,
-numbers and folders alone tell is checked first, with light imports: sources, method, space, optimizer, metrics, files.
+Opening imports torch, transformers and lm-eval, which takes longer than finding most mistakes. So everything that can
+be checked from names, numbers and folders is checked first, with light imports: sources, method, space, optimizer,
+metrics, files.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from search_spaces.base import Measures, SpaceContext
 from search_spaces.state_dict_space import StateDictSpaceSettings
 
 UNMEASURED = Measures()
-"""Of weights that nobody has read."""
+"""Stands for measurements of weights that have not been read."""
 
 
 def check_early(file: SearchFile) -> None:
-    """Refuse what is wrong with a search file or with what it names, as far as that costs no more than a moment.
+    """Refuse errors in a search file or in what it names, as far as they can be found within a moment.
 
     Raises:
-        InputError: naming the key of the search file and the hint.
+        InputError: naming the key of the search file and a hint.
     """
     for place, settings in file.evaluators().items():
         _check_named(settings, place)
@@ -71,7 +72,7 @@ def check_early(file: SearchFile) -> None:
 
 
 def check_start(file: SearchFile) -> None:
-    """Refuse to start from what is no search (InputError). Not for a search that has begun: it has what it took."""
+    """Refuse to start from something that is not a search (InputError). A search that has begun no longer needs it."""
     for folder in file.start_from:
         if not is_search(folder):
             problem = f"{folder} is not the folder of a search"
@@ -79,9 +80,9 @@ def check_start(file: SearchFile) -> None:
 
 
 def changed_since(file: SearchFile, moment: float) -> bool:
-    """Whether a file of an evaluator or of calibration texts was written since then, in seconds since 1970, or is gone.
+    """Whether a file of an evaluator or of calibration texts is gone or was written after ``moment``, a Unix time.
 
-    A folder where relative paths start is none of these: searches and models may lie in it.
+    The folder where relative paths start does not count: it may contain searches and models.
     """
     fit = () if file.fit is None else (likelihood_settings(file.fit),)
     fields = (
@@ -110,7 +111,7 @@ def make_space(
     """The search space of a search file, for sources of these depths; see ``SpaceContext``.
 
     Raises:
-        InputError: settings that do not fit the sources, or a budget that the baselines alone spend.
+        InputError: settings that do not fit the sources, or a budget that the baselines alone use up.
     """
     context = SpaceContext(
         sources=file.sources,
@@ -141,7 +142,7 @@ def make_space(
 
 
 def _check_space(file: SearchFile) -> None:
-    """Make the space where configurations say how deep the sources are; else see that its method is there."""
+    """Make the space if configurations say how deep the sources are; otherwise check that its method exists."""
     depths = {name: _depth(local_config(reference)) for name, reference in file.sources.items()}
     known = {name: depth for name, depth in depths.items() if depth is not None}
     if len(known) < len(depths):
@@ -157,10 +158,10 @@ def _check_space(file: SearchFile) -> None:
 
 
 def _prompts(file: SearchFile) -> dict[str, PromptFacts]:
-    """What is known of each source's prompt.
+    """The facts about each source's prompt.
 
     Raises:
-        InputError: there is one, and the space is of weights.
+        InputError: there is one, and the space is over weights.
     """
     prompts = {name: prompt_of(reference, f"sources.{name}") for name, reference in file.sources.items()}
     known = {name: facts for name, facts in prompts.items() if facts is not None}
@@ -175,27 +176,27 @@ def _prompts(file: SearchFile) -> dict[str, PromptFacts]:
 
 
 def _depth(config: Mapping[str, Any]) -> int | None:
-    """The number of layers as config.json has it; None where that is not on this machine, or says it elsewhere."""
+    """The number of layers in config.json; None if it is not on this machine, or has the number elsewhere."""
     depth = text_config(config).get("num_hidden_layers")
     return depth if isinstance(depth, int) and 0 < depth <= 1000 else None
 
 
 def _check_named(settings: EvaluatorSettings, place: str) -> None:
-    """Refuse a file that is not there, or is no plain file, and a model, before what would read them is imported."""
+    """Refuse missing files, special files, and missing models, before importing what would read them."""
     for key, field in type(settings).model_fields.items():
         if MODEL in field.metadata and (reference := getattr(settings, key)) is not None:
             check_reference(reference, f"{place}.{key}")
         if FOLDER not in field.metadata and isinstance(path := getattr(settings, key), Path):
-            if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
+            if not os.path.exists(path):  # unlike Path.exists, this is False for an impossible name
                 hint = "A path is relative to the folder of the search file."
                 raise InputError(f"{place}.{key}", f"there is no such file: {path}", hint)
             open_file(path, f"{place}.{key}").close()
 
 
 def _check_metric(measure: Measure, settings: EvaluatorSettings, place: str) -> None:
-    """Refuse a metric that the evaluator does not have, where it says so beforehand.
+    """Refuse a metric that the evaluator does not have, if its metrics are known beforehand.
 
-    The task of a harness may list a metric that is scored as its logarithm, or under the name of a filter of its own.
+    A harness task may list a metric that is scored as its logarithm, or under the name of its own filter.
     """
     try:
         metrics = settings.known_metrics()

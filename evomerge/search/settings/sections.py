@@ -1,4 +1,4 @@
-"""The sections of the search file: what a person may write under each of its keys."""
+"""The sections of the search file: what a user can write under each of its keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from evomerge.store.record import Estimate
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 
-# What nobody means fails at once, and not when memory or a column of the store is full.
+# Nonsensical values fail at once, and not when memory or a column of the store overflows.
 Items = Annotated[int, Field(gt=0, le=10**8)]
 Candidates = Annotated[int, Field(gt=0, le=10**7)]
 WorkerCount = Annotated[int, Field(gt=0, le=100_000)]
@@ -35,11 +35,11 @@ Hours = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)]
 
 
 MAX_GPUS = 16
-"""GPUs of one node: what is built has eight, a few have sixteen."""
+"""The largest number of GPUs in one node: most have at most eight, a few have sixteen."""
 
 
 class Section(BaseModel):
-    """A part of the search file: frozen, and a key that it does not know is an error."""
+    """A part of the search file: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,8 +47,8 @@ class Section(BaseModel):
 class Measure(Section):
     """A metric of an evaluator.
 
-    Keys that are not named here (``task: mini_math_ja``) are the evaluator's own settings. ``items`` bounds how many
-    items of the search split a candidate is scored on; the held-out split is always scored whole.
+    Keys that are not listed here (``task: mini_math_ja``) are the evaluator's own settings. ``items`` limits how many
+    items of the search split a candidate is scored on; the held-out split is always scored completely.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -67,11 +67,11 @@ _OWN_TEXTS = "calibration.sources"
 
 
 class CalibrationTexts(Section):
-    """Texts that sources are run over, for methods that must know what their layers are given.
+    """Texts that sources are run over, for methods that need the inputs of their layers.
 
-    Of lines of JSON (``.jsonl``) the text is under ``text``; any other file is a text a line. The first ``prompts``
-    count, each up to ``tokens`` tokens. ``sources`` names files of single sources, such as texts of the task that each
-    was trained for; ``file`` is of all others.
+    In a file of JSON lines (``.jsonl``) the text is under ``text``; any other file has one text per line. The first
+    ``prompts`` texts are used, each up to ``tokens`` tokens. ``sources`` names files for single sources, such as texts
+    of the task that each was trained for; ``file`` is for all others.
     """
 
     file: Path | None = None
@@ -91,7 +91,7 @@ class CalibrationTexts(Section):
         return (*(() if self.file is None else (self.file,)), *self.sources.values())
 
     def at(self, root: Path) -> Self:
-        """The same with its paths absolute, taken from the folder ``root``."""
+        """The same with absolute paths, relative to the folder ``root``."""
 
         def absolute(path: Path) -> Path:
             return Path(os.path.realpath(root / os.path.expanduser(path)))
@@ -102,28 +102,28 @@ class CalibrationTexts(Section):
 
     @cached_property
     def texts(self) -> Calibration:
-        """The texts, read once, when they are first needed."""
+        """The texts, read once when first needed."""
         return self.recorded(None)
 
     def recorded(self, digest: str | None) -> Calibration:
-        """The texts of a search that has recorded their digest: read only where evidence of them is missing."""
+        """The texts of a search that has recorded their digest: read only if evidence from them is missing."""
         own = {name: (path, f"{_OWN_TEXTS}.{name}") for name, path in self.sources.items()}
         return calibration_from(self.file, self.prompts, self.tokens, "calibration.file", digest, own)
 
     def check(self, sources: Collection[str]) -> None:
-        """Refuse texts of a source that there is not, or a source without any. Raises InputError."""
+        """Refuse texts for a source that does not exist, or a source without any. Raises InputError."""
         own = {name: f"{_OWN_TEXTS}.{name}" for name in self.sources}
         check_all_have_texts(own, self.file is not None, sources)
 
 
 class Objective(Measure):
-    """What the search makes better. ``direction`` is the metric's own when left out."""
+    """A quantity that the search improves. ``direction`` is the metric's own by default."""
 
     direction: Literal["maximize", "minimize"] | None = None
 
 
 class Constraint(Measure):
-    """What a candidate must keep: a mean of ``at_least`` or ``at_most``. Those that miss it rank after all others."""
+    """A requirement: a mean of ``at_least`` or ``at_most``. Candidates that violate it rank behind all others."""
 
     at_least: FiniteFloat | None = None
     at_most: FiniteFloat | None = None
@@ -136,9 +136,9 @@ class Constraint(Measure):
 
 
 class Feature(Measure):
-    """What sets candidates apart that may be equally good, such as their size: a grid keeps the best of each niche.
+    """A property that sets apart equally good candidates, such as their size: a grid keeps the best of each niche.
 
-    ``range`` is divided into so many ``bins``; a value beyond it belongs to the bin at that end.
+    ``range`` is divided into ``bins`` equal parts; a value outside of it belongs to the nearest one.
     """
 
     range: tuple[FiniteFloat, FiniteFloat]
@@ -153,11 +153,11 @@ class Feature(Measure):
 
 
 class Screen(Measure):
-    """A cheap metric that is scored first, so that candidates it finds poor need not be scored on the objectives.
+    """A cheap metric that is scored first, so that candidates that it ranks low need not be scored on the objectives.
 
-    It decides only while its ranks agree with those of ``objective`` (the first when left out): while Kendall's tau,
-    measured during the search, is ``least_tau`` or more. Then the ``drop`` share of each generation that it finds
-    poorest is left out.
+    It is used only while its ranks agree with those of ``objective`` (by default the first): while Kendall's tau,
+    measured during the search, is at least ``least_tau``. Then it rejects the lowest ``drop`` share of each
+    generation.
     """
 
     objective: str | None = None
@@ -166,11 +166,11 @@ class Screen(Measure):
 
 
 class Proxy(Measure):
-    """A smooth stand-in for the objectives, whose gradient by weights proposes candidates. It decides nothing.
+    """A smooth substitute for the objectives, whose gradient by weights proposes candidates. It decides nothing.
 
-    The evaluator says how likely each right answer is, p; the proxy is the mean of log(1 - log p). Beside each
+    The evaluator gives the likelihood p of each right answer; the proxy is the mean of log(1 - log p). With each
     generation a worker takes ``steps`` steps further down its gradient, each on ``drawn`` of the first ``items`` items
-    of the search split, of about ``rate`` of each parameter's range; the points half way and at their end are scored.
+    of the search split, of about ``rate`` of each parameter's range. The points half way and at the end are scored.
     """
 
     evaluator: str = "likelihood"
@@ -181,11 +181,11 @@ class Proxy(Measure):
 
 
 class FitItems(Measure):
-    """What numbers of models are fitted to before the search: right answers that no candidate is scored on.
+    """Right answers that numbers of models are fitted to before the search; no candidate is scored on them.
 
-    The keys are those of the evaluator ``likelihood``. Of the first ``items`` of its file, or of all, each of ``steps``
-    steps takes ``drawn``; numbers that are about 1 go by about ``rate`` in the first step, and by less and less, down
-    to nothing along a cosine. None of the items may be in a split of the search's own evaluators.
+    The keys are those of the evaluator ``likelihood``. Each of ``steps`` steps draws ``drawn`` of the first ``items``
+    items of its file, or of all. Numbers of about 1 move by about ``rate`` in the first step, and by less and less,
+    down to 0 along a cosine. None of the items may be in a split of the search's own evaluators.
     """
 
     evaluator: str = "likelihood"
@@ -196,13 +196,13 @@ class FitItems(Measure):
 
 
 class Racing(Section):
-    """Scores every candidate on few items, and on more only where that decides something.
+    """Scores every candidate on few items, and on more only if that can change a decision.
 
-    ``rungs`` are numbers of items, rising. At each one the candidates whose place is clear, with ``confidence`` in each
-    comparison, leave the race. The last rung ends it for all but those that challenge the best: these go on to all
-    items. ``estimate`` says what predicts the scores of items that were not scored: the best ``baseline``, or a model
-    of ``item_response``, which is used only while it is found to be the better of the two. Who challenges is said by
-    its own ``scores``, or, in generations of a search with one objective, by those of its ``neighbours`` as well.
+    ``rungs`` are increasing numbers of items. At each rung the candidates whose place is clear, with ``confidence`` in
+    each comparison, leave the race. The last rung ends it for all except those that challenge the best: these continue
+    to all items. ``estimate`` says what predicts the scores of items that were not scored: the best ``baseline``, or a
+    model of ``item_response``, which is used only while it is measured to be better. A candidate challenges by its own
+    ``scores``, or, in generations of a search with one objective, also by those of its ``neighbours``.
     """
 
     rungs: tuple[Annotated[int, Field(ge=10, le=10**8)], ...] = Field(min_length=1, max_length=100)
@@ -217,24 +217,25 @@ class Racing(Section):
 
 
 def rising(rungs: tuple[int, ...]) -> tuple[int, ...]:
-    """The rungs of a race. Raises ValueError: one is no larger than the one before."""
+    """The rungs of a race. Raises ValueError: one is not larger than the one before."""
     if list(rungs) != sorted(set(rungs)):
         raise ValueError("must each be larger than the one before")
     return rungs
 
 
 MAX_KEPT = 8
-"""Sources that are searched after a choice: published gains end at five to eight (arXiv 2509.24244)."""
+"""The largest number of sources that are searched after a choice: published gains stop at five to eight (arXiv
+2509.24244)."""
 
 
 class Select(Section):
-    """Chooses among many sources before anything is searched; the base, and what gives the tokenizer, always stay.
+    """Chooses among many sources before anything is searched; the base and the tokenizer's source always stay.
 
     Each source alone, and the base, are scored on the first of ``rungs`` items of every maximised objective, and on
-    more while its place there is not clear with ``confidence``. Those that the base or others surely better leave. Of
-    the rest the ``keep`` are searched that add most items to those before them. ``rest``: the others enter as one
-    averaged source (``average``), not at all (``drop``), or as is ``measured`` to be better beside the average of those
-    kept. A change that is longer than ``norm_ratio`` times the median of the kept ones is scaled down to that.
+    more while their place there is not clear with ``confidence``. Sources that the base or others surely beat are
+    dropped. Of the rest, the ``keep`` that add most items to those before them are searched. ``rest``: the others enter
+    as one averaged source (``average``), not at all (``drop``), or only if that is ``measured`` to improve the average
+    of those kept. A change longer than ``norm_ratio`` times the median of the kept ones is scaled down to that length.
     """
 
     keep: int = Field(default=6, ge=2, le=MAX_KEPT)
@@ -250,10 +251,10 @@ class Select(Section):
 
 
 class Budget(Section):
-    """When the search ends: whichever comes first. Baselines and cached candidates count as candidates.
+    """When the search ends: at the first bound reached. Baselines and cached candidates count as candidates.
 
-    ``patience`` counts generations in which the front did not change. ``cost`` is money, in ``cluster.currency``: what
-    workers cost by the prices of ``cluster`` for as long as they are held.
+    ``patience`` counts generations in which the front did not change. ``cost`` is money, in ``cluster.currency``: the
+    cost of the workers at the prices of ``cluster`` while they are held.
     """
 
     candidates: Candidates | None = None
@@ -269,10 +270,10 @@ class Budget(Section):
 
 
 class Baselines(Section):
-    """What is scored before anything is searched, beside sources, their average and the method's defaults.
+    """What is scored before anything is searched, in addition to sources, their average and the method's defaults.
 
     ``kappa``: task arithmetic with lambda = kappa sqrt(N) on the mean of N task vectors, in spaces over task vectors.
-    ``soups``: where there are calibration texts, LM-Cocktail's mix by the losses of these, and their greedy soup.
+    ``soups``: with calibration texts, LM-Cocktail's mix by the losses on these, and their greedy soup.
     """
 
     kappa: bool = True
@@ -282,8 +283,8 @@ class Baselines(Section):
 class Confirm(Section):
     """What is scored on the held-out split at the end: the front, the ``top`` of the search, the baselines.
 
-    ``drawn`` of the best by what decides, or of a front by each objective, are scored there too, once the winner is
-    named, to draw the winner's curse alone. ``confidence`` is that of all intervals of an objective together.
+    ``drawn`` of the best by what decides, or for a front by each objective, are also scored there once the winner is
+    named, only to plot the winner's curse. ``confidence`` applies to all intervals of an objective together.
     """
 
     top: Candidates = 5
@@ -292,7 +293,7 @@ class Confirm(Section):
 
 
 class Workers(Section):
-    """How many workers there may be, where nodes come and go. The search begins when ``min`` fit."""
+    """How many workers there may be if nodes come and go. The search begins when ``min`` fit."""
 
     min: int = Field(default=1, ge=0)
     max: WorkerCount
@@ -307,14 +308,14 @@ class Workers(Section):
 class Cluster(Section):
     """The workers.
 
-    ``address`` joins a running Ray cluster; left out, one is started on this machine and shut down at the end.
-    ``workers`` left out means as many as the cluster has room for; a number, so many; ``{min, max}``, as many as fit
-    while nodes come and go. ``cpus_per_worker`` is also the number of threads that a worker computes with, in either
+    ``address`` joins a running Ray cluster; if left out, one is started on this machine and shut down at the end.
+    ``workers``, if left out, means as many as the cluster has room for; ``{min, max}``, as many as fit while nodes
+    come and go. ``cpus_per_worker`` is also the number of threads that a worker computes with, in either
     pool. ``residency`` says where a worker on a GPU keeps the sources: in the device's memory, in pinned host memory,
-    or in mapped files; ``auto`` takes the first of these that has room. ``insecure`` joins a cluster that asks for no
-    token. ``gpus_per_worker`` is a share of a GPU, or whole GPUs of one node, over which a worker lays its model.
-    ``runtime_env`` is what Ray sets up before a worker's process starts, in Ray's words (``runtime_env``).
-    ``gpu_hour`` is the price of a GPU for an hour, and ``worker_hour`` that of a worker beside its GPUs, in
+    or in mapped files; ``auto`` takes the first of these that has room. ``insecure`` joins a cluster that requires no
+    token. ``gpus_per_worker`` is a share of a GPU, or whole GPUs of one node, over which a worker spreads its model.
+    ``runtime_env`` is Ray's runtime environment for worker processes.
+    ``gpu_hour`` is the price of a GPU per hour, and ``worker_hour`` that of a worker apart from its GPUs, in
     ``currency``.
     """
 
@@ -342,24 +343,24 @@ class Cluster(Section):
 
     @property
     def devices(self) -> int:
-        """How many devices a worker lays its model over."""
+        """How many devices a worker spreads its model over."""
         return max(1, int(self.gpus_per_worker or 1))
 
     @property
     def prices(self) -> Prices | None:
-        """What workers cost; None where that is not said."""
+        """What workers cost; None if not given."""
         return Prices.of(self.gpu_hour, self.worker_hour, self.currency)
 
 
 Mode = Literal["generational", "asynchronous"]
-"""Whether a generation waits for its last candidate, and gives the same search every time, or no worker ever waits."""
+"""Whether generations wait for their last candidate, so that a search is reproducible, or no worker ever waits."""
 
 
 class BestKept(Section):
-    """Of the search split, what the ``best`` by each objective wrote, beside baselines, the front and the elites."""
+    """Keep the search-split answers of the ``best`` by each objective, of baselines, the front and the elites."""
 
     best: Candidates
 
 
 KeptAnswers = Literal["all", "held_out", "none"] | BestKept
-"""Of which splits, or of whom, the store keeps what models wrote: to be read, and for nothing else."""
+"""Which answers of models the store keeps for people to read."""

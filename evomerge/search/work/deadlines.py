@@ -1,8 +1,8 @@
-"""How long an attempt may take before it is ended: by how long others like it took.
+"""How long an attempt may take before it is ended, derived from how long similar attempts took.
 
-A worker that hangs says nothing, so only time tells it from one that is slow. What is slow depends on models, machines
-and tasks, which this search's own finished attempts know and nobody else: five times what 19 of 20 took is beyond any
-difference between candidates or machines of one cluster, and costs little when nothing hangs, for nothing is ended.
+A worker that hangs reports nothing, so only time distinguishes it from a slow one. What is slow depends on models,
+machines and tasks, so only this search's own finished attempts can tell: five times what 19 of 20 took is beyond any
+difference between candidates or machines of one cluster, and costs nothing if no worker hangs.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from evomerge.search.work.jobs import Task
 from evomerge.store import EventRow
 
 FACTOR = 5.0
-"""Times the quantile: a merge that answers at full length, or a card of an older kind, is slower by less than this."""
+"""The bound as a multiple of the quantile: a merge with full-length answers, or an older GPU, is slower by less."""
 
 QUANTILE = 0.95
-"""Not the longest: one straggler that came back would make every later bound its own."""
+"""The quantile used. Not the longest: one straggler would determine every later bound."""
 
 MIN_S = 60.0
-"""No bound is shorter: to start again costs a worker that long, and short attempts vary most."""
+"""The shortest bound: restarting a worker takes that long, and short attempts vary most."""
 
 ENOUGH = 10
-"""Finished attempts of which a quantile is taken; of fewer it says nothing."""
+"""The smallest number of finished attempts whose quantile is used."""
 
 HISTORY = 200
-"""The newest finished attempts that count, so that the bound follows a cluster that changes."""
+"""How many of the newest finished attempts count, so that the bound follows a changing cluster."""
 
 MAX_S = 24 * 3600.0
-"""Until enough have finished, and at most, unless the search file says otherwise (``attempt_hours``): a search in which
-everything hangs from the start goes on all the same."""
+"""The bound until enough attempts have finished, and the largest bound, unless the search file says otherwise
+(``attempt_hours``): a search in which everything hangs from the start continues nevertheless."""
 
 ATTEMPT_EVENTS = ("dispatch", "rung", "result")
-"""The events that tell how long attempts took which gave scores."""
+"""The events from which the durations of successful attempts follow."""
 
 EVENTS_READ = 10 * HISTORY
-"""The newest of them that a new driver looks at: enough for HISTORY attempts, also where races make many of each."""
+"""How many of the newest ones a new driver reads: enough for HISTORY attempts, even with many rungs each."""
 
 
 class Deadlines:
-    """The longest that attempts may take, learned from those that gave scores.
+    """The longest time that attempts may take, learned from successful ones.
 
     Args:
-        most_s: the longest bound, in seconds, and the only one until enough attempts have finished.
+        most_s: the largest bound, in seconds, and the only one until enough attempts have finished.
     """
 
     def __init__(self, most_s: float = MAX_S) -> None:
@@ -53,23 +53,24 @@ class Deadlines:
         self._finished: deque[tuple[Mapping[int, int], float]] = deque(maxlen=HISTORY)
 
     def learn(self, tasks: Sequence[Task], seconds: float) -> None:
-        """An attempt gave scores after so many seconds on its worker."""
+        """Learn from an attempt that succeeded after this many seconds on its worker."""
         self.remember(_items(tasks), seconds)
 
     def remember(self, items: Mapping[int, int], seconds: float) -> None:
-        """The same of an attempt at so many items of each evaluator, by the evaluator's position."""
+        """The same for an attempt at this many items of each evaluator, by the evaluator's position."""
         self._finished.append((items, seconds))
 
     def is_over(self, tasks: Sequence[Task], seconds: float) -> bool:
-        """Whether an attempt at these tasks that still runs after so many seconds is to be ended."""
+        """Whether an attempt at these tasks should be ended after running for this many seconds."""
         return seconds > min(MIN_S, self._most_s) and seconds > self.bound_s(tasks)
 
     def bound_s(self, tasks: Sequence[Task]) -> float:
-        """The most seconds that an attempt at these tasks may take.
+        """The longest time in seconds that an attempt at these tasks may take.
 
-        Taken of the attempts that had as many items or more of each evaluator. Where there are too few of those, also
-        of smaller ones, with their seconds in proportion to the items; that is too long rather than too short, for to
-        merge takes as long whatever is scored afterwards. Of a job without tasks, such as a descent, nothing is known.
+        It is derived from attempts with at least as many items of each evaluator. If there are too few of those,
+        smaller ones are used too, with their seconds scaled in proportion to the items; that is too long rather than
+        too short, because merging takes the same time whatever is scored afterwards. For a job without tasks, such as a
+        descent, nothing is known.
         """
         ours = _items(tasks)
         if not ours:
@@ -86,15 +87,15 @@ class Deadlines:
 def recorded_attempts(
     events: Sequence[EventRow], scored: Callable[[EventRow], Mapping[int, int]]
 ) -> Iterator[tuple[dict[int, int], float]]:
-    """Attempts that gave scores, oldest first: items by evaluator, and seconds.
+    """Successful attempts, oldest first: items by evaluator, and seconds.
 
-    The seconds are those from dispatch to record. They hold the wait for a worker that was still starting, so they are
-    too long rather than too short. Candidates whose first attempt came before these events are left out: what they had
-    been scored on by then is not known.
+    The seconds are those from dispatch to record. They include the wait for a worker that was still starting, so they
+    are too long rather than too short. Candidates whose first attempt came before these events are left out, because
+    what they had been scored on by then is not known.
 
     Args:
         events: of the kinds in ATTEMPT_EVENTS, oldest first.
-        scored: how many items of each evaluator a candidate has been scored on in all, by the event that says so.
+        scored: how many items of each evaluator a candidate has been scored on in total, given an event.
     """
     known: dict[int | None, Mapping[int, int]] = {}
     begun: dict[int | None, float] = {}
@@ -106,7 +107,7 @@ def recorded_attempts(
         elif event.candidate in known:
             before, after = known[event.candidate], scored(event)
             known[event.candidate] = after
-            if (seconds := event.time - begun[event.candidate]) >= 0.0:  # else the clock was set back meanwhile
+            if (seconds := event.time - begun[event.candidate]) >= 0.0:  # otherwise the clock was set back
                 yield {e: n - before.get(e, 0) for e, n in after.items() if n > before.get(e, 0)}, seconds
 
 
@@ -119,5 +120,5 @@ def _items(tasks: Sequence[Task]) -> dict[int, int]:
 
 
 def _share(ours: Mapping[int, int], theirs: Mapping[int, int]) -> float:
-    """How many times as many items of an evaluator we have, where that is most; inf where they have none of it."""
+    """The largest ratio of our items to theirs over all evaluators; inf if they have none of one."""
     return max((n / theirs[e] if theirs.get(e) else float("inf") for e, n in ours.items() if n), default=0.0)

@@ -18,12 +18,12 @@ from search_spaces.base import Measures
 
 FailureReason = Literal["error", "not_finite", "out_of_memory", "worker_died", "timeout", "node_lost", "cluster_fault"]
 
-# Failures that say something of the worker or its machine rather than of the candidate: another attempt may succeed.
+# Failures of the worker or its machine rather than of the candidate: another attempt may succeed.
 WORKER_FAULTS: frozenset[FailureReason] = frozenset(
     {"out_of_memory", "worker_died", "timeout", "node_lost", "cluster_fault"}
 )
 
-# Of these, those that no candidate can bring about: they use up none of its attempts. A candidate can kill its worker.
+# Of these, failures that no candidate can cause: they use up no attempts. A candidate can kill its worker.
 BLAMELESS: frozenset[FailureReason] = frozenset({"node_lost", "cluster_fault"})
 
 
@@ -41,43 +41,43 @@ class Task:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Run a source over the calibration texts, for recipes of the kind that the job has. Comes back as ``Measured``."""
+    """Run a source over the calibration texts, for recipes like the job's. Returns as ``Measured``."""
 
     source: str
 
 
 @dataclass(frozen=True)
 class FitNumbers:
-    """Fit what recipes like the job's have that is fitted. Comes back as ``Measured``."""
+    """Fit the fitted parts of recipes like the job's. Returns as ``Measured``."""
 
 
 @dataclass(frozen=True)
 class TextLosses:
-    """Score the job's recipe by how unlikely it finds the calibration texts. Comes back as ``Measured``, with one entry
-    of scores: under "loss" nats for a token, float32 [texts].
+    """Score the job's recipe by its losses on the calibration texts. Returns as ``Measured``, with one entry
+    of scores: under "loss" nats per token, float32 [texts].
     """
 
 
 @dataclass(frozen=True)
 class Descend:
-    """Walk from a genome down the gradient of a proxy: of log(1 - log p), the mean over items, with p the chance
-    p(answer | prompt) of the right answer.
+    """Follow the gradient of a proxy downwards from a genome: of the mean over items of log(1 - log p), where p is the
+    probability p(answer | prompt) of the right answer.
 
-    Each step draws fresh items and is one of Adam in the unit box, where every gene is scaled by its range; what leaves
-    the box is put back on its border. Genes by which the proxy has no derivative stay where they are. Comes back as
+    Each step draws fresh items and is one of Adam in the unit box, where every gene is scaled by its range; values that
+    leave the box are clipped to its border. Genes without a derivative of the proxy do not move. Returns as
     ``Descended``.
 
     Attributes:
         start: float64 [genes], where it begins; the job's recipe is what it decodes to.
         evaluator: position in the search's list of the one whose requests for likelihoods are the proxy.
         indices: positions in the search split that items are drawn from.
-        items: drawn for each step, all of them where there are not so many.
-        keep: after which numbers of steps the point is given back, from 1, ascending. The last one is how many steps
-            there are; where there are none, nothing but the gradient at the start is computed.
-        rate: Adam's learning rate: about how far a gene goes in a step, in parts of its range.
+        items: the number drawn for each step, at most all of them.
+        keep: the numbers of steps after which the point is returned, from 1, ascending. The last one is the number
+            of steps; if empty, only the gradient at the start is computed.
+        rate: Adam's learning rate: about how far a gene moves in a step, as a fraction of its range.
         seed: of the draws.
-        weights: of the items at ``indices``, in the mean over those drawn; all count alike where there are none.
-        measures: of the sources, by which the search's space was built.
+        weights: of the items at ``indices``, in the mean over those drawn; equal weights if empty.
+        measures: of the sources, from which the search's space was built.
     """
 
     start: Genome
@@ -109,9 +109,9 @@ class Job:
 class Measured:
     """What a worker measured: for each task of the job, scores by metric (float32 [n_items]); seconds by phase.
 
-    ``answers``, for each task or not at all: what the model wrote, by the item's position, where it wrote anything.
-    ``change`` is how far the model is from the search's base; None where that is not measured. ``uses``, for each task
-    or not at all: how a model of experts used them; None where no token passed. ``drawings``, like ``answers``: small
+    ``answers``, for each task or not at all: what the model wrote, by the item's position, if it wrote anything.
+    ``change`` is the model's distance from the search's base; None if not measured. ``uses``, for each task or not
+    at all: how a model of experts used them; None if no token passed. ``drawings``, like ``answers``: small
     copies of the pictures that were made with the model, PNG or JPEG.
     """
 
@@ -125,10 +125,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Descended:
-    """Where a descent led.
+    """The result of a descent.
 
     Attributes:
-        points: the genome after each of the numbers of steps in ``Descend.keep``.
+        points: the genome after each number of steps in ``Descend.keep``.
         losses: float64 [steps, or 1 where there are none]: the proxy before each step, a mean over that step's
             items. Items differ from step to step.
         gradient: float64 [genes], of the proxy at the start by each gene, for a unit of the gene; NaN of
@@ -144,7 +144,7 @@ class Descended:
 
 @dataclass(frozen=True)
 class Failed:
-    """Why an attempt gave no scores. ``log`` is the traceback or the worker's last words."""
+    """Why an attempt gave no scores. ``log`` is the traceback or the worker's last output."""
 
     reason: FailureReason
     message: str
@@ -152,12 +152,12 @@ class Failed:
 
 
 Result = Measured | Descended | Failed
-"""What a worker gives back: of a descent ``Descended``, of all else ``Measured``, unless it failed."""
+"""What a worker returns: ``Descended`` for a descent, ``Measured`` for all else, or ``Failed``."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of one attempt. ``worker`` is its name, and after an @ that of its node where there are several."""
+    """The end of one attempt. ``worker`` is its name, followed by @ and that of its node if there are several."""
 
     candidate: int
     attempt: int
@@ -167,8 +167,8 @@ class Finished:
 
 @dataclass(frozen=True)
 class PoolState:
-    """What a pool is doing, for the screen: workers by what they do now. Each takes up to ``together`` jobs at once;
-    ``gpus`` are those of all of them.
+    """The state of a pool, for the screen: workers by what they do now. Each takes up to ``together`` jobs at once;
+    ``gpus`` counts those of all workers.
     """
 
     workers: int
@@ -180,7 +180,7 @@ class PoolState:
 
 
 def batch(queue: deque[Job]) -> list[Job]:
-    """Take the next jobs that one worker is to score at once: those of a group, or one."""
+    """Take the next jobs for one worker: those of a group, or a single one."""
     jobs = [queue.popleft()]
     while queue and queue[0].group == jobs[0].group is not None:
         jobs.append(queue.popleft())
@@ -196,12 +196,12 @@ NewsKind = Literal[
     "worker dropped",
     "worker died",
 ]
-"""What happens to nodes and workers, in the words of the search's events. Who is dropped is ended by the pool."""
+"""What happens to nodes and workers, in the words of the search's events. Dropped workers are ended by the pool."""
 
 
 @dataclass(frozen=True)
 class PoolNews:
-    """Something that happened to a node or to a worker; ``why`` is empty where there is nothing to say."""
+    """Something that happened to a node or to a worker; ``why`` may be empty."""
 
     kind: NewsKind
     node: str
@@ -210,6 +210,6 @@ class PoolNews:
 
     @property
     def payload(self) -> dict[str, str]:
-        """What the event says beside its kind."""
+        """The content of the event apart from its kind."""
         content = {"node": self.node, "worker": self.worker, "why": self.why}
         return {name: value for name, value in content.items() if value}
