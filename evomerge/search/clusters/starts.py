@@ -89,5 +89,5 @@ class Starts:
         return TOGETHER if loaded and node not in self._failed else 1
 
     def most(self, node: str, here: int, loaded: int, now: float) -> float:
-        """How many more workers may be sent there: after failures one at a time, in addition to those that have loaded."""
+        """How many more workers may be sent there: after failures one at a time, besides those that have loaded."""
         return self.limit(node, loaded, now) - (here - loaded) if node in self._failed else float("inf")

@@ -78,7 +78,7 @@ def item_warnings(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterat
 
 
 def _confirmed_elsewhere(evaluators: Mapping[str, Evaluator]) -> Iterator[str]:
-    """Items that candidates are chosen by and also confirmed on, by another evaluator: confirmed scores are too high."""
+    """Items that candidates are chosen by and also confirmed on, by another evaluator: those scores are too high."""
     confirming = {place: one for place, one in evaluators.items() if place.startswith(("objectives.", "constraints."))}
     for place, evaluator in evaluators.items():
         asked = {item.asks for item in evaluator.items("search")} - {()}

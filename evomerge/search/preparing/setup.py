@@ -222,7 +222,7 @@ class Setup:
         return [Task(e, split, range(count)) for e, count in sorted(self.all_counts().items())]
 
     def all_counts(self) -> Counts:
-        """How many items of the search split a baseline is scored on: all that any measure needs, including the screen."""
+        """How many search-split items a baseline is scored on: all that any measure needs, including the screen."""
         counts = dict(self.counts())
         if self.screen is not None:
             counts[self.screen.evaluator] = max(self.screen.items, counts.get(self.screen.evaluator, 0))
