@@ -76,10 +76,10 @@ def test_all_candidates_share_the_rows_of_one_router() -> None:
     for _ in range(20):
         genome = low + random.random(len(low)) * (high - low)
         genome[-1] = round(genome[-1])
-        landmark = found.decode(genome).landmark()
-        router = landmark.router
-        blends = [landmark.blends[number].model_dump_json() for number in (router.rest, *router.slots.values())]
-        said.add((tuple(router.slots), *blends, landmark.top_k, landmark.fit))
+        reference = found.decode(genome).reference_mixture()
+        router = reference.router
+        blends = [reference.blends[number].model_dump_json() for number in (router.rest, *router.slots.values())]
+        said.add((tuple(router.slots), *blends, reference.top_k, reference.fit))
     assert len(said) == 1
 
 

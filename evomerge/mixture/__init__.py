@@ -1,1 +1,1 @@
-"""Plain mixtures of experts, made of dense fine-tunes or of other mixtures."""
+"""Plain mixtures of experts, made from dense fine-tunes or from other mixtures."""

@@ -1,6 +1,7 @@
-"""What each architecture of mixtures calls its tensors and settings, and which dense models it can hold.
+"""The names of tensors and settings in each mixture architecture, and the dense models that each can represent.
 
-The names are the classic ones, an expert a tensor, as ``save_pretrained`` writes them and vLLM and llama.cpp read them.
+The names are the classic ones, with one tensor per expert, as written by ``save_pretrained`` and read by vLLM and
+llama.cpp.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from evomerge.errors import InputError
 from evomerge.recipes.mixture import BIASED, Architecture
 
 _SILENT_WIDTH = 64
-"""Of a shared expert that an architecture must have, and that adds nothing."""
+"""The width of a shared expert that an architecture requires, but that adds nothing."""
 
 _COMMON = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -28,11 +29,11 @@ class Names:
     """An architecture.
 
     Attributes:
-        takes: the dense architectures whose layers it computes exactly.
-        block: what a layer calls its mixture.
-        weights: what an expert calls the weights of a dense mlp.
-        shared: what a block calls the expert that computes every token, where it has one.
-        count: the setting that says how many experts a layer has.
+        takes: the dense architectures whose layers it can represent exactly.
+        block: the name of the mixture within a layer.
+        weights: an expert's names for the weights of a dense mlp.
+        shared: the name within a block of the expert that processes every token, if there is one.
+        count: the setting with the number of experts in a layer.
     """
 
     takes: frozenset[str]
@@ -46,11 +47,11 @@ class Names:
         return f"model.layers.{layer}.{self.block}.gate.weight"
 
     def bias(self, layer: int) -> str:
-        """The name of the bias of a router's choice."""
+        """The name of a router's selection bias."""
         return f"model.layers.{layer}.{self.block}.gate.e_score_correction_bias"
 
     def expert(self, layer: int, number: int, weight: str) -> str:
-        """The name of an expert's weight; ``weight`` is what a dense mlp calls it."""
+        """The name of an expert's weight; ``weight`` is its name in a dense mlp."""
         return f"model.layers.{layer}.{self.block}.experts.{number}.{self.weights[weight]}.weight"
 
 
@@ -71,10 +72,10 @@ ARCHITECTURES: Mapping[Architecture, Names] = {
 
 
 def check_architecture(architecture: Architecture, source: Source) -> None:
-    """Refuse dense models that an architecture cannot hold exactly. Looks at config.json alone.
+    """Reject dense models that an architecture cannot represent exactly. Reads only config.json.
 
     Raises:
-        InputError: saying what is in the way.
+        InputError: saying what prevents it.
     """
     kind, place = source.config["model_type"], "recipe.architecture"
     fitting = [name for name, names in ARCHITECTURES.items() if kind in names.takes]
@@ -106,11 +107,11 @@ def mixture_config(
     """The config.json of a mixture of models like a source.
 
     Args:
-        shared: the shared expert is as wide as a dense mlp; where an architecture must have one, and it adds nothing,
-            it is narrow if it can be.
-        dtype: of the weights.
+        shared: whether the shared expert is as wide as a dense mlp; a required one that adds nothing is narrow if the
+            architecture allows that.
+        dtype: the dtype of the weights.
     """
-    from evomerge.checkpoints.structure import parse_config  # which imports transformers
+    from evomerge.checkpoints.structure import parse_config  # imports transformers
 
     dense = parse_config(source.config, source.place).to_dict()  # with the defaults of its own architecture
     width = dense["intermediate_size"]
@@ -127,7 +128,7 @@ def mixture_config(
         return {
             **config,
             "architectures": ["Glm4MoeForCausalLM"],
-            "tie_word_embeddings": False,  # vLLM knows of no other, and would compute with whatever is in memory
+            "tie_word_embeddings": False,  # vLLM supports nothing else, and would use uninitialised memory
             "attention_bias": any(name.endswith("q_proj.bias") for name in source.tensors),
             "use_qk_norm": False,
             "partial_rotary_factor": 1.0,

@@ -1,4 +1,4 @@
-"""The builder of mixtures: one live model of the mixture's own architecture, and plain folders."""
+"""The builder of mixtures: one live model in the mixture's own architecture, and plain folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from evomerge.merging.measured.change import Written
 from evomerge.merging.path import is_made_in_order
 from evomerge.mixture.architectures import ARCHITECTURES
 from evomerge.mixture.layout import Cell, Skeleton, cells_of, check_mixture, config_of, dtype_of, has_bias, skeleton_of
-from evomerge.mixture.routers import Landmark, Rows, gate_modules, rows_of
+from evomerge.mixture.routers import ReferenceMixture, Rows, gate_modules, rows_of
 from evomerge.recipes.mixture import MixtureRecipe
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 _NOTHING = object()
-"""What a tensor is made of that nobody has written."""
+"""Marks a tensor that has not been written."""
 
 
 class MixtureBuilder:
-    """Makes mixtures of experts; see ``Builder``. All candidates of a search have equally many slots."""
+    """Builds mixtures of experts; see ``Builder``. All candidates of a search have the same number of slots."""
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context
@@ -45,7 +45,7 @@ class MixtureBuilder:
 
     @staticmethod
     def check(recipe: MixtureRecipe, sources: Mapping[str, Source]) -> None:
-        """Refuse a mixture of models that its architecture cannot hold, or of blends that cannot be computed."""
+        """Reject a mixture that its architecture cannot represent, or with blends that cannot be computed."""
         check_mixture(recipe, sources)
         for slot in (*recipe.slots, *([None] if recipe.shared is not None else [])):
             dense = recipe.dense(slot)
@@ -55,20 +55,20 @@ class MixtureBuilder:
                 raise InputError("recipe.blends", problem, "Choose a method that needs no merged inputs.")
 
     def start(self) -> None:
-        """Nothing: which mixture is needed is known with the first recipe."""
+        """Nothing to do: the mixture's form is only known with the first recipe."""
 
     def calibrate(self, recipe: MixtureRecipe, source: str) -> None:
-        """Record what layers of a source are given, as much of it as blends of the recipe are made by."""
+        """Record the inputs of a source's layers, as far as blends of the recipe need them."""
         self._stack.record([recipe.dense(slot) for slot in recipe.slots], source)
 
     def fit(self, recipe: MixtureRecipe) -> None:
-        """Fit the rows of routers, if the recipe's are, and keep them."""
+        """Fit the router rows, if the recipe's are fitted, and cache them."""
         self._check(recipe)
         if recipe.router.kind == "fitted":
             self._rows(recipe)
 
     def write(self, recipe: MixtureRecipe) -> LiveModel:
-        """The live mixture with the recipe's weights, routers and number of slots that a token keeps."""
+        """The live mixture with the recipe's weights, routers and top-k."""
         from evomerge.checkpoints.live import check_live
 
         self._check(recipe)
@@ -89,7 +89,7 @@ class MixtureBuilder:
         check: Callable[[Path], None] | None = None,
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
-        """A plain Hugging Face folder, an expert a tensor under the classic names."""
+        """Export a plain Hugging Face folder, with one tensor per expert and the classic names."""
         self._check(recipe)
         self.export_with(self._rows(recipe), recipe, out, texts=texts, check=check, progress=progress)
 
@@ -103,7 +103,7 @@ class MixtureBuilder:
         check: Callable[[Path], None] | None = None,
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
-        """The same with routers of the caller's."""
+        """The same with routers provided by the caller."""
         self.check(recipe, self._context.sources)
         sources, model = self._context.sources, self._context.sources[recipe.tokenizer]
         skeleton = skeleton_of(config_of(recipe, model), model.place)
@@ -121,7 +121,7 @@ class MixtureBuilder:
                 check(folder.complete())
 
     def reload(self, folder: Path) -> LiveModel:
-        """The folder in plain transformers."""
+        """Load the folder with plain transformers."""
         from evomerge.checkpoints.plain import plain_model
         from evomerge.checkpoints.source import open_source
 
@@ -158,18 +158,18 @@ class MixtureBuilder:
             raise InputError("recipe.fit", problem, "Give those that the recipe was made by.")
 
     def _mixture(self, recipe: MixtureRecipe) -> _LiveMixture:
-        """The live mixture, made anew where a recipe has another form than the one before."""
+        """The live mixture, rebuilt if a recipe has a different form than the previous one."""
         if self._context.engine is not None:
             problem = "answers with models of the sources' own architecture, and a mixture is another"
             raise InputError("engine", problem, "Leave it at transformers; what is exported can be served by vLLM.")
         form = (recipe.architecture, recipe.slots, recipe.shared is not None)
         if self._live is None or self._live.form != form:
-            self._live = None  # not both at once
+            self._live = None  # so that memory never holds both
             self._live = _LiveMixture(form, recipe, self._context, self._stack.materialiser)
         return self._live
 
     def _rows(self, recipe: MixtureRecipe) -> Rows:
-        context, said = self._context, recipe.landmark()
+        context, said = self._context, recipe.reference_mixture()
         model, used = context.sources[recipe.tokenizer], sorted(recipe.used_sources())
         contents = tuple(context.evidence.content_of(name) for name in (recipe.tokenizer, *used))
         dtype = str(context.dtype or model.dtype)
@@ -181,24 +181,26 @@ class MixtureBuilder:
                 context.evidence,
                 (dtype, *contents),
                 context.fit,
-                partial(self._landmark, said),
+                partial(self._reference, said),
             )
         return self._found[key]
 
-    def _landmark(self, said: MixtureRecipe) -> Landmark:
+    def _reference(self, said: MixtureRecipe) -> ReferenceMixture:
         mixture = self._mixture(said)
         width = self._context.sources[said.tokenizer].config["hidden_size"]
         none = Rows(torch.zeros(said.layers, len(said.slots), width), torch.zeros(said.layers, len(said.slots)))
 
         def tokens_of(name: str) -> list[Tensor]:
-            assert self._stack.inputs is not None  # such a recipe has texts, and they were looked at
+            assert self._stack.inputs is not None  # such a recipe has texts, and they were checked
             return self._stack.inputs.tokens_of(name, mixture.live, said.tokenizer)
 
-        return Landmark(said, mixture.live, mixture.gates, lambda recipe: mixture.write(recipe, none), tokens_of)
+        return ReferenceMixture(
+            said, mixture.live, mixture.gates, lambda recipe: mixture.write(recipe, none), tokens_of
+        )
 
 
 class _LiveMixture:
-    """A model of a mixture's architecture in memory, and what its tensors hold.
+    """A model in a mixture's architecture in memory, and the current content of its tensors.
 
     Args:
         form: what all recipes that are written into it have in common.
@@ -228,11 +230,11 @@ class _LiveMixture:
 
     @torch.no_grad()
     def write(self, recipe: MixtureRecipe, rows: Rows) -> None:
-        """Write what differs from what is there."""
+        """Write the tensors that differ from the current content."""
         cells = cells_of(recipe, self._skeleton, self._sources)
         changed = [cell for cell in cells if self._held.get(cell.name, _NOTHING) != cell.way]
         for cell in changed:
-            self._held.pop(cell.name, None)  # after an error half way nobody knows what it is
+            self._held.pop(cell.name, None)  # after an error its content is unknown
         self._materialiser.make(
             (cell.made.merged, cell.recipe, self._targets[cell.name])
             for cell in changed
@@ -247,19 +249,19 @@ class _LiveMixture:
         for name, tensor in router_tensors(recipe, rows, self._skeleton).items():
             self._targets[name].copy_(tensor)
         self._keep(recipe.top_k, recipe.normalised)
-        # What a shared expert gives is added to what slots give: neither stands in the dense mlp's place.
+        # A shared expert's output is added to that of slots, so neither corresponds to the dense mlp.
         self.live.change = None if recipe.shared else self._materialiser.change_of(self._written(recipe, cells))
 
     def _written(self, recipe: MixtureRecipe, cells: Sequence[Cell]) -> Iterator[Written]:
-        """What is there, under the names of the dense model. The slots of a layer share its mlp's place."""
+        """The content by the dense model's names. All slots of a layer correspond to its mlp."""
         for cell in cells:
-            if cell.made is not None and (cell.is_slot or cell.name == cell.made.merged.name):  # no head twice
+            if cell.made is not None and (cell.is_slot or cell.name == cell.made.merged.name):  # not a head twice
                 merged, layer = cell.made.merged, cell.made.merged.role.layer
                 slots = recipe.group_of(layer).slots if cell.is_slot and layer is not None else ()
                 yield Written(merged.name, self._targets[cell.name], cell.way, share=1.0 / max(1, len(slots)))
 
     def _keep(self, top_k: int, normalised: bool) -> None:
-        """Have each token keep so many slots, and weigh them as the recipe says."""
+        """Set how many slots each token uses, and how they are weighted, as in the recipe."""
         model: Any = self.live.model
         model.config.num_experts_per_tok, model.config.norm_topk_prob = top_k, normalised
         for module in model.modules():

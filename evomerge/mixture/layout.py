@@ -29,10 +29,10 @@ class Skeleton:
 
     Attributes:
         config: its config.json.
-        parsed: the same as transformers has it.
-        parts: the tensors that its files hold, by name, and what part of the model each is.
-        shapes: of them.
-        float32: those that are float32 whatever the dtype of the model.
+        parsed: the same, as parsed by transformers.
+        parts: the tensors in its files, by name, and the part of the model that each is.
+        shapes: their shapes.
+        float32: those that are float32 whatever the model's dtype.
     """
 
     config: Mapping[str, Any]
@@ -62,7 +62,7 @@ def config_of(recipe: MixtureRecipe, source: Source) -> dict[str, Any]:
 
 
 def skeleton_of(config: Mapping[str, Any], place: str) -> Skeleton:
-    """The model of a mixture's config.json, built without memory.
+    """The model for a mixture's config.json, built without memory.
 
     Raises:
         InputError: transformers cannot build it.
@@ -85,13 +85,13 @@ def skeleton_of(config: Mapping[str, Any], place: str) -> Skeleton:
 
 @dataclass(frozen=True)
 class Cell:
-    """A tensor of a mixture that is made of the sources, or is constant.
+    """A tensor of a mixture that is made from the sources, or is constant.
 
     Attributes:
-        name: in the files.
-        made: the tensor of a dense model that it is; None where it is zero.
-        recipe: of that dense model.
-        factor: that it is multiplied by.
+        name: its name in the files.
+        made: the corresponding tensor of a dense model; None if it is zero.
+        recipe: the recipe of that dense model.
+        factor: its factor.
     """
 
     name: str
@@ -101,17 +101,17 @@ class Cell:
 
     @property
     def is_slot(self) -> bool:
-        """Whether it stands in one slot, beside others that are made in the place of the same dense tensor."""
+        """Whether it belongs to one slot, and others correspond to the same dense tensor."""
         return ".experts." in self.name
 
     @property
     def way(self) -> Hashable:
-        """All that it follows from but the sources."""
+        """Everything that determines it except the sources."""
         return None if self.made is None else (self.made.way, self.factor)
 
 
 def cells_of(recipe: MixtureRecipe, skeleton: Skeleton, sources: Mapping[str, Source]) -> list[Cell]:
-    """All tensors of a mixture but those of its routers, in the order of its files."""
+    """All tensors of a mixture except those of its routers, in the order of its files."""
     names = ARCHITECTURES[recipe.architecture]
     slots = [recipe.dense(slot) for slot in recipe.slots]
     made_of = [_by_name(dense, sources) for dense in slots]
@@ -129,13 +129,13 @@ def cells_of(recipe: MixtureRecipe, skeleton: Skeleton, sources: Mapping[str, So
             if shared is None or recipe.shared is None:
                 cells.append(Cell(name))
                 continue
-            # The gate of a qwen2_moe's shared expert is zero, and its sigmoid one half.
+            # The gate of a qwen2_moe's shared expert is zero, so its sigmoid is one half.
             twice = 2.0 if recipe.architecture == "qwen2_moe" else 1.0
             factor = twice * recipe.shared.scale if match[2] == "down_proj" else 1.0
             cells.append(Cell(name, made_of_shared[f"model.layers.{match[1]}.mlp.{match[2]}.weight"], shared, factor))
         elif not _is_of_router(name):
             made = made_of[0].get(name)
-            if made is None and name == HEAD:  # of an architecture that never ties it to the embedding
+            if made is None and name == HEAD:  # the architecture never ties it to the embedding
                 made = made_of[0][_EMBEDDING]
             cells.append(Cell(name, made, None if made is None else slots[0]))
     return cells
@@ -147,7 +147,7 @@ def _by_name(recipe: StackRecipe, sources: Mapping[str, Source]) -> dict[str, Ma
 
 
 def _patterns(names: Names) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """(layer, number, weight) of an expert's tensor, and (layer, weight) of a shared expert's."""
+    """Patterns for (layer, number, weight) of an expert's tensor, and (layer, weight) of a shared expert's."""
     block = rf"model\.layers\.(\d+)\.{names.block}\."
     return re.compile(rf"{block}experts\.(\d+)\.(\w+)\.weight"), re.compile(rf"{block}{names.shared}\.(\w+)\.weight")
 
@@ -171,7 +171,7 @@ def dtype_of(cell: Cell, recipe: MixtureRecipe, skeleton: Skeleton, source: Sour
 
 
 def check_mixture(recipe: MixtureRecipe, sources: Mapping[str, Source]) -> None:
-    """Refuse a mixture that cannot be made of these sources. Opens no tensor, and looks at no blend.
+    """Reject a mixture that cannot be made from these sources. Opens no tensors, and does not check blends.
 
     Raises:
         InputError: naming the part of the recipe.
@@ -189,10 +189,10 @@ def check_mixture(recipe: MixtureRecipe, sources: Mapping[str, Source]) -> None:
 
 
 def needed_bytes(model: Source, experts: int, shared: bool, *, untied: bool = False) -> int:
-    """Bytes of a mixture's weights: those of the dense model, and its mlps as often as there are experts.
+    """Bytes of a mixture's weights: those of the dense model, with one copy of its mlps per expert.
 
     Args:
-        untied: it has a head of its own, whether the dense model has one or not.
+        untied: it has a separate head, whether or not the dense model has one.
     """
     whole = sum(entry.end - entry.begin for entry in model.tensors.values())
     if untied and HEAD not in model.tensors:
@@ -202,5 +202,5 @@ def needed_bytes(model: Source, experts: int, shared: bool, *, untied: bool = Fa
 
 
 def has_bias(recipe: MixtureRecipe) -> bool:
-    """Whether its routers have a bias for each expert."""
+    """Whether its routers have a selection bias for each expert."""
     return recipe.architecture == BIASED

@@ -1,10 +1,9 @@
-"""Fewer experts of a mixture that there is: those that are used most are kept, and the others dropped or merged in.
+"""Reduces the number of experts of an existing mixture: the most used are kept, the others dropped or merged into them.
 
-How much an expert is used is the sum of the gates that it gets on some texts. Merged, each expert that goes is added to
-the kept one whose router logits go with its own the most, by their correlation over the tokens, and the weights of a
-group are in the proportion of its experts' use; the rows of the router are those of the kept (M-SMoE, Li et al.,
-"Merge, Then Compress", arXiv 2310.01334, section 3.2, without the permutation of neurons: experts that were made of
-one dense model need none).
+An expert's use is the sum of its gates on some texts. When merging, each removed expert is added to the kept one whose
+router logits correlate most with its own over the tokens, and the weights within a group are proportional to the use of
+its experts; the router keeps the rows of the kept experts (M-SMoE, Li et al., "Merge, Then Compress", arXiv 2310.01334,
+section 3.2, without the permutation of neurons, which is unnecessary for experts made from one dense model).
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ _EXPERT = re.compile(r"(model\.layers\.(\d+)\.\w+)\.experts\.(\d+)\.(\w+\.weight
 
 @dataclass(frozen=True)
 class Use:
-    """How the experts of a layer are used.
+    """The use of a layer's experts.
 
     Attributes:
-        gates: float64 [experts], the sum of each one's gates over all tokens.
+        gates: float64 [experts], the sum of each expert's gates over all tokens.
         alike: float64 [experts, experts], the correlation of their router logits over the tokens.
     """
 
@@ -47,11 +46,11 @@ class Use:
 
 
 Kept = Mapping[int, Mapping[int, float]]
-"""By an expert that is kept, the experts that it is made of, and their weights, which sum to 1."""
+"""For each kept expert, the experts that it is made of, and their weights, which sum to 1."""
 
 
 def check_prunable(source: Source, keep: int) -> None:
-    """Refuse what is no mixture of an architecture that is known here, or cannot have so many experts.
+    """Reject models other than mixtures of a known architecture, and an invalid number of experts.
 
     Raises:
         InputError: saying what it is.
@@ -63,7 +62,7 @@ def check_prunable(source: Source, keep: int) -> None:
     if source.config.get("n_group") not in (None, 1):
         raise InputError(source.place, f"has its experts in {source.config['n_group']} groups, which would not be even")
     experts = expert_count(source)
-    least = 2 if kind == "glm4_moe" else 1  # its router takes the best two of a group
+    least = 2 if kind == "glm4_moe" else 1  # its router uses the best two of a group
     if not least <= keep < experts:
         raise InputError("--prune", f"is {keep}; of {experts} experts, {least} to {experts - 1} can be kept")
 
@@ -76,7 +75,7 @@ def expert_count(source: Source) -> int:
 
 @torch.inference_mode()
 def use_of_experts(source: Source, texts: Calibration, devices: Devices) -> dict[int, Use]:
-    """How the experts of each layer that has any are used on some texts.
+    """The use of experts on some texts, for each layer that has experts.
 
     Raises:
         InputError: the texts cannot be read, or the model cannot be run.
@@ -102,13 +101,13 @@ def use_of_experts(source: Source, texts: Calibration, devices: Devices) -> dict
 
 
 def _blocks(source: Source) -> list[tuple[str, int]]:
-    """The name of each layer's mixture, and the layer's number."""
+    """The name of each layer's mixture, and the layer's index."""
     found = {match[1]: int(match[2]) for name in source.tensors if (match := _EXPERT.fullmatch(name))}
     return list(found.items())
 
 
 class _Counts:
-    """Sums over tokens of what a router gives."""
+    """Sums of a router's outputs over tokens."""
 
     def __init__(self, experts: int) -> None:
         self._gates = torch.zeros(experts, dtype=torch.float64)
@@ -116,7 +115,7 @@ class _Counts:
         self._products = torch.zeros(experts, experts, dtype=torch.float64)
 
     def add(self, module: Any, given: tuple[Tensor, ...], out: tuple[Tensor, Tensor, Tensor]) -> None:
-        """A hook: ``out`` are logits [tokens, experts], gates [tokens, kept], and whose they are [tokens, kept]."""
+        """A hook: ``out`` is logits [tokens, experts], gates [tokens, kept], and their experts [tokens, kept]."""
         logits, gates, indices = (tensor.detach().cpu() for tensor in out)
         self._gates.index_add_(0, indices.flatten(), gates.flatten().double())
         logits = logits.double().view(-1, len(self._sum))
@@ -126,7 +125,7 @@ class _Counts:
 
     @property
     def use(self) -> Use:
-        """Of all that was added."""
+        """The use according to all sums."""
         mean = self._sum / self._tokens
         covariance = self._products / self._tokens - torch.outer(mean, mean)
         size = covariance.diagonal().clamp(min=1e-12).sqrt()
@@ -134,16 +133,16 @@ class _Counts:
 
 
 def kept_experts(use: Use, keep: int, *, merged: bool) -> Kept:
-    """Which experts of a layer are kept, in their order, and what each is made of.
+    """The experts of a layer that are kept, in order, and the experts that each is made of.
 
     Args:
-        merged: those that go are added to the kept ones.
+        merged: removed experts are added to the kept ones.
     """
     by_use = sorted(range(len(use.gates)), key=lambda expert: (-float(use.gates[expert]), expert))
     kept = sorted(by_use[:keep])
     groups: dict[int, list[int]] = {expert: [expert] for expert in kept}
     for expert in sorted(by_use[keep:]) if merged else ():
-        if use.gates[expert] > 0:  # what no token goes to has nothing to add
+        if use.gates[expert] > 0:  # an unused expert has nothing to add
             groups[max(kept, key=lambda other: float(use.alike[expert, other]))].append(expert)
     made: dict[int, dict[int, float]] = {}
     for expert, group in groups.items():
@@ -160,11 +159,11 @@ def write_pruned(
     texts: Mapping[str, str],
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:
-    """Make a plain model folder of a mixture with fewer experts.
+    """Create a plain model folder of a mixture with fewer experts.
 
     Args:
-        kept: of each layer that has experts, equally many.
-        texts: files that go along, by name.
+        kept: for each layer with experts, the kept ones, the same number in each.
+        texts: additional files, by name.
 
     Raises:
         InputError: ``out`` cannot be written.
@@ -188,7 +187,7 @@ def write_pruned(
 
 
 Planned = tuple[str, str, Sequence[int], Callable[[], Tensor]]
-"""A tensor's new name, the name of one in the files whose dtype it has, its shape, and what makes it."""
+"""A tensor's new name, the name of a stored tensor with its dtype, its shape, and a function that computes it."""
 
 
 def _planned(source: Source, kept: Mapping[int, Kept]) -> Iterator[Planned]:
@@ -209,7 +208,7 @@ def _planned(source: Source, kept: Mapping[int, Kept]) -> Iterator[Planned]:
 
 
 def _blended(source: Source, match: re.Match[str], weights: Mapping[int, float]) -> Tensor:
-    """A tensor of an expert that is made of some, summed in float32."""
+    """A tensor of an expert that is made from several, summed in float32."""
     if len(weights) == 1:
         return source.read(match[0])
     read = {expert: source.read(f"{match[1]}.experts.{expert}.{match[4]}").float() for expert in weights}

@@ -1,14 +1,14 @@
-"""Experts that are gated beside a base, as a plain mixture: where one expert is kept for each token, that is the same.
+"""Converts routed experts on a base to a plain mixture, which is equivalent if each token uses one expert.
 
-A routed recipe adds what experts change in each linear layer, y = W0 x + sum_e g_e D_e x; a mixture adds what whole
-mlps give. With several experts at once these are different functions, even where all layers of a block have the same
-gates, for between them is a nonlinearity. Where a token keeps one expert of its block, its softmax gate is exactly 1,
-and the block is the mlp with the weights W0 + gain D_e: a slot.
+A routed recipe adds the changes of experts in each linear layer, y = W0 x + sum_e g_e D_e x; a mixture adds the outputs
+of whole mlps. With several experts at once these are different functions, even if all modules of a block have the same
+gates, because of the nonlinearity in between. If a token uses one expert per block, its softmax gate is exactly 1, and
+the block is the mlp with the weights W0 + gain D_e: a slot.
 
-Logits that have biases, R x + b, are hosted by a glm4_moe, which keeps the largest of sigmoid(w x) + c. With w = s R
-and c = s b / 4 for a small s that is the order of R x + b: sigmoid(u) = 1/2 + u/4 - u^3/48 + ..., and s is chosen so
-that the cubic term and the float32 of a score near 1/2 are each some 1e-5 of the largest logit. A token whose two best
-logits are closer than that may go to the other one.
+Logits with biases, R x + b, are represented by a glm4_moe, which selects the largest of sigmoid(w x) + c. With w = s R
+and c = s b / 4 for a small s, the order is that of R x + b: sigmoid(u) = 1/2 + u/4 - u^3/48 + ..., and s is chosen such
+that the cubic term and the float32 rounding of a score near 1/2 are each about 1e-5 of the largest logit. A token whose
+two best logits are closer than that may be routed to the other one.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ LinearRouter = tuple[Tensor, Tensor | None]
 """R, float32 [experts, width], and b, [experts]."""
 
 _BASE = "base"
-"""The slot of the base's own mlp, in layers without experts and where "no adapter" is an expert."""
+"""The slot of the base's own mlp, in layers without experts and if "no adapter" is an expert."""
 
 _SMALL = 0.02
 """The largest argument of a sigmoid."""
 
 
 def check_convertible(recipe: RoutedRecipe) -> None:
-    """Refuse a routed recipe that is no mixture.
+    """Reject a routed recipe that is not equivalent to a mixture.
 
     Raises:
-        InputError: saying which part of it is not.
+        InputError: saying which part of it is the reason.
     """
     place, hint = "recipe", "Export it otherwise; its flattened merge is always plain."
     if recipe.where != "mlp":
@@ -62,13 +62,13 @@ def check_convertible(recipe: RoutedRecipe) -> None:
 def mixture_of_routed(
     recipe: RoutedRecipe, routers: Mapping[str, LinearRouter], sources: Mapping[str, Source]
 ) -> tuple[MixtureRecipe, Rows]:
-    """The mixture that a routed recipe is, and its routers.
+    """The mixture that is equivalent to a routed recipe, and its routers.
 
     Args:
-        routers: of each mlp, by the block's name in the model, as ``RoutedBuilder.routers`` gives them.
+        routers: for each mlp, by the block's name in the model, as returned by ``RoutedBuilder.routers``.
 
     Raises:
-        InputError: it is none.
+        InputError: there is none.
     """
     check_convertible(recipe)
     layers = sources[recipe.base].layers
@@ -100,7 +100,7 @@ def mixture_of_routed(
 
 
 def _slots(recipe: RoutedRecipe) -> list[str]:
-    """All slots that some layer has; a glm4_moe has two at least, of which one may be nowhere."""
+    """All slots in any layer; a glm4_moe has at least two, one of which may be absent everywhere."""
     found = dict.fromkeys(name for group in recipe.groups for name in _present(recipe, group))
     ordered = [name for name in (*recipe.experts, _BASE) if name in found]
     return ordered if len(ordered) > 1 else [*ordered, _BASE if _BASE not in ordered else recipe.experts[0]]
@@ -117,7 +117,7 @@ def _first(groups: list[SlotGroup], name: str) -> int:
 
 
 def _with_gain(recipe: RoutedRecipe, name: str, gain: float) -> Blend:
-    """The mlp of an expert: the base with so much of what it changes."""
+    """The mlp of an expert: the base plus ``gain`` times its change."""
     if name == _BASE and name not in recipe.experts:
         return _copy(recipe.base)
     parameters = {"weight": {name: gain}, "lambda": 1.0, "normalize": False}
@@ -137,7 +137,7 @@ def _number(blends: list[Blend], blend: Blend) -> int:
 def _scaled(
     recipe: RoutedRecipe, group: LayerGroup, router: LinearRouter | None, width: int, slots: list[str]
 ) -> tuple[Tensor, Tensor]:
-    """A router's rows and biases as a glm4_moe has them, float32 [slots, width] and [slots]; see the module's text."""
+    """A router's rows and biases for a glm4_moe, float32 [slots, width] and [slots]; see the module docstring."""
     weight, bias = torch.zeros(len(slots), width), torch.zeros(len(slots))
     if router is None or not group.experts:
         return weight, bias

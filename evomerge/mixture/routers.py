@@ -1,17 +1,17 @@
-"""The rows of routers: what each token's input is multiplied by, so that each slot gets a logit.
+"""The rows of routers, which map each token's input to a logit for each slot.
 
-Found once for a landmark, a mixture of which all candidates of a search share the rows (``MixtureRecipe.landmark``),
-and kept as evidence.
+They are found once, with a reference mixture (``MixtureRecipe.reference_mixture``), shared by all candidates of a search, and
+cached as evidence.
 
-Prototypes (as mergekit-moe's hidden mode, "made right"): the router of a layer multiplies what the norm behind the
-attention gives, so that is what is observed, not the layer's own input; every token of a text counts, but for its
-first, which is the same in all texts; a slot's texts are run through that slot's own mlps, as a router that sends them
-there has it. With m_e the mean over the tokens of slot e, and m that of the m_e,
+Prototypes (like mergekit-moe's hidden mode, corrected): the router of a layer reads the output of the norm after the
+attention, so this is observed instead of the layer's own input; every token of a text counts except the first, which is
+the same in all texts; a slot's texts are run through that slot's own mlps, as if a router had sent them there. With m_e
+the mean over the tokens of slot e, and m the mean of the m_e,
 
     r_e = (m_e - m) / mean_e |m_e - m|^2,
 
-so that a slot's average token has a logit of about 1 above that of the average of all. Only glm4_moe can hold the
-constant r_e m, as a bias of the choice; of others it stays in the logits.
+so that a slot's average token has a logit about 1 above that of the overall average. Only glm4_moe can represent the
+constant r_e m, as a selection bias; in other architectures it remains part of the logits.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 _KIND = "rows of routers 1"
 _ABSENT = -1e9
-"""The bias of a slot that a layer does not have."""
+"""The bias of a slot that is absent from a layer."""
 
 _ALIKE = 1e-12
-"""Mean square of the differences of prototypes, under which they are the same."""
+"""Prototypes count as equal if the mean square of their differences is below this."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,22 @@ class Rows:
 
     Attributes:
         rows: float32 [layers, slots, width].
-        middle: float32 [layers, slots], the logits of what is given on average; zero where nobody measured it.
+        middle: float32 [layers, slots], the logits of the average input; zero if not measured.
     """
 
     rows: Tensor
     middle: Tensor
 
     def weight(self, layer: int, group: SlotGroup, slots: Sequence[str]) -> Tensor:
-        """A router's weight, float32 [slots, width]: rows over the temperature, zero of slots that are not there."""
+        """A router's weight, float32 [slots, width]: rows over the temperature, zero for absent slots."""
         there = torch.tensor([float(slot in group.slots) for slot in slots])
         return self.rows[layer] / group.temperature * there[:, None]
 
     def bias(self, layer: int, group: SlotGroup, slots: Sequence[str]) -> Tensor:
-        """The bias of a glm4_moe's choice, float32 [slots].
+        """The selection bias of a glm4_moe, float32 [slots].
 
-        With it, what is given on average is as likely to go to one slot as to another: the choice is by
-        sigmoid(r x / t) + bias, and that is 1/2 there.
+        With it, the average input is equally likely to be routed to any slot: the selection is by sigmoid(r x / t) +
+        bias, which is 1/2 there.
         """
         centred = 0.5 - torch.sigmoid(self.middle[layer] / group.temperature)
         given = torch.tensor([group.bias.get(slot, 0.0) for slot in slots])
@@ -72,15 +72,15 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Landmark:
-    """The mixture that rows are found with, live.
+class ReferenceMixture:
+    """The live reference mixture with which rows are found.
 
     Attributes:
-        recipe: see ``MixtureRecipe.landmark``.
+        recipe: see ``MixtureRecipe.reference_mixture``.
         live: its model.
         gates: the module of each layer's router.
-        write: writes a recipe of this very form into the model, with routers that are zero.
-        tokens_of: the texts of a name as the model reads them, int64 [1, tokens] each.
+        write: writes a recipe of this form into the model, with zero routers.
+        tokens_of: the tokenized texts with a given name, int64 [1, tokens] each.
     """
 
     recipe: MixtureRecipe
@@ -96,17 +96,17 @@ def rows_of(
     evidence: Evidence,
     follows_from: tuple[Any, ...],
     fit: Fit | None,
-    landmark: Callable[[], Landmark],
+    reference: Callable[[], ReferenceMixture],
 ) -> Rows:
-    """The rows of a recipe's routers, from the evidence or found now.
+    """The rows of a recipe's routers, from the cached evidence or computed now.
 
     Args:
-        width: of what routers are given.
-        follows_from: all that they follow from beside what the recipe says of routers.
-        landmark: the live mixture, asked for where it is needed.
+        width: the width of the routers' inputs.
+        follows_from: everything that determines them in addition to the recipe's description of routers.
+        reference: returns the live reference mixture, if needed.
 
     Raises:
-        InputError: texts of different slots are the same.
+        InputError: texts of different slots are equal.
     """
     router, slots, layers = recipe.router, recipe.slots, recipe.layers
     if router.kind == "uniform":
@@ -117,16 +117,16 @@ def rows_of(
 
     def compute() -> Tensors:
         if router.kind == "prototypes":
-            return _prototypes(landmark())
-        assert fit is not None  # looked at by the builder
-        return _fitted(landmark(), fit)
+            return _prototypes(reference())
+        assert fit is not None  # checked by the builder
+        return _fitted(reference(), fit)
 
     found = evidence.get(_KIND, (*follows_from, _said(recipe)), compute)
     return Rows(found["rows"], found["middle"])
 
 
 def _said(recipe: MixtureRecipe) -> str:
-    """What a recipe says of its routers' rows, with the blends in place of their numbers."""
+    """A recipe's description of its router rows, with blends instead of their numbers."""
     router = recipe.router
     said = {
         "architecture": recipe.architecture,
@@ -142,15 +142,15 @@ def _said(recipe: MixtureRecipe) -> str:
     return json.dumps(said)
 
 
-def _prototypes(landmark: Landmark) -> Tensors:
-    """See the module's text."""
-    recipe, means, opposite = landmark.recipe, {}, {}
+def _prototypes(reference: ReferenceMixture) -> Tensors:
+    """See the module docstring."""
+    recipe, means, opposite = reference.recipe, {}, {}
     for slot, blend in recipe.router.slots.items():
         alone = SlotGroup(layers=recipe.layers, slots=dict.fromkeys(recipe.slots, blend))
-        landmark.write(recipe.model_copy(update={"groups": (alone,), "top_k": 1, "normalised": True}))
-        means[slot] = _mean_given(landmark, slot)
+        reference.write(recipe.model_copy(update={"groups": (alone,), "top_k": 1, "normalised": True}))
+        means[slot] = _mean_given(reference, slot)
         if slot in recipe.router.against:
-            opposite[slot] = _mean_given(landmark, f"not {slot}")
+            opposite[slot] = _mean_given(reference, f"not {slot}")
     middle = torch.stack(list(means.values())).mean(dim=0)  # [layers, width]
     apart = torch.stack([mean - opposite.get(slot, middle) for slot, mean in means.items()], dim=1)
     size = apart.square().sum(dim=-1).mean(dim=-1)  # [layers]
@@ -163,15 +163,15 @@ def _prototypes(landmark: Landmark) -> Tensors:
 
 
 @torch.inference_mode()
-def _mean_given(landmark: Landmark, name: str) -> Tensor:
-    """What routers are given on average over the tokens of some texts but the first of each, float64 [layers, width].
+def _mean_given(reference: ReferenceMixture, name: str) -> Tensor:
+    """The mean input of routers over the tokens of some texts except the first of each, float64 [layers, width].
 
     Texts are run one by one, so that there is no padding.
     """
-    sums, count = [torch.zeros(()).double()] * len(landmark.gates), 0
-    for tokens in landmark.tokens_of(name):
-        with observed_inputs(landmark.gates) as given:
-            landmark.live.model(tokens.to(landmark.live.device), use_cache=False)
+    sums, count = [torch.zeros(()).double()] * len(reference.gates), 0
+    for tokens in reference.tokens_of(name):
+        with observed_inputs(reference.gates) as given:
+            reference.live.model(tokens.to(reference.live.device), use_cache=False)
         first = 1 if tokens.shape[1] > 1 else 0
         sums = [total + x[first:].double().sum(dim=0).cpu() for total, x in zip(sums, given, strict=True)]
         count += tokens.shape[1] - first
@@ -180,7 +180,7 @@ def _mean_given(landmark: Landmark, name: str) -> Tensor:
 
 @contextmanager
 def observed_inputs(gates: Sequence[Any]) -> Iterator[list[Tensor]]:
-    """Collect what routers are given in a forward pass: [tokens, width] each, in the order of the layers."""
+    """Collect the routers' inputs in a forward pass: [tokens, width] each, in the order of the layers."""
     given: dict[int, Tensor] = {}
     collected: list[Tensor] = []
 
@@ -196,14 +196,15 @@ def observed_inputs(gates: Sequence[Any]) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _fitted(landmark: Landmark, fit: Fit) -> Tensors:
-    """Rows by AdamW from zero, with all slots kept, in float32 beside what the model computes with.
+def _fitted(reference: ReferenceMixture, fit: Fit) -> Tensors:
+    """Fit rows with AdamW, starting from zero, with all slots selected; master weights are float32.
 
-    A number of a row meets an input of about 1, and they are as many as the input is wide: a step of the fit's rate
-    over the root of that changes logits about as much as a step of the rate changes a number that stands alone.
+    Each number of a row is multiplied by an input of about 1, and there are as many as the input is wide: a step of the
+    learning rate divided by the square root of the width changes logits about as much as a step of the learning rate
+    changes a single number.
     """
-    landmark.write(landmark.recipe)
-    weights = [gate.weight for gate in landmark.gates]
+    reference.write(reference.recipe)
+    weights = [gate.weight for gate in reference.gates]
     masters = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     rate = fit.rate / math.sqrt(masters[0].shape[1])
     optimizer = torch.optim.AdamW(masters, lr=rate, weight_decay=0.0)
@@ -213,7 +214,7 @@ def _fitted(landmark: Landmark, fit: Fit) -> Tensors:
         for step in range(fit.steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / fit.steps))
-            _step(landmark.live, fit, step, masters, weights)
+            _step(reference.live, fit, step, masters, weights)
             optimizer.step()
     finally:
         for weight in weights:
@@ -226,7 +227,7 @@ def _fitted(landmark: Landmark, fit: Fit) -> Tensors:
 
 
 def _step(live: LiveModel, fit: Fit, step: int, masters: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """Put the gradient of a step's loss beside the masters, computed with what they are in the model's dtype."""
+    """Store the gradient of a step's loss with the master weights, computed with their values in the model's dtype."""
     with torch.no_grad():
         for master, weight in zip(masters, weights, strict=True):
             weight.copy_(master)

@@ -175,7 +175,7 @@ class MixtureRecipe(Recipe):
             numbers.append(shared if slot is None else there.get(slot, next(iter(there.values()))))
         return self._dense(self.rest, self.embedding, [n if n is not None else self.rest for n in numbers])
 
-    def landmark(self) -> MixtureRecipe:
+    def reference_mixture(self) -> MixtureRecipe:
         """The mixture with which the router rows are found: every slot in every layer, with all of them selected."""
         router = self.router
         group = SlotGroup(layers=self.layers, slots=router.slots)

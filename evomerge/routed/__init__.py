@@ -1,1 +1,1 @@
-"""Adapters of one base as experts, whose outputs routers mix anew for every token: the models of routed recipes."""
+"""Models of routed recipes: adapters of one base as experts, whose outputs are mixed by routers for every token."""

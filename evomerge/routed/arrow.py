@@ -1,4 +1,4 @@
-"""Arrow routing: a token goes to experts whose strongest input direction it is most in line with.
+"""Arrow routing: a token is routed to the experts whose dominant input direction it is most aligned with.
 
 The logit of an expert is |x . v|, with v the right singular vector of its change s B A that belongs to the largest
 singular value (Ostapenko et al. 2024, "Towards Modular LLMs by Building and Reusing a Library of LoRAs", arXiv
@@ -19,10 +19,10 @@ from evomerge.routed.spectra import right_singular
 
 
 def arrow_weights(sites: Sequence[Site], width: dict[str, int]) -> dict[str, Tensor]:
-    """v of each expert, by the module of the site: float32 [experts, inputs], zeros of those that leave it alone.
+    """v of each expert, by the module of the site: float32 [experts, inputs]; zeros for experts that do not change it.
 
     Args:
-        width: of what modules are given, by their names.
+        width: the input widths of modules, by name.
     """
 
     def rows_of(site: Site) -> Tensor:

@@ -1,4 +1,4 @@
-"""Arrow-routed experts as peft loads them: the base and each adapter in a folder of its own, and six lines of code."""
+"""Exports Arrow-routed experts for peft: the base and each adapter in a folder of its own, and six lines of code."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ model = create_arrow_model(
 
 
 def arrow_settings(recipe: RoutedRecipe, sources: Mapping[str, Source]) -> dict[str, Any]:
-    """What peft is told of a recipe.
+    """The settings of peft's Arrow for a recipe.
 
     Raises:
-        InputError: peft's Arrow cannot do what it says.
+        InputError: peft's Arrow does not support it.
     """
     router, first = recipe.router, recipe.groups[0]
     plain = first.model_copy(update={"layers": 1})
@@ -76,10 +76,10 @@ def write_arrow(
     texts: Mapping[str, str],
     check: Callable[[Path], None] | None,
 ) -> None:
-    """Make the folder ``out``, or nothing.
+    """Create the folder ``out``, or nothing.
 
     Raises:
-        InputError: peft's Arrow cannot do what the recipe says, or ``out`` cannot be written.
+        InputError: peft's Arrow does not support the recipe, or ``out`` cannot be written.
     """
     settings = arrow_settings(recipe, sources)
     check_target(out)
@@ -103,10 +103,10 @@ def write_arrow(
 
 
 def load(folder: Path) -> Any:
-    """The model of such a folder in peft.
+    """Load the model of such a folder with peft.
 
     Raises:
-        InputError: there is no peft here.
+        InputError: peft is not installed.
     """
     try:
         from peft.tuners.lora import ArrowConfig, create_arrow_model

@@ -1,4 +1,4 @@
-"""The builder of routed recipes: one live model of the trunk, beside whose modules lie the experts."""
+"""The builder of routed recipes: one live model of the trunk, with the experts beside its modules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class RoutedBuilder:
-    """Makes models whose experts are gated for every token; see ``Builder``."""
+    """Builds models whose experts are gated for every token; see ``Builder``."""
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context
@@ -41,7 +41,7 @@ class RoutedBuilder:
 
     @staticmethod
     def check(recipe: RoutedRecipe, sources: Mapping[str, Source]) -> None:
-        """Refuse a recipe whose experts are no adapters of its base, or whose groups do not fit it."""
+        """Reject a recipe whose experts are not adapters of its base, or whose groups do not fit it."""
         base = sources[recipe.base]
         check_layers(recipe, base)
         places_of(recipe, sites_of(recipe, sources), base)
@@ -54,23 +54,23 @@ class RoutedBuilder:
         self._stack.start()
 
     def calibrate(self, recipe: RoutedRecipe, source: str) -> None:
-        """Run the base over a source's texts, as far as routers are made by them."""
+        """Run the base on a source's texts, if routers are computed from them."""
         sites, places = self._layout(recipe)
         self._routers.record(recipe, source, sites, places)
 
     def fit(self, recipe: RoutedRecipe) -> None:
-        """Fit routers, where the recipe's are."""
+        """Fit routers, if the recipe's routers are fitted."""
         if recipe.router.kind == "fitted":
             self.routers(recipe)
 
     def write(self, recipe: RoutedRecipe) -> LiveModel:
-        """The live model with the recipe's trunk, and its experts gated beside it."""
+        """The live model with the recipe's trunk, and its gated experts beside it."""
         from evomerge.checkpoints.live import check_live
 
         meter = self._meter(recipe)
         live = self._install(recipe, meter)
         check_live(live)
-        meter.take()  # what the check has used says nothing
+        meter.take()  # discard the use measured during the check
         return replace(live, change=None, use=meter)
 
     def _meter(self, recipe: RoutedRecipe) -> UseMeter:
@@ -81,7 +81,7 @@ class RoutedBuilder:
         return UseMeter(names, places, self._context.sources[recipe.base].layers)
 
     def _install(self, recipe: RoutedRecipe, listener: Listener) -> LiveModel:
-        """The live model with a recipe's trunk and experts, until it is written to again."""
+        """The live model with a recipe's trunk and experts, valid until it is written to again."""
         self.check(recipe, self._context.sources)
         routers = self.routers(recipe)
         live = self._stack.write(trunk_of(recipe, self._context.sources[recipe.base].layers))
@@ -108,7 +108,7 @@ class RoutedBuilder:
         return sites, places_of(recipe, sites, self._context.sources[recipe.base])
 
     def _experts(self, recipe: RoutedRecipe, live: LiveModel) -> LiveExperts:
-        """The experts beside the live model; those of the last recipe where they are the same."""
+        """The experts beside the live model; those of the previous recipe if they are the same."""
         from evomerge.routed.live import LiveExperts
 
         key = (recipe.base, recipe.where, *recipe.experts)
@@ -126,7 +126,7 @@ class RoutedBuilder:
         check: Callable[[Path], None] | None = None,
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
-        """A plain folder of the merge that the mean gates come to, or the model itself in one of its ``forms``."""
+        """Export a plain folder of the merge by mean gates, or the routed model itself in one of its ``forms``."""
         if self._context.form is None:
             self._stack.export(self.flattened(recipe), out, texts=texts, check=check, progress=progress)
             return
@@ -170,7 +170,7 @@ class RoutedBuilder:
         return flattened(recipe, sites, meter.means, self._context.sources)
 
     def reload(self, folder: Path) -> LiveModel:
-        """The folder in plain transformers, in transformers with its own code, or in peft."""
+        """Load the folder with plain transformers, with transformers and its own code, or with peft."""
         if self._context.form is None:
             return self._stack.reload(folder)
         if self._context.form == "mixture":

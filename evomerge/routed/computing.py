@@ -1,7 +1,7 @@
-"""What routers and experts compute for tokens, beside the modules of a model.
+"""The computation of routers and experts for tokens, beside the modules of a model.
 
-This file imports torch and ``gates`` alone, and is copied into exported folders as it is, so that they compute what was
-scored.
+This file imports only torch and ``gates``, and is copied unchanged into exported folders, so that they compute exactly
+what was scored.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from evomerge.routed.gates import Gating, gates_of
 
 @dataclass(frozen=True)
 class Router:
-    """Gives the logits of experts for tokens.
+    """Computes the logits of experts for tokens.
 
     Attributes:
         kind: "linear", R x + b; "absolute", |R x|; "norm", the norm of each block of rows of R times x.
-        weight: R, float32 [experts, width], of a "norm" [experts, rows, width].
-        bias: b, float32 [experts]; None for none.
+        weight: R, float32 [experts, width]; for a "norm" [experts, rows, width].
+        bias: b, float32 [experts]; None if there is none.
     """
 
     kind: str
@@ -34,7 +34,7 @@ class Router:
     bias: Tensor | None = None
 
     def logits(self, seen: Tensor) -> Tensor:
-        """float32 [..., experts] for what the router looks at, [..., width]."""
+        """float32 [..., experts] for the router's input, [..., width]."""
         rows = self.weight.flatten(0, -2)
         found = F.linear(seen.float(), rows, self.bias)
         if self.kind == "absolute":
@@ -50,7 +50,7 @@ class Routing:
 
     Attributes:
         bias, present: see ``gates_of``.
-        routers: how many routers that see the same are one here, whose logits come one after another.
+        routers: the number of routers with the same input that are combined here, with concatenated logits.
     """
 
     router: Router
@@ -60,7 +60,7 @@ class Routing:
     routers: int = 1
 
     def gates(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits and the gates of tokens: float32 [..., experts] each, of several [..., routers, experts]."""
+        """The logits and gates of tokens: float32 [..., experts] each; for several routers [..., routers, experts]."""
         logits = self.router.logits(seen)
         if self.routers > 1:
             logits = logits.view(*logits.shape[:-1], self.routers, -1)
@@ -69,14 +69,14 @@ class Routing:
 
 @dataclass(frozen=True)
 class LowRankExperts:
-    """The low-rank changes of modules that are given the same, side by side: y = W0 x + sum_e g_e s_e B_e A_e x.
+    """The concatenated low-rank changes of modules with the same input: y = W0 x + sum_e g_e s_e B_e A_e x.
 
     Attributes:
         down: all A of all modules, [ranks, inputs], in the model's dtype.
-        ups: of each module all its B, [its ranks, outputs].
-        spread: float32 [gates, ranks], the scaling s_e at the ranks that a gate of expert e lets through, and zeros
-            elsewhere: what ranks are multiplied by is a product with it. There is a gate for each expert, of several
-            routers one after another.
+        ups: for each module all its B, [its ranks, outputs].
+        spread: float32 [gates, ranks], the scaling s_e for the ranks controlled by the gate of expert e, and zeros
+            elsewhere: multiplying gates by it gives the factors of the ranks. There is a gate for each expert; those of
+            several routers are concatenated.
     """
 
     down: Tensor
@@ -84,11 +84,11 @@ class LowRankExperts:
     spread: Tensor
 
     def mixed(self, given: Tensor, gates: Tensor) -> Sequence[Tensor]:
-        """What of each module is to be multiplied by its B: [..., its ranks].
+        """For each module, the input of its B: [..., its ranks].
 
         Args:
             given: [..., inputs].
-            gates: float32 [..., experts], of several routers [..., routers, experts].
+            gates: float32 [..., experts]; for several routers [..., routers, experts].
         """
         if gates.dim() > given.dim():
             own = gates[..., : len(self.spread) // gates.shape[-2]].flatten(-2)
@@ -98,7 +98,7 @@ class LowRankExperts:
         return (mixed,) if len(self.ups) == 1 else torch.split(mixed, [len(up) for up in self.ups], -1)
 
     def add(self, mixed: Tensor, module: int, output: Tensor) -> Tensor:
-        """What a module gives, [..., outputs], and its experts' parts; in the memory of ``output``."""
+        """A module's output, [..., outputs], plus its experts' parts; reuses the memory of ``output``."""
         flat = output.view(-1, output.shape[-1])
         return flat.addmm_(mixed.reshape(-1, mixed.shape[-1]), self.ups[module]).view(output.shape)
 
@@ -107,7 +107,7 @@ class LowRankExperts:
 class VectorExperts:
     """The (IA)3 vectors of one module: y = x (1 + sum_e g_e (l_e - 1)), element by element.
 
-    Of gates that sum to 1 that is x sum_e g_e l_e (MoV, arXiv 2309.05444, equation 2); of none it is x.
+    For gates that sum to 1 this is x sum_e g_e l_e (MoV, arXiv 2309.05444, equation 2); without gates it is x.
 
     Attributes:
         deltas: l_e - 1, float32 [experts, width].
@@ -132,7 +132,7 @@ class VectorExperts:
 
 
 def _own(gates: Tensor, experts: Tensor) -> Tensor:
-    """The gates of experts without that of the base, where it is one more: it changes nothing."""
+    """The gates of experts without that of the base, if the base is one more expert: it changes nothing."""
     return gates if gates.shape[-1] == len(experts) else gates[..., : len(experts)]
 
 
@@ -142,15 +142,15 @@ Experts: TypeAlias = LowRankExperts | VectorExperts
 def gate_experts(
     modules: Sequence[nn.Module], form: str, experts: Callable[[], Experts], gates: Callable[[Tensor], Tensor]
 ) -> list[RemovableHandle]:
-    """Have modules give what they give with experts.
+    """Make modules add the contributions of experts to their outputs.
 
-    A batch comes as [rows, tokens, width], or with rows and tokens as one dimension.
+    A batch is [rows, tokens, width], or has rows and tokens as one dimension.
 
     Args:
-        modules: that are given the same; with vectors it is one.
+        modules: modules with the same input; a single one for vectors.
         form: "low_rank" changes of its weight, or vectors of its "inputs" or its "outputs".
-        experts: asked for whenever a module is called.
-        gates: of what routers look at there, or of a shape of it.
+        experts: called whenever a module is called.
+        gates: maps the routers' input, or a tensor with its shape, to gates.
     """
 
     def vectors() -> VectorExperts:
@@ -171,7 +171,7 @@ def gate_experts(
 
 
 class _Mixing:
-    """Adds low-rank experts to what modules give; the first of them computes what is of the input alone for all."""
+    """Adds low-rank experts to modules' outputs; the first module computes for all what depends only on the input."""
 
     def __init__(self, count: int, experts: Callable[[], Experts], gates: Callable[[Tensor], Tensor]) -> None:
         self._count, self._experts, self._gates = count, experts, gates
@@ -191,7 +191,7 @@ class _Mixing:
 
 
 def watch(module: nn.Module, is_output: bool, take: Callable[[Tensor], None]) -> RemovableHandle:
-    """Have what a module or block is given, or gives, taken whenever it is called."""
+    """Call ``take`` with the input or output of a module or block whenever it is called."""
     if is_output:
         return module.register_forward_hook(lambda called, given, output: take(output))
 

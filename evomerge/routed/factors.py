@@ -1,4 +1,4 @@
-"""The tensors of experts, read from their adapters."""
+"""Reads the tensors of experts from their adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evomerge.routed.sites import Site
 
 @dataclass(frozen=True)
 class LowRankFactors:
-    """One expert's change of one weight, s B A: float32 on the CPU.
+    """One expert's change to one weight, s B A: float32 on the CPU.
 
     Attributes:
         down: A, [ranks, inputs].
@@ -29,7 +29,7 @@ class LowRankFactors:
 
 
 def factors_of(site: Site, expert: int) -> LowRankFactors | None:
-    """What an expert does to a site, of all adapters of its source in one; None where that is nothing."""
+    """An expert's change to a site, with all adapters of its source combined; None if there is none."""
     changes = [change for change in site.changes[expert] if isinstance(change, LowRank)]
     if not changes:
         return None
@@ -39,13 +39,13 @@ def factors_of(site: Site, expert: int) -> LowRankFactors | None:
 
 
 def side_by_side(site: Site, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> LowRankExperts:
-    """All that experts do to a site, on a device and in the dtype of its weight.
+    """All changes of experts to a site, concatenated, on a device and in the dtype of its weight.
 
     Args:
-        names: of the experts, for messages.
+        names: the names of the experts, for messages.
 
     Raises:
-        InputError: an adapter has NaN or Inf.
+        InputError: an adapter contains NaN or Inf.
     """
     downs, ups, spreads = [], [], []
     for expert, changes in enumerate(site.changes):
@@ -63,13 +63,13 @@ def side_by_side(site: Site, names: Sequence[str], device: torch.device, dtype: 
 
 
 def vectors_of(site: Site, names: Sequence[str], width: int, device: torch.device) -> VectorExperts:
-    """The (IA)3 vectors of a site; several adapters of one source multiply.
+    """The (IA)3 vectors of a site; those of several adapters of one source are multiplied.
 
     Args:
-        width: of what they scale.
+        width: the width of what they scale.
 
     Raises:
-        InputError: a vector has NaN or Inf.
+        InputError: a vector contains NaN or Inf.
     """
     rows = torch.ones(len(names), width)
     for expert, changes in enumerate(site.changes):
@@ -82,7 +82,7 @@ def vectors_of(site: Site, names: Sequence[str], width: int, device: torch.devic
 
 
 def only(experts: LowRankExperts, present: Sequence[int]) -> LowRankExperts | None:
-    """The experts of one module with these numbers alone; None where none of them is there."""
+    """Only the experts of one module with these indices; None if there are none."""
     mask = (experts.spread[list(present)] != 0).any(0)
     if bool(mask.all()):
         return experts

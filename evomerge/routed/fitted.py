@@ -1,8 +1,8 @@
-"""Routers by gradient: their weights, and nothing else, are fitted to right answers.
+"""Fits routers by gradient descent: only their weights are fitted to right answers.
 
-Each starts at zero, where it gives every expert the same, and AdamW (without decay) takes its rate to 0 along a cosine.
-It is done once for all experts in every layer; what a candidate leaves out, tempers or scales is done to the result, so
-that candidates cost no gradient.
+Each starts at zero, which gives every expert the same gate, and AdamW (without weight decay) decays its learning rate
+to 0 along a cosine. Fitting is done once for all experts in every layer; what a candidate omits, sharpens or scales is
+applied to the result, so that candidates need no gradient.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from evomerge.routed.sites import Place
 from evomerge.routed.use import of_tokens
 
 RATE = 0.1
-"""Of the rate of a fit, which is that of numbers about 1: what routers see has hundreds of channels of size 1. By the
-answers that were not fitted to (``scripts/bench/experts.py tune``) half of it is worse, and twice of it as good."""
+"""Relative to the learning rate of a fit, which suits numbers of about 1: a router's input has hundreds of channels of
+that size. On held-out answers (``scripts/bench/experts.py tune``) half of it is worse, and twice of it as good."""
 
 Routings = Callable[[Mapping[str, Router]], Mapping[str, Routing]]
 """(the router of each place) -> how they gate."""
@@ -42,15 +42,15 @@ def fit_routers(
     routings: Routings,
     fit: Fit,
 ) -> dict[str, Router]:
-    """The routers of all places, fitted.
+    """Fit the routers of all places.
 
     Args:
-        live: holds the base.
-        recipe: says which experts are where, and the balance of their use.
-        routings: how logits become gates meanwhile.
+        live: the live model of the base.
+        recipe: says which experts are where, and gives the balancing losses.
+        routings: how logits become gates during the fit.
 
     Raises:
-        InputError: items have no groups that the balance needs.
+        InputError: items lack the groups that a balancing loss needs.
         NotFiniteError: a loss is NaN or Inf.
     """
     rows = len(recipe.experts) + recipe.router.base_expert
@@ -70,7 +70,7 @@ def fit_routers(
     def listening(recomputed: bool) -> AbstractContextManager[None]:
         return gradients(live, {}, recomputed=recomputed)
 
-    # A graph is made by the loss's own forward pass; of what is computed before, nothing is differentiated.
+    # The graph is built by the loss's own forward pass; earlier computations are not differentiated.
     undo = experts.install(recipe, places, routings(routers), use, apart=True)
     with undo:
         for step in range(fit.steps):
@@ -93,13 +93,13 @@ def _settled(router: Router) -> Router:
 
 
 def _home(live: LiveModel, name: str) -> torch.device:
-    """The device of the weights of a module or a block."""
+    """The device of the weights of a module or block."""
     device: torch.device = next(live.model.get_submodule(name).parameters()).device
     return device
 
 
 class _Use:
-    """What routers said in the forward pass of one part, and the losses of it: a listener."""
+    """A listener that collects the routers' outputs in the forward pass of one part, and computes losses on them."""
 
     def __init__(self, recipe: RoutedRecipe, places: Mapping[str, Place]) -> None:
         self._recipe, self._places, self._balance = recipe, places, recipe.router.balance
@@ -112,21 +112,21 @@ class _Use:
         self._said.clear()
 
     def routed(self, place: str, logits: Tensor, gates: Tensor) -> None:
-        if self._open:  # not where a layer is computed again
+        if self._open:  # not when a layer is recomputed
             self._said[place] = logits, gates
 
     def done(self) -> None:
         self._open = False
 
     def forget(self) -> None:
-        """Let go of the graph."""
+        """Release the graph."""
         self._said.clear()
 
     def loss(self, kinds: Sequence[int] | None) -> Tensor:
-        """The balance of the pass, weighed as the recipe says: a scalar.
+        """The balancing loss of the pass, weighted as in the recipe: a scalar.
 
         Args:
-            kinds: the group of each of its texts, 0 or 1, where they have any.
+            kinds: the group of each text, 0 or 1, if they have groups.
         """
         balance, total = self._balance, torch.zeros(())
         if balance.switch:
@@ -142,7 +142,7 @@ class _Use:
         return total
 
     def _switch(self) -> Iterator[Tensor]:
-        """Of each layer, the tokens of all its places as one batch (MoLA)."""
+        """For each layer, with the tokens of all its places as one batch (MoLA)."""
         layers: dict[int, list[Tensor]] = defaultdict(list)
         for name, (logits, _) in self._said.items():
             layers[self._places[name].layer].append(self._kept(logits).softmax(-1).cpu())
@@ -150,7 +150,7 @@ class _Use:
             yield switch_balance(torch.cat(probabilities), self._recipe.group_of(layer).top_k)
 
     def _localized(self, kinds: Sequence[int]) -> Tensor:
-        """The mean over places. Texts of group 0 are of the first half of the experts."""
+        """The mean over places. Texts of group 0 belong to the first half of the experts."""
         if max(kinds) > 1:
             problem = "knows two groups of texts, and the items of `fit` have more"
             raise InputError("recipe.router.balance.localized", problem)
@@ -164,6 +164,6 @@ class _Use:
         return torch.stack(found).mean()
 
     def _kept(self, logits: Tensor) -> Tensor:
-        """The logits of all tokens that are no padding, [tokens, experts]."""
+        """The logits of all tokens without padding, [tokens, experts]."""
         flat = logits.reshape(-1, logits.shape[-1])
         return flat[of_tokens(self._mask, len(flat), flat.device) > 0]

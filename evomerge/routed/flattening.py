@@ -1,7 +1,7 @@
-"""A routed model as a plain one: what each expert gets on average is merged into the weights.
+"""Converts a routed model to a plain one: the average contribution of each expert is merged into the weights.
 
 With the mean gate c_e of an expert at a module, over the tokens of some texts, the module's weight becomes
-W0 + sum_e c_e D_e. That is another model than the routed one, with a score of its own.
+W0 + sum_e c_e D_e. This is a different model from the routed one, with a different score.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from evomerge.routed.sites import Site, place_of
 from evomerge.routed.trunk import trunk_of
 
 _STEPS = 8
-"""Of a fit, whose items gates are averaged over: over a hundred texts."""
+"""How many steps of a fit provide the items over which gates are averaged: over a hundred texts."""
 
 
 def run_over_texts(recipe: RoutedRecipe, live: LiveModel, fit: Fit | None, inputs: Inputs | None) -> None:
-    """Run a model over items that it may be fitted to, or else over the calibration texts of the experts.
+    """Run a model on items that it may be fitted to, or else on the calibration texts of the experts.
 
     Raises:
         InputError: there are neither.
@@ -35,7 +35,7 @@ def run_over_texts(recipe: RoutedRecipe, live: LiveModel, fit: Fit | None, input
         for step in range(min(_STEPS, fit.steps)):
             with closing(fit.passes(live, step)) as parts:
                 for part in parts:
-                    del part  # gates are listened to, and nothing is learnt
+                    del part  # only the gates are observed, nothing is learnt
         return
     if inputs is None:
         problem = "is exported as a plain model by the mean of its gates, and there are no texts to measure them on"
@@ -49,7 +49,7 @@ def run_over_texts(recipe: RoutedRecipe, live: LiveModel, fit: Fit | None, input
 def flattened(
     recipe: RoutedRecipe, sites: Sequence[Site], means: Mapping[str, Sequence[float]], sources: Mapping[str, Source]
 ) -> StackRecipe:
-    """The plain merge that a routed recipe comes to with these mean gates by place."""
+    """The plain merge for a routed recipe with these mean gates by place."""
     trunk = trunk_of(recipe, sources[recipe.base].layers)
     tensors: dict[str, Blend] = {}
     for site in sites:
@@ -67,7 +67,7 @@ def flattened(
 
 
 def _tensors(site: Site, experts: Sequence[str], sources: Mapping[str, Source]) -> Iterator[str]:
-    """The weight of a site, and its bias where experts scale that along."""
+    """The weight of a site, and its bias if experts scale that as well."""
     yield site.weight
     bias = site.weight.removesuffix("weight") + "bias"
     if any(bias in sources[name].changes for name in experts):
@@ -75,7 +75,7 @@ def _tensors(site: Site, experts: Sequence[str], sources: Mapping[str, Source]) 
 
 
 def with_tensors(recipe: StackRecipe, tensors: Mapping[str, Blend]) -> StackRecipe:
-    """A recipe with some tensors made otherwise."""
+    """A recipe with exceptions for some tensors."""
     part: Callable[[int], Blend] = recipe.blends.__getitem__
     return StackRecipe.compose(
         sources=recipe.sources,

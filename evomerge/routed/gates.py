@@ -1,14 +1,14 @@
-"""From a router's logits to gates: how much of each expert a token gets.
+"""Converts a router's logits to gates, which say how much of each expert a token gets.
 
-With the logits z of a token, a temperature T and biases c, the scores are s = z / T + c, and of the K experts that are
-present and have the highest scores the gates are
+With the logits z of a token, a temperature T and biases c, the scores are s = z / T + c, and for the K experts with the
+highest scores among those present, the gates are
 
     softmax                  exp(s_e) / sum over kept of exp(s)        (MoLA, arXiv 2402.08562; with all kept MoLORA)
     softmax, not normalised  exp(s_e) / sum over present of exp(s)     (MoV's top-k, arXiv 2309.05444)
     sigmoid                  1.5 / (1 + exp(-s_e))
 
-times a gain, and those of all others are 0. Everything is computed in float32. This file imports torch alone, and is
-copied into exported folders as it is.
+times a gain; all other gates are 0. Everything is computed in float32. This file imports only torch, and is copied
+unchanged into exported folders.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 SIGMOID_MOST = 1.5
-"""A sigmoid gate at most. Adapters were trained at scale 1, and two that are wanted by halves are wanted at 0.75 each,
-where a router that knows nothing gives just that."""
+"""The maximum of a sigmoid gate. Adapters were trained at scale 1; if two are needed equally, 0.75 each is suitable,
+which is what an uninformed router gives."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Gating:
 
     Attributes:
         gate: "softmax" or "sigmoid".
-        top_k: how many experts a token keeps; all when None.
-        temperature: that logits are divided by.
-        gain: what gates are multiplied by in the end.
-        renormalised: softmax gates are over the kept experts alone.
+        top_k: how many experts a token uses; None for all.
+        temperature: divides the logits.
+        gain: multiplies the gates at the end.
+        renormalised: whether softmax gates are normalised over the selected experts only.
     """
 
     gate: str = "softmax"
@@ -44,14 +44,14 @@ class Gating:
 
 
 def gates_of(logits: Tensor, how: Gating, bias: Tensor | None = None, present: Tensor | None = None) -> Tensor:
-    """The gates of some tokens: float32 [..., experts].
+    """The gates of tokens: float32 [..., experts].
 
-    Where scores are equal, the expert that comes first is kept.
+    If scores are equal, the expert that comes first is selected.
 
     Args:
         logits: [..., experts].
-        bias: float32 [experts], added to the logits after their temperature.
-        present: bool [experts]; all are when None.
+        bias: float32 [experts], added to the logits after division by the temperature.
+        present: bool [experts]; None for all.
     """
     scores = logits.float()
     if how.temperature != 1.0:

@@ -1,7 +1,7 @@
-"""Experts on the live model of their base: hooks that gate them for every token.
+"""Experts on the live model of their base, gated for every token by hooks.
 
-Nothing is written into weights: beside the modules that experts change lie their factors, side by side, and hooks add
-what routers let through (``computing``). What a candidate costs is to exchange the hooks.
+Nothing is written into weights: the experts' factors are stored, concatenated, beside the modules that they change, and
+hooks add their gated contributions (``computing``). A candidate only requires replacing the hooks.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from evomerge.routed.units import Unit, are_alike, given_alike, joined_experts, 
 
 
 class Listener(Protocol):
-    """Is told what routers say while tokens pass."""
+    """Receives the routers' outputs while tokens pass."""
 
     def tokens(self, mask: Tensor | None) -> None:
-        """A forward pass begins: bool [rows, tokens], where there are texts and not padding; None for all."""
+        """A forward pass begins: bool [rows, tokens], True for text and False for padding; None for no padding."""
         ...
 
     def routed(self, place: str, logits: Tensor, gates: Tensor) -> None:
-        """The logits and the gates of all its tokens at a place, float32 [..., experts] each."""
+        """The logits and gates of all tokens at a place, float32 [..., experts] each."""
         ...
 
     def done(self) -> None:
-        """The forward pass is over."""
+        """The forward pass has ended."""
         ...
 
 
@@ -43,12 +43,12 @@ Tell = Callable[[str, Tensor, Tensor], None]
 
 
 def _nobody(place: str, logits: Tensor, gates: Tensor) -> None:
-    """Is told nothing."""
+    """Ignores everything."""
 
 
 @dataclass(frozen=True)
 class _Gate:
-    """The gates of a unit's tokens: by routers of its own, or as its block's has said."""
+    """The gates of a unit's tokens: from its own routers, or those already computed for its block."""
 
     unit: Unit
     place: Place
@@ -56,10 +56,10 @@ class _Gate:
     tell: Tell
 
     def __call__(self, values: Tensor) -> Tensor:
-        """float32 [..., experts], of several routers or heads [..., routers or heads, experts].
+        """float32 [..., experts]; for several routers or heads [..., routers or heads, experts].
 
         Args:
-            values: what the routers look at, or a shape of such.
+            values: the routers' input, or a tensor with its shape.
         """
         if self.place.is_block:
             return self.blocks[self.place.name].reshape(*values.shape[:-1], -1)
@@ -73,16 +73,16 @@ class _Gate:
 
 
 class LiveExperts:
-    """The experts of a family, on a live model of their base.
+    """The experts of a search, on a live model of their base.
 
     Args:
-        live: holds the base, or another model of its structure.
-        sites: all that experts change.
-        names: of the experts, in the order of the sites' changes.
+        live: the live model of the base, or another model with its structure.
+        sites: everything that experts change.
+        names: the names of the experts, in the order of the sites' changes.
 
     Raises:
-        InputError: an adapter has NaN or Inf.
-        ValueError: the model computes with a weight, but not through its module.
+        InputError: an adapter contains NaN or Inf.
+        ValueError: the model uses a weight without calling its module.
     """
 
     def __init__(self, live: LiveModel, sites: Sequence[Site], names: Sequence[str]) -> None:
@@ -101,7 +101,7 @@ class LiveExperts:
         self._kept: dict[tuple[str, ...], tuple[object, tuple[Site, ...], LowRankExperts | None]] = {}
 
     def is_of(self, live: LiveModel) -> bool:
-        """Whether they lie beside this very model."""
+        """Whether they are attached to this model."""
         return live.model is self._live.model
 
     def install(
@@ -113,13 +113,13 @@ class LiveExperts:
         *,
         apart: bool = False,
     ) -> ExitStack:
-        """Have the live model compute with routed experts, until what is given back is closed.
+        """Make the live model compute with routed experts, until the returned stack is closed.
 
         Args:
-            places: where its routers look.
-            routings: of these places; where there is none, there are no experts.
-            listener: told of every forward pass.
-            apart: each router computes by itself, so that what it computes follows its weights wherever they go.
+            places: the inputs of the routers.
+            routings: the routers of these places; a place without one has no experts.
+            listener: called during every forward pass.
+            apart: each router computes separately, so that it uses its own weights even when they change.
         """
         undo = ExitStack()
         blocks: dict[str, Tensor] = {}
@@ -136,11 +136,11 @@ class LiveExperts:
         return undo
 
     def units(self, recipe: RoutedRecipe, routings: Mapping[str, Routing], *, apart: bool = False) -> Iterator[Unit]:
-        """What a recipe has of experts, with the routers that gate them.
+        """The units of a recipe's experts, with the routers that gate them.
 
         Args:
-            routings: by place; where there is none, there are no experts.
-            apart: no site is together with another one.
+            routings: by place; a place without one has no experts.
+            apart: no sites are combined.
         """
         own_routers = recipe.router.per == "module"
         for group in self._groups:
@@ -163,16 +163,16 @@ class LiveExperts:
     def _present(
         self, recipe: RoutedRecipe, sites: Sequence[Site], own_routers: bool
     ) -> tuple[tuple[Site, ...], Experts | None]:
-        """Which of some sites that are computed together have experts, and those; None where no site has any."""
+        """Which of some combined sites have experts, and these experts; None if no site has any."""
         if not sites:
             return (), None
         every = [self._experts[site.module] for site in sites]
-        if isinstance(every[0], VectorExperts):  # a vector whose gate is 0 costs nothing more
+        if isinstance(every[0], VectorExperts):  # a vector with gate 0 has no extra cost
             return tuple(sites), every[0]
         experts = recipe.group_of(sites[0].layer).experts
         present = tuple(number for number, name in enumerate(recipe.experts) if name in experts)
         modules, key = tuple(site.module for site in sites), (present, own_routers)
-        # What an earlier candidate had present is let go of: there may be as many subsets as candidates.
+        # Earlier candidates' subsets are discarded: there may be as many subsets as candidates.
         if (kept := self._kept.get(modules)) is None or kept[0] != key:
             found = [only(of_site, present) for of_site in every if isinstance(of_site, LowRankExperts)]
             there = tuple(site for site, experts in zip(sites, found, strict=True) if experts is not None)
@@ -194,7 +194,7 @@ def _listen(model: Any, listener: Listener, undo: ExitStack) -> None:
 
 
 def _beside(module: nn.Module, routing: Routing) -> Routing:
-    """The numbers of a routing on the device of a module's weights."""
+    """The tensors of a routing on the device of a module's weights."""
     device, router = next(module.parameters()).device, routing.router
 
     def there(tensor: Tensor | None) -> Tensor | None:
@@ -205,6 +205,6 @@ def _beside(module: nn.Module, routing: Routing) -> Routing:
 
 
 def _keep(name: str, routing: Routing, blocks: dict[str, Tensor], tell: Tell, seen: Tensor) -> None:
-    """Keep the gates of a block's tokens for the modules in it."""
+    """Store the gates of a block's tokens for the modules in it."""
     logits, blocks[name] = routing.gates(seen)
     tell(name, logits, blocks[name])

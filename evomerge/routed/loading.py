@@ -1,4 +1,4 @@
-"""Exported folders of routed models that are not plain, as those load them whom they are for."""
+"""Loads exported folders of routed models that are not plain, with the library that they are meant for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evomerge.routed import arrow_folder, remote_code
 
 
 def loaded(folder: Path, context: BuildContext) -> LiveModel:
-    """The model of a folder of the context's form.
+    """Load a folder that was exported in the context's form.
 
     Raises:
         InputError: it cannot be loaded, or computes NaN or Inf.
@@ -26,7 +26,7 @@ def loaded(folder: Path, context: BuildContext) -> LiveModel:
         made = remote_code.load(folder, None) if context.form == "routed" else arrow_folder.load(folder)
     except InputError:
         raise
-    except Exception as error:  # whatever happens inside transformers and peft
+    except Exception as error:  # transformers and peft may raise anything
         raise InputError(str(folder), f"cannot be loaded: {first_line(error)}") from error
     model = for_scoring(made.to(context.devices[0]))
     whole = folder / "base" if context.form == "peft" else folder

@@ -1,6 +1,6 @@
-"""Losses of the use of experts, which are added to that of right answers while routers are fitted.
+"""Balancing losses on the use of experts, which are added to the loss on right answers while routers are fitted.
 
-Each takes the gates of the tokens of a batch, padding left out.
+Each takes the gates of the tokens of a batch, without padding.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def switch_balance(probabilities: Tensor, top_k: int | None = None) -> Tensor:
-    """N sum_e f_e p_e: 1 for the most even use where one expert is kept, and k of k.
+    """N sum_e f_e p_e: 1 for perfectly balanced use with one expert per token, and k with k experts.
 
-    f_e is the share of tokens that keep expert e among their ``top_k``, and p_e its mean probability (Fedus et al.,
-    "Switch Transformers", arXiv 2101.03961, equations 4 to 6; MoLA has the tokens of all modules of a layer in one). A
-    router that keeps all is balanced by its first choice.
+    f_e is the share of tokens that have expert e among their ``top_k``, and p_e its mean probability (Fedus et al.,
+    "Switch Transformers", arXiv 2101.03961, equations 4 to 6; MoLA combines the tokens of all modules of a layer). A
+    router that selects all experts is balanced by its first choice.
 
     Args:
-        probabilities: [tokens, experts], before any is dropped.
+        probabilities: [tokens, experts], before selection.
     """
     experts = probabilities.shape[-1]
     kept = 1 if top_k is None or top_k >= experts else top_k
@@ -31,9 +31,9 @@ def switch_balance(probabilities: Tensor, top_k: int | None = None) -> Tensor:
 def localized_balance(gates: Tensor, kinds: Sequence[int], expert_kinds: Sequence[int], delta: float) -> Tensor:
     """var(Z) / mean(Z)^2 of all numbers Z = I * Q of a batch (LoRAMoE, arXiv 2312.09979, equations 5 and 6).
 
-    Q_me is the sum of expert e's gates over the tokens of text m, and I_me is 1 + delta where text and expert are of
-    one group, and 1 - delta where they are not. The paper divides by the mean, its code by the mean's square, with the
-    unbiased variance and 1e-10 beside the square: so does this.
+    Q_me is the sum of expert e's gates over the tokens of text m, and I_me is 1 + delta if text and expert belong to
+    the same group, and 1 - delta if not. The paper divides by the mean, its code by the square of the mean, with the
+    unbiased variance and 1e-10 added to the square; this follows the code.
 
     Args:
         gates: [texts, tokens, experts], zeros at padding.
@@ -46,7 +46,7 @@ def localized_balance(gates: Tensor, kinds: Sequence[int], expert_kinds: Sequenc
 
 
 def halves(experts: int) -> list[int]:
-    """The groups of experts by their order, as LoRAMoE's code has them: 0 for the first half, 1 for the second."""
+    """The groups of experts by their order, as in LoRAMoE's code: 0 for the first half, 1 for the second."""
     return [0 if number < experts // 2 else 1 for number in range(experts)]
 
 

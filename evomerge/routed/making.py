@@ -1,4 +1,4 @@
-"""The routers of a recipe: found once, kept as evidence, and made anew where they are missing."""
+"""The routers of a recipe: computed once, cached as evidence, and computed again if missing."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _MEANS, _FITTED = "inputs of routers 1", "fitted routers 2"
 
 
 class Routers:
-    """Makes routers.
+    """Computes routers.
 
     Args:
-        evidence: where they are kept.
-        live: gives a live model that holds a base, unrouted.
-        inputs: the calibration texts of sources; None where there are none.
-        fit: None where there are no items.
-        dtype: what models are computed in.
+        evidence: where they are cached.
+        live: returns a live model of a base, without routing.
+        inputs: the calibration texts of sources; None if there are none.
+        fit: the items to fit to; None if there are none.
+        dtype: the dtype in which models compute.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class Routers:
         places: Mapping[str, Place],
         experts: Callable[[LiveModel], LiveExperts],
     ) -> dict[str, Router]:
-        """The router of each place, for all experts of the recipe, the base last where that is one.
+        """The router of each place, for all experts of the recipe, with the base last if it counts as an expert.
 
         Args:
-            experts: puts the experts beside a live model.
+            experts: attaches the experts to a live model.
 
         Raises:
-            InputError: texts or items that it needs are not there, or not those that the recipe was made by.
+            InputError: required texts or items are missing, or differ from those that the recipe was made with.
         """
         kind = recipe.router.kind
         if kind == "fitted":
@@ -74,7 +74,7 @@ class Routers:
         return _with_base(found) if recipe.router.base_expert else found
 
     def record(self, recipe: RoutedRecipe, source: str, sites: Sequence[Site], places: Mapping[str, Place]) -> None:
-        """Run the base over the texts of one source, as far as recipes like this one need it."""
+        """Run the base on the texts of one source, if routers of this kind need it."""
         if source not in recipe.experts:
             return
         if recipe.router.kind == "prototypes":
@@ -101,7 +101,7 @@ class Routers:
         return self._evidence.get(_SPECTRAL, self._key(recipe), lambda: spectral_weights(sites, width))
 
     def _lengths(self, recipe: RoutedRecipe, expert: str, places: Mapping[str, Place], spectra: Tensors) -> Tensors:
-        """The mean length of every expert's change on the texts of one of them, float32 [experts] by place."""
+        """The mean norm of every expert's change on the texts of one of them, float32 [experts] by place."""
 
         def compute() -> Tensors:
             live = self._live(recipe)
@@ -123,7 +123,7 @@ class Routers:
         return {name: Router("linear", *numbers) for name, numbers in found.items()}
 
     def _means(self, recipe: RoutedRecipe, expert: str, places: Mapping[str, Place]) -> Tensors:
-        """The mean of what routers see on the texts of an expert, float32 [width] by place."""
+        """The mean of the routers' inputs on the texts of an expert, float32 [width] by place."""
 
         def compute() -> Tensors:
             live = self._live(recipe)
@@ -156,7 +156,7 @@ class Routers:
         return {name: Router("linear", kept[f"weight.{name}"], kept[f"bias.{name}"]) for name in places}
 
     def _texts(self, recipe: RoutedRecipe, expert: str, live: LiveModel) -> list[Tensor]:
-        assert self._inputs is not None  # else the key could not be told
+        assert self._inputs is not None  # otherwise the key could not be computed
         return self._inputs.tokens_of(expert, live, recipe.base)
 
     def _text_key(self, recipe: RoutedRecipe, expert: str) -> tuple[str, ...]:
@@ -172,13 +172,13 @@ class Routers:
 
 
 def everywhere(recipe: RoutedRecipe) -> RoutedRecipe:
-    """The recipe with all experts in every layer, none dropped, tempered or scaled."""
+    """The recipe with all experts in every layer, without selection, temperature or scaling."""
     layers = sum(group.layers for group in recipe.groups)
     return recipe.model_copy(update={"groups": (LayerGroup(layers=layers, experts=recipe.experts),)})
 
 
 def routings(recipe: RoutedRecipe, places: Mapping[str, Place], routers: Mapping[str, Router]) -> dict[str, Routing]:
-    """How the routers of a recipe gate, by place; nothing of layers without experts."""
+    """How the routers of a recipe gate, by place; omits layers without experts."""
     found = {}
     for name, place in places.items():
         group = recipe.group_of(place.layer)

@@ -1,7 +1,7 @@
-"""A causal language model whose adapters are gated anew for every token, to be loaded with `trust_remote_code=True`.
+"""A causal language model whose adapters are gated for every token, to be loaded with `trust_remote_code=True`.
 
-Evomerge wrote this file beside a model, with the classes of that model in the next line's place. `gates.py` and
-`computing.py` beside it are what its candidates were scored by.
+Evomerge wrote this file beside a model, substituting the classes of that model in the imports below. The files
+`gates.py` and `computing.py` beside it are those with which its candidates were scored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from evomerge.routed.gates import Gating
 
 
 class RoutedConfig(BaseConfig):  # type: ignore[misc]
-    """That of the model under the experts, with `routed`: places of routers and sites of experts."""
+    """The configuration of the base model, with `routed`: places of routers and sites of experts."""
 
     model_type = "evomerge_routed"
 
@@ -42,13 +42,13 @@ class RouterNumbers(nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=torch.float32))
 
     def routing(self) -> Routing:
-        """The router with its numbers where they are now."""
+        """The router with its numbers on their current device."""
         router = Router(self._place["kind"], self.get_buffer("weight"), self._buffers.get("bias"))
         present = None if (kept := self._buffers.get("present")) is None else kept > 0
         return Routing(router, self.gating, self._buffers.get("added"), present, self._place["routers"])
 
     def seen(self, values: Tensor) -> Tensor:
-        """What the router is shown of a module's input or output."""
+        """The router's input, given a module's input or output."""
         heads = self._place["heads"]
         return values if heads == 1 else values.view(*values.shape[:-1], heads, -1)
 
@@ -63,7 +63,7 @@ class ExpertNumbers(nn.Module):
             self.register_buffer(name, torch.empty(shape))
 
     def experts(self, float32: nn.Module) -> Experts:
-        """All of them, with what stays in float32."""
+        """All experts, with the parts that stay in float32."""
         if "deltas" in float32._buffers:
             return VectorExperts(float32.get_buffer("deltas"))
         ups = tuple(self.get_buffer(f"up{number}") for number in range(self._count))
@@ -71,7 +71,7 @@ class ExpertNumbers(nn.Module):
 
 
 class Float32Numbers(nn.Module):
-    """What of the experts of some modules stays in float32: scalings, or vectors."""
+    """The parts of some modules' experts that stay in float32: scalings, or vectors."""
 
     def __init__(self, site: dict[str, Any]) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Float32Numbers(nn.Module):
 
 
 class RoutedForCausalLM(Base):  # type: ignore[misc]
-    """See the top of this file."""
+    """See the docstring of this file."""
 
     config_class = RoutedConfig
     _keep_in_fp32_modules_strict = ("routers_float32", "experts_float32")

@@ -1,4 +1,4 @@
-"""What routers see while a model runs over texts."""
+"""Observes the inputs of routers while a model runs on texts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from evomerge.routed.sites import Place
 def means_over(
     live: LiveModel, places: Mapping[str, Place], texts: Iterable[Tensor], what: Callable[[str, Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """The mean over all tokens of something that follows from what routers see, by place: float32, on the CPU.
+    """The mean over all tokens of a function of the routers' inputs, by place: float32, on the CPU.
 
     Texts are run one at a time, so that there is no padding.
 
     Args:
         texts: int64 [1, tokens] each.
-        what: (place, what is seen [tokens, width]) -> [tokens, ...].
+        what: (place, router inputs [tokens, width]) -> [tokens, ...].
     """
     sums: dict[str, Tensor] = {}
     count = 0

@@ -1,11 +1,11 @@
-"""Prototype routing: a token goes to experts on whose own texts the router sees what is most like it.
+"""Prototype routing: a token is routed to the experts whose own texts give the router the most similar inputs.
 
-With m_e the mean of what a router sees on the texts of expert e, and m the mean of these over all experts,
+With m_e the mean of a router's inputs on the texts of expert e, and m the mean of these over all experts,
 
     R_e = (m_e - m) / |m_e - m|,        b_e = -R_e . m
 
-so that the logit R_e x + b_e = R_e . (x - m). Not centred, the means of different texts are all but parallel, and gates
-are the same for every token.
+so that the logit R_e x + b_e = R_e . (x - m). Without centring, the means of different texts are almost parallel, and
+gates are the same for every token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def prototype_router(means: Tensor) -> tuple[Tensor, Tensor]:
     """R, float32 [experts, width], and b, [experts].
 
     Args:
-        means: m_e, [experts, width]. An expert whose mean is that of all has no direction: zeros.
+        means: m_e, [experts, width]. An expert whose mean equals the overall mean has no direction: zeros.
     """
     middle = means.double().mean(0)
     apart = means.double() - middle

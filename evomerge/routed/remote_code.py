@@ -1,4 +1,4 @@
-"""A routed model as a folder with code of its own: exact, for transformers with `trust_remote_code=True`."""
+"""Exports a routed model as a folder with its own code: exact, for transformers with `trust_remote_code=True`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _INDEX = "model.safetensors.index.json"
 
 
 def add_experts(folder: Path, places: Mapping[str, Place], units: Sequence[Unit]) -> None:
-    """Make a routed model of the folder of its trunk.
+    """Turn the folder of a trunk into a routed model.
 
     Args:
-        folder: plain, with weights and configuration.
-        units: of experts and routers; those that one block's router gates share its place.
+        folder: a plain folder, with weights and configuration.
+        units: the units of experts and routers; units gated by one block's router share its place.
 
     Raises:
         InputError: the model's configuration names no class of transformers.
@@ -83,7 +83,7 @@ def _router_numbers(routing: Routing) -> dict[str, Tensor]:
 
 
 def _expert_numbers(experts: Experts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Those in the model's dtype, and those in float32."""
+    """The tensors in the model's dtype, and those in float32."""
     if isinstance(experts, VectorExperts):
         return {}, {"deltas": experts.deltas}
     ups = {f"up{number}": up for number, up in enumerate(experts.ups)}
@@ -95,7 +95,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
 
 
 def _add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Put tensors into a file of their own beside those of the model, and all of them into its index."""
+    """Write tensors to a separate file beside those of the model, and add all of them to its index."""
     index = folder / _INDEX
     if index.exists():
         content = json.loads(index.read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ def _add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _configure(folder: Path, routed: dict[str, Any]) -> tuple[str, str]:
-    """Put the experts into the configuration; the names of the classes of the model's own configuration and model."""
+    """Add the experts to the configuration; return the class names of the base model's configuration and model."""
     from transformers import CONFIG_MAPPING
 
     file = folder / "config.json"
@@ -137,17 +137,17 @@ def _configure(folder: Path, routed: dict[str, Any]) -> tuple[str, str]:
 
 
 def _code(file: str, base: tuple[str, str]) -> str:
-    """A file of this package as it stands in the folder: its imports of the others are from beside it."""
+    """A file of this package in the form it has in the folder: imports of the other files become relative."""
     text = files("evomerge.routed").joinpath(file).read_text(encoding="utf-8")
     text = text.replace("from evomerge.routed.", "from .")
     return text.replace("LlamaConfig as", f"{base[0]} as").replace("LlamaForCausalLM as", f"{base[1]} as")
 
 
 def load(folder: Path, dtype: torch.dtype | None) -> Any:
-    """The model of such a folder, as transformers loads it with its code.
+    """Load the model of such a folder with transformers, running its code.
 
     Raises:
-        Exception: whatever transformers says.
+        Exception: any exception of transformers.
     """
     from transformers import AutoModelForCausalLM
 

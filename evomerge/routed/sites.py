@@ -1,4 +1,4 @@
-"""Which modules of a model experts change, and where their routers look. Opens no tensor."""
+"""Finds the modules that experts change, and the inputs of their routers. Opens no tensors."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _PLAIN = "Experts are LoRA adapters of one model, or (IA)3 adapters of one, save
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer that experts change: all by low-rank matrices, or all by vectors of its inputs or its outputs.
+    """A linear layer that experts change: all by low-rank matrices, or all by vectors for its inputs or outputs.
 
     Attributes:
         weight: its name in the sources' files.
         module: the name of the layer in the transformers model.
-        layer: of the stack, in which it is.
+        layer: the layer of the stack that contains it.
         kind: "attention" or "mlp".
         block: the name of that block of its layer.
-        changes: what each expert does to it, in their order; nothing of those that leave it alone.
+        changes: each expert's changes to it, in order; empty for experts that do not change it.
     """
 
     weight: str
@@ -39,7 +39,7 @@ class Site:
 
     @property
     def form(self) -> Literal["low_rank", "inputs", "outputs"]:
-        """What experts change: the weight by low-rank matrices, or the inputs or the outputs by vectors."""
+        """How experts change it: its weight by low-rank matrices, or its inputs or outputs by vectors."""
         change = next(change for of_expert in self.changes for change in of_expert)
         if isinstance(change, Vector):
             return "inputs" if change.inputs else "outputs"
@@ -48,15 +48,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a router looks.
+    """The input of a router.
 
     Attributes:
-        name: of the module or the block that it belongs to.
-        layer, kind: as of a ``Site``.
-        is_block: it looks at what the block is given, for all modules in it.
-        width: of what it sees.
-        is_output: it looks at what the module gives, which is what is scaled there; else at what it is given.
-        heads: into how many parts what it sees is divided, each of which is routed by itself.
+        name: the name of the module or block that it belongs to.
+        layer, kind: as for a ``Site``.
+        is_block: its input is that of the block, for all modules in it.
+        width: the width of its input.
+        is_output: its input is the module's output, which experts scale there; otherwise the module's input.
+        heads: into how many parts its input is divided, each of which is routed separately.
     """
 
     name: str
@@ -68,15 +68,15 @@ class Place:
     heads: int = 1
 
     def seen(self, values: Tensor) -> Tensor:
-        """What the router is shown of a module's input or output: [..., width], or [..., heads, width]."""
+        """The router's input, given a module's input or output: [..., width], or [..., heads, width]."""
         return values if self.heads == 1 else values.view(*values.shape[:-1], self.heads, self.width)
 
 
 def sites_of(recipe: RoutedRecipe, sources: Mapping[str, Source]) -> list[Site]:
-    """What the experts of a recipe change in its routed blocks, in the order of the model.
+    """The sites that the experts of a recipe change in its routed blocks, in the order of the model.
 
     Raises:
-        InputError: the experts are no adapters of the recipe's base, or change what nobody can route.
+        InputError: the experts are not adapters of the recipe's base, or change something that cannot be routed.
     """
     base = sources[recipe.base]
     if base.changes or base.replaced:
@@ -103,12 +103,12 @@ def sites_of(recipe: RoutedRecipe, sources: Mapping[str, Source]) -> list[Site]:
 
 
 def _goes_along(weight: str, base: Source) -> bool:
-    """Whether it is the bias of a layer whose outputs are scaled, bias and all."""
+    """Whether it is the bias of a layer whose outputs are scaled including the bias."""
     return weight.endswith(".bias") and len(base.tensors[weight].shape) == 1
 
 
 def _check_form(site: Site, recipe: RoutedRecipe) -> None:
-    """Refuse changes of several kinds at one site (InputError)."""
+    """Reject changes of several kinds at one site (InputError)."""
     every = [change for of_expert in site.changes for change in of_expert]
     kinds = {(isinstance(change, LowRank), getattr(change, "inputs", None)) for change in every}
     if len(kinds) > 1:
@@ -146,16 +146,16 @@ def _check_expert(name: str, source: Source, base_name: str, base: Source) -> No
 
 
 def _block(module: str, layer: int) -> str:
-    """The name of the block of a layer in which a module is: the part behind the layer's number."""
+    """The name of the block of a layer that contains a module: the part after the layer's number."""
     parts = module.split(".")
     return ".".join(parts[: parts.index(str(layer)) + 2])
 
 
 def places_of(recipe: RoutedRecipe, sites: Sequence[Site], base: Source) -> dict[str, Place]:
-    """Where the routers of some sites look, by the names of their places.
+    """The places of the routers of some sites, by name.
 
     Raises:
-        InputError: the model's blocks are no modules of their own.
+        InputError: the model's blocks are not separate modules.
     """
     places: dict[str, Place] = {}
     for site in sites:
@@ -181,7 +181,7 @@ def place_of(recipe: RoutedRecipe, site: Site) -> str:
 
 
 def _widths(site: Site, base: Source) -> tuple[int, int]:
-    """How many inputs and outputs the layer of a site has."""
+    """The numbers of inputs and outputs of a site's layer."""
     shape = base.tensors[site.weight].shape
     rows, columns = shape[0], math.prod(shape[1:])
     return (rows, columns) if site.weight in base.turned else (columns, rows)
@@ -193,6 +193,6 @@ def _head_width(base: Source) -> int:
 
 
 def check_layers(recipe: RoutedRecipe, base: Source) -> None:
-    """Refuse groups that do not have all layers of the base (InputError)."""
+    """Reject groups that do not cover all layers of the base (InputError)."""
     if (layers := sum(group.layers for group in recipe.groups)) != base.layers:
         raise InputError("recipe.groups", f"have {layers} layers together, and {recipe.base} has {base.layers}")

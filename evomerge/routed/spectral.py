@@ -1,8 +1,8 @@
-"""Spectral routing: a token goes to experts that change it most, beside what they change on their own texts.
+"""Spectral routing: a token is routed to the experts that change it most, relative to their change on their own texts.
 
 The logit of an expert is |S V^T x| / m, with the singular values S and right singular vectors V of its change s B A
-(SpectR, arXiv 2504.03454, section 3), which is the length of what it adds to the module's output, and m the mean of
-that length over the tokens of its own texts. Without m the expert with the largest change gets every token.
+(SpectR, arXiv 2504.03454, section 3), which is the norm of what it adds to the module's output, and m the mean of that
+norm over the tokens of its own texts. Without m the expert with the largest change would get every token.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from evomerge.routed.spectra import right_singular
 
 
 def spectral_weights(sites: Sequence[Site], width: Mapping[str, int]) -> dict[str, Tensor]:
-    """S V^T of each expert, by the module of the site: float32 [experts, ranks, inputs], filled up with zeros.
+    """S V^T of each expert, by the module of the site: float32 [experts, ranks, inputs], padded with zeros.
 
     Args:
-        width: of what modules are given, by their names.
+        width: the input widths of modules, by name.
     """
 
     def rows_of(site: Site) -> Tensor:
@@ -43,7 +43,7 @@ def spectral_weights(sites: Sequence[Site], width: Mapping[str, int]) -> dict[st
 
 
 def normalised(weights: Mapping[str, Tensor], sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights divided by m, the mean lengths float32 [experts] by module; zeros of experts that change nothing."""
+    """The weights divided by m, the mean norms float32 [experts] by module; zeros for experts that change nothing."""
     found = {}
     for module, weight in weights.items():
         size = sizes[module][:, None, None]

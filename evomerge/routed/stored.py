@@ -1,4 +1,4 @@
-"""Routers that were trained with their experts, and lie in their folder (``checkpoints/expert_files``)."""
+"""Routers that were trained with their experts and are stored in their folder (``checkpoints/expert_files``)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from evomerge.routed.computing import Router
 from evomerge.routed.sites import Site
 
 _NEVER = -1e30
-"""The logit of an expert that does not change a module: the router there was trained without it. Finite, for where all
-experts that are present are such."""
+"""The logit of an expert that does not change a module, whose router was trained without it. Finite, in case all
+experts that are present are like that."""
 
 
 def stored_router(site: Site, width: int) -> Router:
-    """The rows of a module's experts, as they were trained; float32."""
+    """The rows of a module's experts, as trained; float32."""
     weight, bias = torch.zeros(len(site.changes), width), torch.full((len(site.changes),), _NEVER)
     for expert, changes in enumerate(site.changes):
         for change in changes:

@@ -7,15 +7,15 @@ from evomerge.recipes.stack import Blend, StackRecipe
 
 
 def base_alone(recipe: RoutedRecipe, layers: int) -> StackRecipe:
-    """The base of a recipe as it is."""
+    """The base of a recipe, unchanged."""
     return trunk_of(recipe.model_copy(update={"rest": None}), layers)
 
 
 def trunk_of(recipe: RoutedRecipe, layers: int) -> StackRecipe:
-    """The base, but for blocks that are not routed, which ``rest`` makes.
+    """The base, except for blocks that are not routed, which are made by ``rest``.
 
     Args:
-        layers: of the base.
+        layers: the number of layers of the base.
     """
     base = Blend.copy_of(recipe.base)
     rest = recipe.rest or base

@@ -1,5 +1,5 @@
-"""Modules that are given the same, such as those of a layer's queries, keys and values: what routers and experts make
-of it is computed for all of them in one product."""
+"""Modules with the same input, such as those of a layer's queries, keys and values, for which routers and experts are
+computed in a single product."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Unit:
     Attributes:
         sites: in the order in which the model calls their modules.
         experts: those that are present there.
-        routing: of all of them.
-        places: whose routers these are, in their order: one for all sites, or one for each.
+        routing: the routing of all sites.
+        places: the places of its routers, in order: one for all sites, or one for each.
     """
 
     sites: tuple[Site, ...]
@@ -39,14 +39,14 @@ class Unit:
 
 @torch.inference_mode()
 def given_alike(live: LiveModel, sites: Sequence[Site]) -> list[tuple[Site, ...]]:
-    """The sites in groups whose modules are given one and the same tensor, by a forward pass of the model.
+    """Group the sites whose modules receive the same tensor in a forward pass of the model.
 
-    Sites of vectors are alone.
+    Sites with vectors are not grouped.
 
     Raises:
-        ValueError: the model computes with a weight, but not through its module, so that nothing could be gated there.
+        ValueError: the model uses a weight without calling its module, so that nothing could be gated there.
     """
-    seen: dict[str, Tensor] = {}  # kept, so that no two have one identity
+    seen: dict[str, Tensor] = {}  # kept alive, so that ids are unique
 
     def look(name: str, module: nn.Module, given: tuple[Any, ...]) -> None:
         if given and isinstance(given[0], Tensor):
@@ -68,10 +68,10 @@ def given_alike(live: LiveModel, sites: Sequence[Site]) -> list[tuple[Site, ...]
 
 
 def joined_experts(of_modules: Sequence[LowRankExperts], *, own_routers: bool) -> LowRankExperts | None:
-    """The experts of several modules as one; None of none.
+    """Combine the experts of several modules; None if there are none.
 
     Args:
-        own_routers: whether each module has a router of its own, whose gates come one after another.
+        own_routers: whether each module has its own router, in which case gates are concatenated.
     """
     if len(of_modules) <= 1:
         return of_modules[0] if of_modules else None
@@ -84,12 +84,12 @@ def joined_experts(of_modules: Sequence[LowRankExperts], *, own_routers: bool) -
 
 
 def are_alike(routings: Sequence[Routing]) -> bool:
-    """Whether routers can be computed as one: their weights are of one shape."""
+    """Whether routers can be computed together, because their weights have the same shape."""
     return len({(one.router.kind, one.router.weight.shape, one.router.bias is None) for one in routings}) <= 1
 
 
 def joined_routing(routings: Sequence[Routing]) -> Routing:
-    """Routers that see the same and gate in the same way as one, whose logits come one after another."""
+    """Combine routers that have the same input and gate in the same way, by concatenating their logits."""
     first = routings[0]
     if len(routings) == 1:
         return first

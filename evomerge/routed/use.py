@@ -1,4 +1,4 @@
-"""How much of each expert tokens get: added up while they pass, with no pass of its own."""
+"""Measures how much tokens use each expert, accumulated during passes that are made anyway."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from evomerge.recipes.use import ExpertUse
 from evomerge.routed.sites import Place
 
 _MAX_HELD = 1 << 22
-"""Gates that are held before they are added up: many places at once take few operations."""
+"""How many gates are buffered before they are summed, since summing many places at once takes fewer operations."""
 
 
 class UseMeter:
-    """A listener that adds up gates by place.
+    """A listener that sums gates by place.
 
     Args:
-        experts: their names, the base last where it is one.
-        places: where routers look.
-        layers: of the model.
+        experts: their names, with the base last if it counts as an expert.
+        places: the inputs of routers.
+        layers: the model's number of layers.
     """
 
     def __init__(self, experts: Sequence[str], places: Mapping[str, Place], layers: int) -> None:
@@ -46,7 +46,7 @@ class UseMeter:
             self.done()
 
     def done(self) -> None:
-        """Add up what is held."""
+        """Sum the buffered gates."""
         alike: dict[tuple[torch.Size, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
         for name, gates in self._held:
             alike[gates.shape, gates.device].append((name, gates))
@@ -55,7 +55,7 @@ class UseMeter:
             self._add([name for name, _ in group], torch.stack([gates for _, gates in group]).flatten(1, -2))
 
     def _add(self, names: Sequence[str], gates: Tensor) -> None:
-        """Add up gates of several places, [places, tokens, experts]."""
+        """Add the gates of several places, [places, tokens, experts], to the sums."""
         weights = of_tokens(self._mask, gates.shape[1], gates.device)
         parts = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
         entropies = (torch.special.entr(parts).sum(-1) @ weights).double().cpu()
@@ -71,7 +71,7 @@ class UseMeter:
         return {name: (total / self._tokens[name]).tolist() for name, total in self._sums.items()}
 
     def take(self) -> ExpertUse | None:
-        """What was added up since the last time; None where no token passed a router."""
+        """The sums since the last call; None if no token passed a router."""
         if not self._sums:
             return None
         shares: dict[int, list[Tensor]] = defaultdict(list)
@@ -92,11 +92,11 @@ class UseMeter:
 
 
 def of_tokens(mask: Tensor | None, rows: int, device: torch.device) -> Tensor:
-    """Which of the rows that a router saw are of tokens, float32 [rows]: 1, and 0 of padding.
+    """Which of the rows that a router saw belong to tokens, float32 [rows]: 1, and 0 for padding.
 
     Args:
-        mask: bool [texts, tokens], of which a row is each or each head of it. Where it is not, as in an expert that
-            some tokens are sent to, or there is none, all rows count.
+        mask: bool [texts, tokens], with one row per token or per head of a token. If the numbers do not match, as in an
+            expert that receives only some tokens, or if there is no mask, all rows count.
     """
     if mask is None or rows % mask.numel():
         return torch.ones(rows, device=device)
