@@ -1,4 +1,4 @@
-"""What mergekit lets one say of a merge method, and what it is called in a recipe; each method holds its own."""
+"""The settings of a merge method in mergekit, and their names in a recipe; each method defines its own."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Value = float | bool
 
 @dataclass(frozen=True)
 class Setting:
-    """A number, or a yes/no switch, that mergekit takes.
+    """A number, or a yes/no switch, that mergekit accepts.
 
     Attributes:
-        name: in mergekit's file.
-        ours: in a recipe's blends.
-        default: mergekit's; None where a value must be given. A bool tells that this is a switch.
-        absent: what a blend means that leaves it out; None where every blend says it.
-        per_source: each source may have its own.
+        name: its name in mergekit's file.
+        ours: its name in a recipe's blends.
+        default: mergekit's default; None if a value is required. A bool means that this is a switch.
+        absent: the meaning of a blend that omits it; None if blends never omit it.
+        per_source: each source may have its own value.
     """
 
     name: str
@@ -37,21 +37,21 @@ class Setting:
 
 @dataclass(frozen=True)
 class Grammar:
-    """What mergekit lets one say of a method.
+    """The settings that mergekit accepts for a method.
 
     Attributes:
-        base: what `base_model` is. "source": a model like the others, mixed where it is listed. "apart": needed, and
-            what task vectors are taken against. "optional": apart where there is one. "first": needed, the first of the
-            sources.
-        least: the fewest sources, the base that stands apart not counted.
-        most: the most sources.
-        copies_base: with nothing beside the base, the merge is the base.
-        sum: how task vectors are added, where `lambda` and `normalize` act on the sum: "plain", or of those that agree
-            in sign ("elected").
-        settings: what can be set.
-        fixed: what a recipe cannot hold, with the value that it always has here.
-        idle: what mergekit reads and no result hangs on.
-        unsaid: numbers of ours that mergekit has no word for, with the value that is always meant there.
+        base: the meaning of `base_model`. "source": a model like the others, mixed if it is listed. "apart": required,
+            and task vectors are relative to it. "optional": like "apart" if there is one. "first": required, and the
+            first of the sources.
+        least: the minimum number of sources, not counting a base that is "apart".
+        most: the maximum number of sources.
+        copies_base: with only the base, the merge is the base.
+        sum: how task vectors are added, where `lambda` and `normalize` act on the sum: "plain", or only those that
+            agree in sign ("elected").
+        settings: the settings.
+        fixed: settings that a recipe cannot represent, with the value that they always have here.
+        idle: settings that mergekit reads, but that affect no result.
+        unsaid: our numbers that mergekit has no setting for, with the value that they always have there.
     """
 
     base: Literal["source", "apart", "optional", "first"]
@@ -70,10 +70,10 @@ class Grammar:
 
 
 def find_grammar(method: str, place: str, noun: str = "merge method") -> Grammar:
-    """What mergekit lets one say of the method of this name.
+    """The settings that mergekit accepts for the method with this name.
 
     Raises:
-        InputError: mergekit has no such method, or we have not.
+        InputError: mergekit has no such method, or we do not.
     """
     names = plugins(GROUP)
     grammar = find_method(method, place).mergekit if method in names else None
@@ -84,12 +84,12 @@ def find_grammar(method: str, place: str, noun: str = "merge method") -> Grammar
 
 
 def per_source(name: str, default: float | None) -> Setting:
-    """A number that each source has its own of."""
+    """A number with a separate value for each source."""
     return Setting(name, name, default, per_source=True)
 
 
 def for_all(name: str, default: float | None, absent: float | None = None) -> Setting:
-    """A number for all sources; left out of a blend it means ``absent``, mergekit's default unless given."""
+    """A number for all sources; omitted from a blend it means ``absent``, by default mergekit's default."""
     return Setting(name, name, default, absent=default if absent is None else absent)
 
 
@@ -101,7 +101,7 @@ LAMBDA = for_all("lambda", 1.0)
 def task_vectors(
     sum: Literal["plain", "elected"], *more: Setting, normalize: bool = False, rescale: bool | None = None
 ) -> Grammar:
-    """The family that mergekit calls generalised task arithmetic. Nothing is rescaled where ``rescale`` is None."""
+    """The family that mergekit calls generalised task arithmetic. If ``rescale`` is None, nothing is rescaled."""
     settings = [
         WEIGHT,
         *more,

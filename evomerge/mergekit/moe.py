@@ -1,8 +1,8 @@
 """Mixtures from the configurations of mergekit-moe.
 
-What is read otherwise than mergekit does, on purpose: prompts give prototypes of what each layer's router is itself
-given (``evomerge/mixture/routers.py``), of all their tokens but the first; ``cheap_embed``, which knows no layers, is
-read as ``hidden`` (docs/from-mergekit.md).
+Two deliberate differences: prompts give prototypes of the inputs of each layer's router itself
+(``evomerge/mixture/routers.py``), over all their tokens except the first; and ``cheap_embed``, which knows no layers,
+is treated as ``hidden`` (docs/from-mergekit.md).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from evomerge.recipes.mixture import Architecture, MixtureRecipe, SharedExpert, 
 from evomerge.recipes.stack import Blend
 
 _TOKENS = 4096
-"""Of a prompt, the most that count."""
+"""The maximum number of tokens used of a prompt."""
 
 _GUESSED: dict[str, Architecture] = {
     "llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe",
 }  # fmt: skip
-"""What mergekit makes of dense models where nothing is said."""
+"""The architecture that mergekit chooses for dense models by default."""
 
 Reference = Annotated[str, BeforeValidator(lambda given: read_reference(given, "source_model"))]
 
@@ -58,17 +58,17 @@ class MoeFile(_Section):
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture that a configuration says, and the prompts that its routers are made of, where they are."""
+    """The mixture that a configuration describes, and the prompts that its routers are computed from, if any."""
 
     recipe: MixtureRecipe
     texts: Calibration | None
 
 
 def read_moe(content: Any, place: str) -> MoeFile:
-    """A configuration of mergekit-moe, checked.
+    """Validate a configuration of mergekit-moe.
 
     Raises:
-        InputError: an unknown key or wrong value, or what no mixture here can be.
+        InputError: an unknown key or wrong value, or something that no mixture here supports.
     """
     try:
         file = MoeFile.model_validate(content)
@@ -106,14 +106,14 @@ def _check_expert(file: MoeFile, expert: _Expert, key: str, place: str) -> None:
 def mixture_of(
     file: MoeFile, look: Callable[[str], tuple[str, int]], place: str, architecture: Architecture | None = None
 ) -> Mixture:
-    """The mixture of a checked configuration.
+    """The mixture for a validated configuration.
 
     Args:
-        look: the ``model_type`` of a model and how many layers it has, by its reference.
-        architecture: in place of the one that is said or guessed.
+        look: the ``model_type`` of a model and its number of layers, by its reference.
+        architecture: overrides the configured or guessed one.
 
     Raises:
-        InputError: no mixture can be made of such models.
+        InputError: no mixture can be made from such models.
     """
     shared = file.shared_experts[0] if file.shared_experts else None
     references = [file.base_model, *(e.source_model for e in (*file.experts, *file.shared_experts))]
@@ -168,7 +168,7 @@ def _architecture(file: MoeFile, kind: str, place: str) -> Architecture:
 
 
 def _slot_names(names: Sequence[str]) -> list[str]:
-    """A name for each expert: its model's, with a number where there are several of one."""
+    """A name for each expert: its model's, with a number if several share one model."""
     return [
         name if names.count(name) == 1 else f"{name}-{names[:place].count(name) + 1}"
         for place, name in enumerate(names)
@@ -176,7 +176,7 @@ def _slot_names(names: Sequence[str]) -> list[str]:
 
 
 def _texts(file: MoeFile, slots: Sequence[str]) -> Calibration | None:
-    """The prompts, by slot and, of what one is not for, under "not SLOT"."""
+    """The prompts, by slot; negative prompts are under "not SLOT"."""
     if "random" in file.gate_mode:
         return None
     prompts = {slot: expert.positive_prompts for slot, expert in zip(slots, file.experts, strict=True)}
@@ -189,5 +189,5 @@ def _texts(file: MoeFile, slots: Sequence[str]) -> Calibration | None:
 
 
 def _alone(source: str) -> Blend:
-    """A model as it is."""
+    """A model, unchanged."""
     return Blend(method="linear", sources=(source,), parameters={"weight": {source: 1.0}, "normalize": False})

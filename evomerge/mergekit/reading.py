@@ -1,4 +1,4 @@
-"""Recipes from mergekit configurations."""
+"""Reads recipes from mergekit configurations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evomerge.recipes.base import DType
 from evomerge.recipes.stack import Blend, Role, RoleKind, StackRecipe, renumber
 
 Roles = Mapping[str, Role]
-"""The role of every tensor of a model by its name in the files, as ``Source.roles`` has them."""
+"""The role of every tensor of a model by its name in the files, as in ``Source.roles``."""
 
 _KEYS = (
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
@@ -31,9 +31,9 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class _Slice:
-    """A run of ``length`` layers: the first that each model gives, by reference, and what is set there.
+    """A run of ``length`` layers: the first layer of each model, by reference, and the settings there.
 
-    A first or last slice of no layers says what the embedding, or the final norm and the head, are made of.
+    A first or last slice without layers describes the embedding, or the final norm and the head.
     """
 
     starts: Mapping[str, int]
@@ -47,18 +47,18 @@ class _Slice:
 def from_mergekit(
     config: Mapping[str, Any], look: Callable[[str], Roles], place: str = "mergekit configuration"
 ) -> StackRecipe:
-    """The recipe that a mergekit configuration says.
+    """The recipe that a mergekit configuration describes.
 
-    Short names are made from the last parts of the models' names. Layers, gradients, filters and precedence are
-    mergekit's: values are found for every tensor by its real name, and the most common blend of a part becomes the
-    part's. A ``lambda`` is taken into the weights where that is the same.
+    Short names are made from the last parts of the models' names. Layers, gradients, filters and precedence follow
+    mergekit: values are looked up for every tensor by its real name, and the most common blend of a part becomes the
+    part's. A ``lambda`` is multiplied into the weights if that is equivalent.
 
     Args:
-        look: the roles of a model's tensors, by its reference.
+        look: returns the roles of a model's tensors, by its reference.
 
     Raises:
-        InputError: an unknown key or wrong value; layers that a model has not; or something that a recipe cannot hold,
-            such as ``modules:``.
+        InputError: an unknown key or wrong value; layers that a model does not have; or something that a recipe cannot
+            represent, such as ``modules:``.
     """
     _check_keys(config, _KEYS, place)
     method = config.get("merge_method")
@@ -94,7 +94,7 @@ def from_mergekit(
 
 @dataclass(frozen=True)
 class _Merge:
-    """What a configuration says of the whole model, and the tensors found so far that differ from their part.
+    """The settings of a configuration for the whole model, and exceptions among its tensors found so far.
 
     ``names`` gives short names by reference, ``roles`` those of the tensors of the tokenizer's source.
     """
@@ -110,19 +110,19 @@ class _Merge:
         """One layer of a slice: the layer of each source by short name, and the blends of its three kinds of tensor."""
         layers = {model: start + offset for model, start in piece.starts.items()}
         t = offset / (piece.length - 1) if piece.length > 1 else 1.0
-        like = min(hop, depth(self.roles) - 1)  # the configuration of the tokenizer's source says what a layer holds
+        like = min(hop, depth(self.roles) - 1)  # the tokenizer's source determines the tensors of a layer
         kinds: dict[RoleKind, dict[str, Blend]] = {"attention": {}, "mlp": {}, "norm": {}}
         for name, role in self._layer(like):
             inputs = {model: renumber(name, role, layer) for model, layer in layers.items()}
             merged = renumber(name, role, hop)
             kinds[role.kind][merged] = self._blend(piece, t, merged, inputs)
         made = [self._part(kinds[kind]) for kind in ("attention", "mlp", "norm")]
-        filling = next(blend for blend in made if blend is not None)  # for a kind that has no tensor
+        filling = next(blend for blend in made if blend is not None)  # for a kind without tensors
         attention, mlp, norm = (blend or filling for blend in made)
         return {self.names[model]: layer for model, layer in layers.items()}, attention, mlp, norm
 
     def outside(self, piece: _Slice, kind: RoleKind) -> Blend | None:
-        """The blend of a part outside the layers, which takes gradients at their start; None where it has no tensor."""
+        """The blend of a part outside the layers, with gradients evaluated at their start; None if it has no tensor."""
         tensors = (name for name, role in self.roles.items() if role == Role(kind))
         return self._part({name: self._blend(piece, 0.0, name, dict.fromkeys(piece.starts, name)) for name in tensors})
 
@@ -142,7 +142,7 @@ class _Merge:
         return common
 
     def _blend(self, piece: _Slice, t: float, merged: str, inputs: Mapping[str, str]) -> Blend:
-        """The blend of the tensor called ``merged`` in the merged model and ``inputs`` in the models."""
+        """The blend of the tensor named ``merged`` in the merged model and ``inputs`` in the models."""
         grammar, base = self.grammar, piece.base
         mixed = [model for model in piece.starts if model != base or grammar.base == "source"]
         if grammar.base == "first" and base is not None:
@@ -159,7 +159,7 @@ class _Merge:
             else:
                 values[setting.ours] = self._value(setting, piece, None, merged, t)
         for setting in grammar.unsaid:
-            if setting.per_source:  # such numbers may not be left out
+            if setting.per_source:  # such numbers must not be omitted
                 values[setting.ours] = dict.fromkeys((self.names[model] for model in mixed), setting.default)
         return Blend(
             method=self.method,
@@ -183,10 +183,10 @@ def depth(roles: Roles) -> int:
 
 
 def _with_lambda(grammar: Grammar, values: dict[str, Any]) -> dict[str, Any]:
-    """Take lambda into the weights where that gives the same model.
+    """Multiply lambda into the weights if that gives the same model.
 
-    Normalised weights of a plain sum are divided here, as mergekit does; where elements are elected by sign, what they
-    are divided by differs between elements, and a lambda below zero would turn elections round.
+    Normalised weights of a plain sum are divided here, as in mergekit. If elements are elected by sign, the divisor
+    differs between elements, and a negative lambda would invert elections.
     """
     scale = values.get("lambda", 1.0)
     if scale == 1 or (grammar.sum == "elected" and (values["normalize"] or scale < 0)):
@@ -210,7 +210,7 @@ def _base(holder: Mapping[str, Any], place: str) -> str | None:
 
 
 def _placed(slices: Iterable[_Slice]) -> Iterator[tuple[int, _Slice]]:
-    """Each slice with the hop that it begins at."""
+    """Each slice with the index of its first hop."""
     start = 0
     for piece in slices:
         yield start, piece
@@ -226,7 +226,7 @@ def _slices(
     if "models" in config:
         where = f"{place}: models"
         models = _models(config["models"], ("model", "parameters"), grammar, where)
-        if base is not None and base not in models:  # so mergekit does, for every method
+        if base is not None and base not in models:  # as in mergekit, for every method
             models[base] = {}
         depths = {model: depth(look(model)) for model in models}
         if len(set(depths.values())) > 1:
@@ -275,7 +275,7 @@ def _slice(
 
 
 def _check_mixed(piece: _Slice, method: str, grammar: Grammar, base_place: str, place: str) -> None:
-    """Refuse a slice whose models its method cannot mix."""
+    """Reject a slice whose models its method cannot mix."""
     base = piece.base
     if grammar.base in ("apart", "first") and base is None:
         raise InputError(base_place, f"is missing, and {method} needs it")

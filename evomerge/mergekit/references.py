@@ -1,4 +1,4 @@
-"""Models as mergekit names them."""
+"""Model references in mergekit's notation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from evomerge.plugins import unknown_name
 
 
 def read_reference(given: Any, place: str) -> str:
-    """The reference that mergekit writes as text (``path@revision+lora@revision``) or as keys: one text for each.
+    """A reference that mergekit writes as text (``path@revision+lora@revision``) or as keys, always as text.
 
     Raises:
         InputError: it is neither, or cannot be written as one text.

@@ -1,4 +1,4 @@
-"""Values as mergekit writes them: plain, as a gradient over the layers of a slice, or chosen by filters."""
+"""Values in mergekit's notation: plain, as a gradient over the layers of a slice, or selected by filters."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from evomerge.mergekit.grammar import Grammar, Setting, Value
 from evomerge.plugins import unknown_name
 
 Parameters = Mapping[str, Any]
-"""What one place of a configuration sets, by mergekit's names, checked and as it stands in the file."""
+"""The settings in one place of a configuration, by mergekit's names, validated but otherwise unchanged."""
 
 
 def check_keys(given: Any, known: Collection[str], place: str) -> None:
-    """Refuse anything but a mapping with keys among ``known``."""
+    """Reject anything but a mapping with keys among ``known``."""
     if not isinstance(given, Mapping):
         raise InputError(place, "must be keys with values")
     for key in given:
@@ -24,10 +24,10 @@ def check_keys(given: Any, known: Collection[str], place: str) -> None:
 
 
 def read_parameters(given: Any, grammar: Grammar, place: str) -> Parameters:
-    """The checked ``parameters:`` of a model, a slice or a whole configuration; none where ``given`` is None.
+    """The validated ``parameters:`` of a model, a slice or a whole configuration; empty if ``given`` is None.
 
     Raises:
-        InputError: an unknown key, a value of the wrong kind, or one that a recipe cannot hold.
+        InputError: an unknown key, a value of the wrong kind, or one that a recipe cannot represent.
     """
     if given is None:
         return {}
@@ -42,11 +42,11 @@ def read_parameters(given: Any, grammar: Grammar, place: str) -> Parameters:
 
 
 def find_value(setting: Setting, levels: Iterable[Parameters], tensor: str, t: float) -> Value | None:
-    """What is set for one tensor at the point ``t`` in [0, 1] of its slice; mergekit's default where nothing is.
+    """The value for one tensor at the point ``t`` in [0, 1] of its slice; mergekit's default if none is set.
 
     Args:
-        levels: the places that may set it, nearest first. The first that has a value for this tensor counts.
-        tensor: what filters are matched against.
+        levels: the places that may set it, nearest first. The first that has a value for this tensor is used.
+        tensor: the name that filters are matched against.
     """
     for level in levels:
         if setting.name in level:

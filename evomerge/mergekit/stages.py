@@ -1,8 +1,8 @@
-"""Files of several merges: YAML documents of which later ones use earlier ones by name, as mergekit-multi reads them.
+"""Files of several merges: YAML documents of which later ones use earlier ones by name, as in mergekit-multi.
 
-A document is a recipe of ours or a configuration of mergekit's, with a ``name``; the one without is the model. Where a
-model is named that is the name of a document, that merge is meant. What differs from mergekit-multi: a stage is not
-rounded to a dtype on its way into the next, and never reused when its document, or a file of its models, has changed.
+A document is one of our recipes or a mergekit configuration, with a ``name``; the one without is the final model. A
+model name that is the name of a document refers to that merge. Unlike in mergekit-multi, a stage is not rounded to a
+dtype before the next one uses it, and is never reused if its document, or a file of its models, has changed.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from evomerge.recipes.stack import StackRecipe
 from evomerge.recipes.staged import Stage, StagedRecipe
 
 FINAL = "model"
-"""What the document without a name is called."""
+"""The name of the document without one."""
 
 Made = Callable[[Stage, Mapping[str, str]], Roles]
-"""Told of a stage and of the references that it takes; gives the roles of its tensors."""
+"""(a stage, the references of its sources) -> the roles of its tensors."""
 
 
 def read_stages(documents: list[dict[str, Any]], look: Callable[[str], Roles], made: Made, place: str) -> StagedRecipe:
-    """The recipe of several documents.
+    """The recipe described by several documents.
 
     Args:
-        look: the roles of a model's tensors, by its reference.
-        made: called with each stage but the last, in the order in which they are made.
+        look: returns the roles of a model's tensors, by its reference.
+        made: called with each stage except the last, in the order in which they are made.
 
     Raises:
-        InputError: names that are missing, double, or go in circles; a stage that nobody uses; or what is wrong with
-            a document.
+        InputError: missing or duplicate names, or circular references; a stage that is not used; or any error in a
+            document.
     """
     by_name = _named(documents, place)
     order = _ordered(by_name, place)
@@ -80,7 +80,7 @@ def _named(documents: list[dict[str, Any]], place: str) -> dict[str, dict[str, A
 
 
 def _ordered(documents: Mapping[str, dict[str, Any]], place: str) -> list[str]:
-    """The documents' names, each behind those that it uses, the model last."""
+    """The names of the documents, each after those that it uses, the final model last."""
     uses = {name: {text for text in _texts(document) if text in documents} for name, document in documents.items()}
     try:
         order = list(TopologicalSorter(uses).static_order())

@@ -1,4 +1,4 @@
-"""Tokenizers and vocabularies as mergekit names them."""
+"""Tokenizers and vocabularies in mergekit's notation."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from evomerge.vocabulary import TokenRow, TokenRule, Vocabulary, ZeroRow
 
 
 def read_tokenizer(config: Mapping[str, Any], fallback: str, place: str) -> str:
-    """The reference of the model that gives the tokenizer; ``fallback`` where that is mergekit's "base" or "union"."""
+    """The reference of the model that provides the tokenizer; ``fallback`` for mergekit's "base" or "union"."""
     source, where = _source(config, place)
     return fallback if source in (None, "base", "union") else read_reference(source, where)
 
 
 def read_vocabulary(config: Mapping[str, Any], names: Mapping[str, str], base: str | None, place: str) -> Vocabulary:
-    """What a mergekit configuration says of the merged model's tokens.
+    """The merged model's vocabulary according to a mergekit configuration.
 
     Args:
         names: short names of the models, by reference.
-        base: reference of the base model, whose rows the others take.
+        base: reference of the base model, whose rows the others use.
     """
     source, _ = _source(config, place)
     section = config.get("tokenizer") or {}
@@ -50,13 +50,13 @@ def read_vocabulary(config: Mapping[str, Any], names: Mapping[str, str], base: s
 
 
 def write_vocabulary(recipe: StackRecipe, base: str | None) -> dict[str, Any]:
-    """The keys of a mergekit configuration that say which tokens the merged model has.
+    """The keys of a mergekit configuration that describe the merged model's vocabulary.
 
     Args:
         base: the reference of the configuration's base model.
 
     Raises:
-        InputError: mergekit cannot say it.
+        InputError: mergekit cannot express it.
     """
     vocabulary, donor = recipe.vocabulary, recipe.sources[recipe.tokenizer]
     template = {"chat_template": vocabulary.chat_template} if vocabulary.chat_template is not None else {}
@@ -83,7 +83,7 @@ def write_vocabulary(recipe: StackRecipe, base: str | None) -> dict[str, Any]:
 
 
 def _source(config: Mapping[str, Any], place: str) -> tuple[Any, str]:
-    """What gives the tokenizer as it stands in the file, None where nothing does, and where that is said."""
+    """The tokenizer setting in the file, None if there is none, and its place."""
     if config.get("tokenizer") is None:
         return config.get("tokenizer_source"), f"{place}: tokenizer_source"
     where = f"{place}: tokenizer"

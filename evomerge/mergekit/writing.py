@@ -1,4 +1,4 @@
-"""Mergekit configurations of recipes."""
+"""Writes recipes as mergekit configurations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evomerge.recipes.stack import Blend, Role, StackRecipe, renumber
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor: its name in the merged model, the one that it has in each source, and its blend."""
+    """A tensor: its name in the merged model, its name in each source, and its blend."""
 
     merged: str
     inputs: Mapping[str, str]
@@ -25,17 +25,17 @@ class _Tensor:
 
 
 def to_mergekit(recipe: StackRecipe, look: Callable[[str], Roles]) -> dict[str, Any]:
-    """The mergekit configuration of a recipe, ready to be written as YAML.
+    """The mergekit configuration for a recipe, ready to be written as YAML.
 
-    Hops that follow each other in every source and are made alike become one slice; tensors in it that are made
-    otherwise are chosen by filters.
+    Consecutive hops of consecutive layers with the same blends form one slice; exceptions among its tensors are
+    selected by filters.
 
     Args:
-        look: the roles of a model's tensors, by its reference.
+        look: returns the roles of a model's tensors, by its reference.
 
     Raises:
-        InputError: mergekit cannot say it: blends that differ in method, or in sources or base within one slice; a
-            method or number that it has not; tensors that no filter tells apart; two names for one model.
+        InputError: mergekit cannot express it: blends that differ in method, or in sources or base within one slice; a
+            method or number that it does not have; tensors that no filter can distinguish; two names for one model.
     """
     _check_vision(recipe)
     methods = sorted({blend.method for blend in recipe.blends})
@@ -51,14 +51,14 @@ def to_mergekit(recipe: StackRecipe, look: Callable[[str], Roles]) -> dict[str, 
         raise InputError("recipe", problem, "Give the blends of the beginning the same sources, with weight 0.")
     bases = {piece.get("base_model") for piece in slices}
     config: dict[str, Any] = {"merge_method": methods[0]}
-    if len(bases) == 1:  # one for all, and not one for each slice
+    if len(bases) == 1:  # one for all instead of one for each slice
         base = bases.pop()
         config |= {"base_model": base} if base is not None else {}
         slices = [{key: value for key, value in piece.items() if key != "base_model"} for piece in slices]
     config |= _whole(slices, look) or {"slices": slices}
     donor = recipe.sources[recipe.tokenizer]
     if grammar.base == "source" and ("slices" in config or any(entry["model"] == donor for entry in config["models"])):
-        config["base_model"] = donor  # only the configuration is taken of it; else mergekit takes that of any model
+        config["base_model"] = donor  # only its configuration is used; otherwise mergekit uses that of any model
     if recipe.dtype is not None:
         config |= {"dtype": "float32", "out_dtype": recipe.dtype}
     return config | write_vocabulary(recipe, config.get("base_model"))
@@ -74,14 +74,14 @@ def _check_references(recipe: StackRecipe) -> None:
 
 
 def _check_vision(recipe: StackRecipe) -> None:
-    """Refuse what reads images made of several models, which mergekit has another form for."""
+    """Reject vision parts made from several models, for which mergekit has another format."""
     if recipe.seen is not None:
         problem = "makes what reads images of several models, which mergekit cannot say beside layers"
         raise InputError("recipe.vision", problem, "Merge it here, with `evomerge merge`.")
 
 
 def _check_numbers(blend: Blend, grammar: Grammar, place: str) -> None:
-    """Refuse what mergekit has no word for."""
+    """Reject numbers that mergekit has no setting for."""
     if blend.basis is not None:
         raise InputError(f"{place}.basis", "merges adapters in core space, which mergekit cannot say")
     if blend.steps:
@@ -106,7 +106,7 @@ def _check_numbers(blend: Blend, grammar: Grammar, place: str) -> None:
 def _slices(recipe: StackRecipe, grammar: Grammar, roles: Roles) -> list[dict[str, Any]]:
     """One slice for each run of hops; the first carries the embedding, the last the final norm and the head.
 
-    Where these mix other models than the hops beside them, they have a slice of their own, which takes no layers.
+    If these mix different models from the adjacent hops, they get a separate slice without layers.
     """
     hops = [list(_hop(recipe, roles, number)) for number in range(len(recipe.hops))]
     runs = [(start, stop, list(itertools.chain(*hops[start:stop]))) for start, stop in _runs(recipe, hops)]
@@ -123,7 +123,7 @@ def _slices(recipe: StackRecipe, grammar: Grammar, roles: Roles) -> list[dict[st
 
 
 def _mix_alike(tensors: Sequence[_Tensor], others: Sequence[_Tensor]) -> bool:
-    """Whether tensors mix the models that others mix, as all tensors of a slice must."""
+    """Whether both groups of tensors mix the same models, as all tensors of a slice must."""
     return all((t.blend.sources, t.blend.base) == (others[0].blend.sources, others[0].blend.base) for t in tensors)
 
 
@@ -148,7 +148,7 @@ def _models(blend: Blend) -> list[str]:
 
 
 def _runs(recipe: StackRecipe, hops: Sequence[Sequence[_Tensor]]) -> Iterator[tuple[int, int]]:
-    """(first hop, last hop + 1) of each run of hops that are made alike of layers that follow each other."""
+    """(first hop, last hop + 1) of each run of hops with the same blends and consecutive layers."""
     start = 0
     for number in range(1, len(hops) + 1):
         if number < len(hops) and _follows(recipe, hops, number):
@@ -207,9 +207,9 @@ def _value(blend: Blend, setting: Setting, source: str | None) -> Value:
 
 
 def _setting(values: Mapping[str, Value], setting: Setting) -> Value | list[dict[str, Any]]:
-    """One value where all tensors agree; else a filter for each value that differs from the most common."""
+    """A single value if all tensors agree; otherwise a filter for each value that differs from the most common."""
     common = Counter(values.values()).most_common(1)[0][0]
-    left = dict(values)  # those that no filter has taken yet
+    left = dict(values)  # those not yet covered by a filter
     rules: list[dict[str, Any]] = []
     while odd := next((name for name, value in left.items() if value != common), None):
         part = _filter(odd, left)
@@ -222,7 +222,7 @@ def _setting(values: Mapping[str, Value], setting: Setting) -> Value | list[dict
 
 
 def _filter(name: str, values: Mapping[str, Value]) -> str | None:
-    """The part of a name that only names with the same value have, and as many of them as can be."""
+    """The part of a name that occurs only in names with the same value, and in as many of them as possible."""
     parts = name.split(".")
     best: tuple[tuple[int, bool, int, int], str] | None = None
     for first, last in itertools.combinations(range(len(parts) + 1), 2):
@@ -236,7 +236,7 @@ def _filter(name: str, values: Mapping[str, Value]) -> str | None:
 
 
 def _whole(slices: Iterable[dict[str, Any]], look: Callable[[str], Roles]) -> dict[str, Any] | None:
-    """A single slice that takes all layers of every model, in the shorter form; None where it is not that."""
+    """A single slice with all layers of every model, in the shorter form; None if it is anything else."""
     first, *more = slices
     sources = first["sources"]
     if more or any(source["layer_range"] != [0, depth(look(source["model"]))] for source in sources):

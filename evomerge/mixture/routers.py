@@ -1,7 +1,7 @@
 """The rows of routers, which map each token's input to a logit for each slot.
 
-They are found once, with a reference mixture (``MixtureRecipe.reference_mixture``), shared by all candidates of a search, and
-cached as evidence.
+They are found once, with a reference mixture (``MixtureRecipe.reference_mixture``) that all candidates of a search
+share, and cached as evidence.
 
 Prototypes (like mergekit-moe's hidden mode, corrected): the router of a layer reads the output of the norm after the
 attention, so this is observed instead of the layer's own input; every token of a text counts except the first, which is

@@ -1,4 +1,4 @@
-"""The builder of prompts: the base as it is, written once, and before every text what a recipe says."""
+"""The builder of prompts: the unchanged base, written once, with the prompt of a recipe before every text."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from evomerge.prompts.rows import common_start, prompt_rows, repeated
 from evomerge.recipes.prompts import PromptsRecipe
 from evomerge.recipes.stack import Blend, StackRecipe
 
-if TYPE_CHECKING:  # these import transformers, which takes seconds; checking a recipe does not
+if TYPE_CHECKING:  # these import transformers, which takes seconds and is not needed to check a recipe
     from evomerge.checkpoints.live import LiveModel
     from evomerge.prompts.soft import SoftModel
     from evomerge.prompts.tokens import PromptTokens
 
 _MAX_SHARE = 2
-"""A prompt has no more than one in so many of the tokens that the context holds: texts need room as well."""
+"""A prompt may take up at most 1 / this of the tokens of the context, because texts need room as well."""
 
 
 class PromptsBuilder(BuilderBase):
-    """Makes models behind soft prompts and prefixes; see ``evomerge.merging.building.builders.Builder``."""
+    """Builds models with soft prompts and prefixes; see ``evomerge.merging.building.builders.Builder``."""
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context
@@ -38,7 +38,7 @@ class PromptsBuilder(BuilderBase):
 
     @staticmethod
     def check(recipe: PromptsRecipe, sources: Mapping[str, Source]) -> None:
-        """Refuse a recipe whose prompts are not of its base and its form, or have fewer rows than it takes."""
+        """Reject a recipe whose prompts do not fit its base and its form, or have fewer rows than it uses."""
         base = sources[recipe.base]
         if base.prompt is not None:
             problem = f"is {recipe.base}, which has {base.prompt.facts.text}"
@@ -63,7 +63,7 @@ class PromptsBuilder(BuilderBase):
         _ = self._live
 
     def write(self, recipe: PromptsRecipe) -> LiveModel:
-        """The base behind a prompt; without one it is the base."""
+        """The base with a prompt; without one it is the base itself."""
         from evomerge.checkpoints.live import check_live
 
         self.check(recipe, self._context.sources)
@@ -85,7 +85,7 @@ class PromptsBuilder(BuilderBase):
         check: Callable[[Path], None] | None = None,
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
-        """A plain Hugging Face folder of a soft prompt, peft's folder of a prefix, the base's copy of neither."""
+        """Export a soft prompt as a plain Hugging Face folder, a prefix as peft's folder, or neither as the base."""
         from evomerge.prompts.export import write_prefix, write_soft
 
         sources = self._context.sources
@@ -102,7 +102,7 @@ class PromptsBuilder(BuilderBase):
             write_soft(copy, base, out, rows, tokens, texts=texts, check=check, progress=progress)
 
     def reload(self, folder: Path) -> LiveModel:
-        """A plain folder in plain transformers, a prefix's in peft."""
+        """Load a plain folder with plain transformers, or a prefix's with peft."""
         from evomerge.prompts.export import reload_prefix, reload_soft
 
         if (folder / "config.json").exists():
@@ -131,7 +131,7 @@ class PromptsBuilder(BuilderBase):
         return SoftModel(self._live, self._context.sources[self._context.tokenizer].place)
 
     def _tokens_of(self, recipe: PromptsRecipe) -> PromptTokens:
-        """The tokenizer with as many new tokens as the prompt has rows."""
+        """The tokenizer with one new token for each row of the prompt."""
         from evomerge.prompts.tokens import prompt_tokens
 
         if recipe.rows not in self._tokens:
@@ -139,11 +139,11 @@ class PromptsBuilder(BuilderBase):
         return self._tokens[recipe.rows]
 
     def _stored(self, recipe: PromptsRecipe) -> Tensor:
-        """A soft prompt [rows, width] as the embedding holds it, float32."""
+        """The rows of a soft prompt as stored in the embedding, [rows, width], float32."""
         return prompt_rows(recipe, self._context.sources, self._started) / self._soft.scale
 
     def _started(self, text: str, rows: int) -> Tensor:
-        """See ``rows.Started``: by the base's own tokenizer, with its special tokens, as peft does."""
+        """See ``rows.Started``; uses the base's own tokenizer, with its special tokens, like peft."""
         ids = repeated(list(self._live.tokenizer(text)["input_ids"]), rows)
         return self._soft.embedded(ids)
 
@@ -159,7 +159,7 @@ class PromptsBuilder(BuilderBase):
 
 
 def _check_rows(name: str, rows: int, recipe: PromptsRecipe, sources: Mapping[str, Source], place: str) -> None:
-    """Refuse a source that has no such rows before this base."""
+    """Reject a source that lacks these rows for this base."""
     source, base = sources[name], sources[recipe.base]
     if source.prompt is None:
         raise InputError(place, f"takes rows of {name}, which has no prompt", "Name it as `MODEL+PROMPT`.")

@@ -1,4 +1,4 @@
-"""Prompts as folders: a soft prompt in the vocabulary of a plain model, a prefix as peft has it."""
+"""Exports prompts as folders: a soft prompt in the vocabulary of a plain model, a prefix in peft's format."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def write_soft(
     check: Callable[[Path], None] | None,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Make a plain model folder in whose vocabulary a soft prompt stands; see ``export.write_model``.
+    """Create a plain model folder with a soft prompt in its vocabulary; see ``export.write_model``.
 
     Args:
         copy: the recipe of the base alone.
         base: its source.
-        rows: [rows, width], as the embedding holds them, float32.
-        tokens: that stand for them.
+        rows: [rows, width], as stored in the embedding, float32.
+        tokens: the tokens that represent them.
     """
     materialiser = Materialiser({copy.tokenizer: base})
     names = _names(base)
@@ -94,7 +94,7 @@ def _names(base: Source) -> dict[str, str]:
 
 
 def _vocabulary(materialiser: Materialiser, copy: StackRecipe, names: Mapping[str, str]) -> Vocabulary:
-    """Embedding and head of the base as they are written; a tied head is the embedding."""
+    """Embedding and head of the base as exported; a tied head is the embedding."""
     others = {name for name, _, _ in materialiser.layout(copy)} - set(names.values())
     found = dict(materialiser.tensors(copy, others))
     embedding = found[names["embedding"]]
@@ -102,7 +102,7 @@ def _vocabulary(materialiser: Materialiser, copy: StackRecipe, names: Mapping[st
 
 
 def _generation_text(base: Source, first: int, rows: int) -> str:
-    """The generation settings: sampling, too, is never to come upon the new tokens."""
+    """The generation settings, which also prevent the new tokens from being sampled."""
     file = base.folder / _GENERATION
     ends: dict[str, Any] = {
         key: base.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in base.config
@@ -113,10 +113,10 @@ def _generation_text(base: Source, first: int, rows: int) -> str:
 
 
 def reload_soft(folder: Path, devices: Devices) -> LiveModel:
-    """The folder in plain transformers.
+    """Load the folder with plain transformers.
 
-    Its setting that new tokens are never sampled is left out: greedily none is ever said without it, and with it
-    transformers' own loop would decode, row by row to the longest.
+    Its setting that prevents sampling new tokens is removed: greedy decoding never produces them anyway, and with the
+    setting, transformers' own loop would decode every batch until its longest row.
     """
     live = plain_model(open_source("export", str(folder), place=str(folder)), devices, None)
     live.model.generation_config.suppress_tokens = None
@@ -132,7 +132,7 @@ def write_prefix(
     texts: Mapping[str, str],
     check: Callable[[Path], None] | None,
 ) -> None:
-    """Make peft's folder of a prefix [rows, columns], float32."""
+    """Create peft's folder for a prefix [rows, columns], float32."""
     check_target(out, [base.folder])
     heads, width = key_value_heads(base.settings)
     named = recipe.sources[recipe.base]
@@ -157,10 +157,10 @@ def write_prefix(
 
 
 def reload_prefix(folder: Path, base: Source, devices: Devices, dtype: torch.dtype | None) -> LiveModel:
-    """The folder in peft, on the base in plain transformers.
+    """Load the folder with peft, on the base in plain transformers.
 
     Raises:
-        InputError: peft is not installed here.
+        InputError: peft is not installed.
     """
     try:
         from peft import PeftModel

@@ -1,8 +1,8 @@
-"""A live model before whose texts every layer has some keys and values: a prefix.
+"""A live model with a prefix: keys and values in every layer before the texts.
 
-The texts that it is given begin with one token for each of them that stands for its place (``tokens``), so that
-whatever counts tokens counts the prefix: caches, masks, positions, the room of the context. It takes these tokens out
-and puts the prefix into the cache in their place; a text goes on behind it, in positions that count it, as in peft.
+Its input texts begin with one placeholder token for each row of the prefix (``tokens``), so that everything that counts
+tokens counts the prefix: caches, masks, positions, the context length. The model removes these tokens and puts the
+prefix into the KV cache in their place; positions of the text continue after it, as in peft.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from evomerge.errors import InputError
 
 
 class PrefixedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """A causal language model behind a prefix.
+    """A causal language model with a prefix.
 
     Args:
         model: the model.
-        prefix: [rows, layers * 2, heads, width], of each layer keys and then values.
-        first: the token that stands for the first row; those of the others follow.
+        prefix: [rows, layers * 2, heads, width], for each layer keys and then values.
+        first: the placeholder token of the first row; those of the others follow.
     """
 
-    _supports_sdpa = True  # the model has its own attention
+    _supports_sdpa = True  # the wrapped model has its own attention
 
     def __init__(self, model: PreTrainedModel, prefix: Tensor, first: int) -> None:
         super().__init__(copy.deepcopy(model.config))
@@ -36,9 +36,9 @@ class PrefixedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self._prefix = prefix.to(model.device, model.dtype).permute(1, 2, 0, 3)[:, None]  # [layers * 2, 1, heads, ...]
         self._first = first
         rows: int = model.get_input_embeddings().weight.shape[0]
-        # Nobody looks the tokens up that stand for places; whoever asks how many there are must know of them.
+        # Placeholder tokens are never looked up, but code that asks for the vocabulary size must count them.
         size = (max(rows, first + len(prefix)), model.config.hidden_size)
-        self._counted = (torch.nn.Embedding(*size, device="meta", dtype=model.dtype),)  # no module of this one
+        self._counted = (torch.nn.Embedding(*size, device="meta", dtype=model.dtype),)  # not a submodule
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +67,7 @@ class PrefixedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast:
-        """See ``LlamaForCausalLM.forward``. Logits of columns in which the prefix's tokens were are zero."""
+        """See ``LlamaForCausalLM.forward``. Logits of columns with placeholder tokens are zero."""
         if past_key_values is not None and past_key_values.get_seq_length():
             out: CausalLMOutputWithPast = self.model(
                 input_ids, attention_mask=self._ordered(attention_mask, past_key_values), position_ids=position_ids,
@@ -97,11 +97,11 @@ class PrefixedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     @property
     def prefix_length(self) -> int:
-        """For how many tokens it stands; by this name the table of answers knows that they cannot be fed in again."""
+        """How many tokens the prefix stands for; the decoder reads this name, since these cannot be recomputed."""
         return self._prefix.shape[3]
 
     def _text(self, input_ids: Tensor) -> Tensor:
-        """Where the texts are: bool [rows, width], of each row as many."""
+        """Where the texts are: bool [rows, width], the same number in each row."""
         standing = (input_ids >= self._first) & (input_ids < self._first + self.prefix_length)
         counts = set(standing.sum(dim=1).tolist())
         if not counts <= {0} and counts != {self.prefix_length}:
@@ -111,7 +111,7 @@ class PrefixedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return ~standing
 
     def _filled(self, cache: Any, rows: int) -> Any:
-        """A cache that holds the prefix, and nothing else."""
+        """A new cache that contains only the prefix."""
         if cache is None:
             cache = DynamicCache(config=self.model.config)
         for layer in range(len(self._prefix) // 2):
@@ -120,9 +120,9 @@ class PrefixedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return cache
 
     def _ordered(self, mask: Tensor | None, cache: Any) -> Tensor | None:
-        """A mask as the cache's columns are: where transformers pads on the left, the prefix stands before that."""
+        """Reorder a mask to match the cache's columns: with left padding, the prefix comes before the padding."""
         if mask is None or type(cache) is not DynamicCache:
-            return mask  # a table of the engine keeps the prefix with its text
+            return mask  # the decoder's table keeps the prefix next to its text
         columns = torch.arange(mask.shape[1], device=mask.device)
         padding = mask.shape[1] - mask.sum(dim=1, keepdim=True)
         return ((columns < self.prefix_length) | (columns >= self.prefix_length + padding)).to(mask.dtype)

@@ -1,9 +1,9 @@
-"""A live model whose vocabulary is longer by the rows of a soft prompt, and which never says any of them.
+"""A live model whose vocabulary is extended by the rows of a soft prompt, none of which it ever generates.
 
-A prompt is stored in the embedding of new tokens, divided by what the architecture multiplies embeddings by in the
-module itself (Gemma), for peft puts prompts behind that. The head is no longer the embedding: to a new token it gives
-the mean of the rows that it has. Its logit is then the mean of all other logits, which the largest of them is never
-below, whatever the hidden state; in practice it is far below, and the tokens' share of the probability is nothing.
+A prompt is stored in the embedding of new tokens, divided by the factor that some architectures apply in the embedding
+module (Gemma), because peft inserts prompts after it. The head is untied from the embedding, and its row for a new
+token is the mean of the existing rows. The token's logit is then the mean of all other logits, which never exceeds the
+largest of them, whatever the hidden state; in practice it is far smaller, and its share of the probability negligible.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from evomerge.prompts.tokens import PromptTokens
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Embedding and head of a model, [tokens, width] each, and the head's bias [tokens] where it has one."""
+    """Embedding and head of a model, [tokens, width] each, and the head's bias [tokens] if it has one."""
 
     embedding: Tensor
     head: Tensor
@@ -32,7 +32,7 @@ class Vocabulary:
 
 
 def embedding_scale(module: torch.nn.Module, place: str) -> float:
-    """What a model's embedding multiplies its rows by, 1 in most.
+    """The factor that a model's embedding applies to its rows, 1 in most models.
 
     Raises:
         InputError: it does something else with them.
@@ -48,9 +48,9 @@ def embedding_scale(module: torch.nn.Module, place: str) -> float:
 
 
 def losing_rows(vocabulary: Vocabulary, first: int) -> Vocabulary:
-    """What the tokens from ``first`` on have in the head, [1, width] and [1], so that they never are the likeliest.
+    """The head's row and bias for tokens from ``first`` on, [1, width] and [1], with which they are never most likely.
 
-    On the processor, so that an export has the bits of a model on an accelerator. The embedding's row is of no token.
+    Computed on the CPU, so that an export equals a model on a GPU bit for bit. The embedding's row belongs to no token.
     """
 
     def mean(table: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def losing_rows(vocabulary: Vocabulary, first: int) -> Vocabulary:
 
 
 def with_rows(vocabulary: Vocabulary, rows: Tensor, first: int, losing: Vocabulary) -> Vocabulary:
-    """A vocabulary in which the tokens from ``first`` on have these rows [new, width] and are never the likeliest."""
+    """A vocabulary with these rows [new, width] for tokens from ``first`` on, which are never the most likely."""
     size = max(len(vocabulary.embedding), first + len(rows))
 
     def longer(table: Tensor, added: Tensor) -> Tensor:
@@ -81,17 +81,17 @@ def with_rows(vocabulary: Vocabulary, rows: Tensor, first: int, losing: Vocabula
 
 
 class SoftModel:
-    """A model that is written once, and before which soft prompts are put.
+    """A model that is written once, to which soft prompts are added.
 
     Args:
         live: the model, with its weights.
-        place: of its source, for errors.
+        place: the place of its source, for errors.
 
     Attributes:
-        scale: what the embedding multiplies its rows by.
+        scale: the factor that the embedding applies to its rows.
 
     Raises:
-        InputError: its embedding is no table of rows times a number.
+        InputError: its embedding is not a table of rows times a number.
     """
 
     def __init__(self, live: LiveModel, place: str) -> None:
@@ -104,13 +104,13 @@ class SoftModel:
         self.scale = embedding_scale(self._embedding, place)
 
     def plain(self) -> LiveModel:
-        """The model with nothing before it."""
+        """The model without a prompt."""
         self._lay(self._own, self._config)
         return self._live
 
     @torch.inference_mode()
     def embedded(self, ids: Sequence[int]) -> Tensor:
-        """What layers are given for tokens: float32 [tokens, width], on the processor."""
+        """The layers' inputs for tokens: float32 [tokens, width], on the CPU."""
         embedding = self._own.embedding
         given: Tensor = torch.func.functional_call(
             self._embedding, {"weight": embedding}, torch.tensor(ids, device=embedding.device)
@@ -119,16 +119,16 @@ class SoftModel:
 
     @torch.no_grad()
     def prompted(self, rows: Tensor, tokens: PromptTokens) -> LiveModel:
-        """The model behind a prompt [rows, width], as it is stored, until the next one is put before it.
+        """The model with a prompt [rows, width], as stored; valid until the next prompt replaces it.
 
         Raises:
-            NotFiniteError: it does not fit the model's dtype.
+            NotFiniteError: it overflows the model's dtype.
         """
-        if self._losing is None:  # the first new token is the same in all
+        if self._losing is None:  # the first new token is always the same
             self._losing = losing_rows(self._own, tokens.first)
         vocabulary = with_rows(self._own, rows, tokens.first, self._losing)
         if not bool(torch.isfinite(vocabulary.embedding[tokens.first :]).all()):
-            raise NotFiniteError("the prompt")  # too large for the dtype
+            raise NotFiniteError("the prompt")  # it overflows the dtype
         config = copy.deepcopy(self._config)
         for key, value in longer_config(len(vocabulary.embedding)).items():
             setattr(config, key, value)
@@ -144,7 +144,7 @@ class SoftModel:
 
 
 def longer_config(tokens: int) -> Mapping[str, Any]:
-    """What the configuration of a model with a longer vocabulary says otherwise."""
+    """The configuration changes for a model with a longer vocabulary."""
     return {"vocab_size": tokens, "tie_word_embeddings": False}
 
 

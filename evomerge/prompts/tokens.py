@@ -1,6 +1,6 @@
-"""A tokenizer with tokens that nobody writes, which it puts before every text: in the place of a prompt's rows.
+"""A tokenizer with reserved tokens that it puts before every text, in place of a prompt's rows.
 
-They stand before what the tokenizer begins texts with itself, where peft has a prompt, in its post-processor and in its
+They precede the tokenizer's own start tokens, which is where peft puts a prompt, both in its post-processor and in its
 chat template, which is rendered without the post-processor.
 """
 
@@ -22,7 +22,7 @@ from evomerge.errors import InputError
 from evomerge.inference.reading import encode_plain, special_tokens
 
 _FAST = "PreTrainedTokenizerFast"
-"""The class that takes all from tokenizer.json, under the name that every transformers knows."""
+"""The class that reads everything from tokenizer.json, by the name that every version of transformers knows."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PromptTokens:
     Attributes:
         texts: its files, by name.
         first: the id of the first new token; the others follow.
-        tokenizer: as it is loaded, set up for scoring.
+        tokenizer: the loaded tokenizer, set up for scoring.
     """
 
     texts: Mapping[str, str]
@@ -41,10 +41,10 @@ class PromptTokens:
 
 
 def prompt_tokens(source: Source, count: int) -> PromptTokens:
-    """The tokenizer of a source with so many new tokens before every text.
+    """The tokenizer of a source with this many new tokens before every text.
 
     Raises:
-        InputError: it is of a kind that takes no tokens, or puts nothing before texts.
+        InputError: a tokenizer of this kind cannot be extended, or cannot put anything before texts.
     """
     tokenizer = open_tokenizer(source)
     ids = tokenizer.get_vocab()
@@ -59,10 +59,10 @@ def prompt_tokens(source: Source, count: int) -> PromptTokens:
     content["post_processor"] = _before(content.get("post_processor"), numbered, source.place)
     texts["tokenizer.json"] = _dump(content)
     config = json.loads(texts.get("tokenizer_config.json", "{}"))
-    for key in ("add_bos_token", "add_eos_token"):  # which would make the post-processor anew; it has these already
+    for key in ("add_bos_token", "add_eos_token"):  # would rebuild the post-processor, which has them already
         config.pop(key, None)
     wanted = [*numbered.values(), *special_tokens(tokenizer)[0]]
-    for kind in (None, _FAST):  # some classes make a post-processor of their own as they load
+    for kind in (None, _FAST):  # some classes create their own post-processor when loaded
         said = config if kind is None else {**config, "tokenizer_class": kind}
         made = {**texts, "tokenizer_config.json": _dump(said)}
         loaded = load_tokenizer(replace(source, tokenizer_texts=made))
@@ -77,19 +77,19 @@ def _names() -> Iterator[str]:
 
 
 def _wrapped(template: str, names: Sequence[str], tokenizer: Any) -> str:
-    """A chat template that says the new tokens first, and what begins texts where it does not say so itself."""
+    """A chat template that begins with the new tokens, and with the start tokens if it does not contain them."""
     start, _ = special_tokens(tokenizer)
     try:
         said = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
         says_start = encode_plain(tokenizer, said)[: len(start)] == start
-    except (TemplateError, TypeError, ValueError):  # a template that wants other turns
+    except (TemplateError, TypeError, ValueError):  # a template that expects different turns
         says_start = True
     begins = [] if says_start else tokenizer.convert_ids_to_tokens(start)
     return "{{ " + json.dumps("".join([*names, *begins])) + " }}" + template
 
 
 def _before(processor: dict[str, Any] | None, tokens: Mapping[str, int], place: str) -> dict[str, Any]:
-    """A post-processor that puts tokens before all that it had before."""
+    """A post-processor that puts tokens before everything that the given one adds."""
     kind = None if processor is None else processor["type"]
     if processor is None:
         processor = {"type": "TemplateProcessing", "single": [_text("A")], "pair": [_text("A"), _text("B")]}

@@ -1,1 +1,1 @@
-"""Checkpoints of no transformers architecture: flat tables of tensors, and image models among them."""
+"""Checkpoints without a transformers architecture: flat tables of tensors, including image models."""

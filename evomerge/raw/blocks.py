@@ -10,7 +10,7 @@ from evomerge.raw.layouts import KEPT, LAST, TEXT, Layout, depths_of, layout_of
 
 
 def blocks_of(names: Iterable[str]) -> dict[str, str]:
-    """The block of each tensor; empty for those that are in none, as all are of a model in no layout that is known."""
+    """The block of each tensor; "" if it has none, as for all tensors of a model in an unknown layout."""
     names = list(names)
     if (layout := layout_of(names)) is None:
         return dict.fromkeys(names, "")
@@ -31,10 +31,10 @@ def _by_rules(names: Sequence[str], layout: Layout) -> dict[str, str]:
 
 
 def grouped(names: Iterable[str], patterns: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """The group of each tensor that is in one: the first of which a pattern is that of its name, or of its block.
+    """The group of each tensor that belongs to one: the first with a pattern that matches its name or its block.
 
-    Patterns are as in a shell: ``*attn*``, ``IN0?``. The letters of a block alone are all its numbers: ``TEXT`` is
-    TEXT1 and TEXT2. A tensor of a block in ``KEPT`` is in a group that names this block, and in no other.
+    Patterns are shell patterns: ``*attn*``, ``IN0?``. The letters of a block without a number match all numbers:
+    ``TEXT`` is TEXT1 and TEXT2. A tensor of a block in ``KEPT`` can only belong to a group that names this block.
 
     Args:
         patterns: by group.

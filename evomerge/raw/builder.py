@@ -1,4 +1,4 @@
-"""The builder of tables of tensors: each candidate is written to the disk, where a function of a person's reads it."""
+"""The builder of tables of tensors: each candidate is written to disk, where a user's function reads it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class StateDictBuilder(BuilderBase):
-    """Makes tables of tensors; see ``Builder``. The candidate that was written last is on the disk, and no other."""
+    """Builds tables of tensors; see ``Builder``. Only the candidate that was written last is on disk."""
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context
@@ -46,7 +46,7 @@ class StateDictBuilder(BuilderBase):
 
     @staticmethod
     def check(recipe: StateDictRecipe, sources: Mapping[str, Source]) -> None:
-        """Refuse blends that cannot be computed, and sources that are no tables."""
+        """Reject blends that cannot be computed, and sources that are not tables."""
         check_opened(recipe, sources)
         for name in sorted(recipe.used_sources()):
             if not sources[name].is_table:
@@ -56,11 +56,11 @@ class StateDictBuilder(BuilderBase):
             check_stack(_as_stack(recipe, blend, {}), sources)
 
     def start(self) -> None:
-        """Make room for candidates."""
+        """Create the folder for candidates."""
         self._candidate.mkdir(exist_ok=True)
 
     def write(self, recipe: StateDictRecipe) -> LiveModel:
-        """Write the table in the place of the one before."""
+        """Write the table, replacing the previous one."""
         from evomerge.raw.written import written_table
 
         shutil.rmtree(self._candidate, ignore_errors=True)
@@ -77,7 +77,7 @@ class StateDictBuilder(BuilderBase):
         check: Callable[[Path], None] | None = None,
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
-        """A folder with ``model.safetensors``, or of diffusers, as the first source is laid out."""
+        """A folder with ``model.safetensors``, or in the format of diffusers, depending on the first source."""
         merge, known = self._merge(recipe), self._materialiser
         write_table_merge(merge, out, recipe.keys, texts=texts, materialiser=known, check=check, progress=progress)
 
@@ -98,7 +98,7 @@ class StateDictBuilder(BuilderBase):
 
 
 def table_merge(recipe: StateDictRecipe, tables: Mapping[str, Table]) -> TableMerge:
-    """What is to be made of opened tables, by the recipe's names for sources."""
+    """The merge of opened tables, given by the recipe's names for sources."""
     tables = {name: tables[name] for name in (recipe.tokenizer, *(n for n in recipe.sources if n in tables))}
     names = list(dict.fromkeys(name for table in tables.values() for name in table.source.tensors))
     labels = {name: labelled(name, block) for name, block in blocks_of(names).items()}
@@ -111,7 +111,7 @@ def table_merge(recipe: StateDictRecipe, tables: Mapping[str, Table]) -> TableMe
 
 
 def _blends(recipe: StateDictRecipe) -> list[Blend]:
-    """The blends that differ."""
+    """The distinct blends."""
     different: list[Blend] = []
     for group in recipe.groups:
         if group.blend not in different:
@@ -120,7 +120,7 @@ def _blends(recipe: StateDictRecipe) -> list[Blend]:
 
 
 def _as_stack(recipe: StateDictRecipe, rest: Blend, tensors: Mapping[str, Blend]) -> StackRecipe:
-    """The recipe as one of a model without layers, whose tensors have blends by their labelled names."""
+    """The recipe as one for a model without layers, with blends for its tensors by their labelled names."""
     return StackRecipe.compose(
         sources=recipe.sources, tokenizer=recipe.tokenizer, embedding=rest, hops=(), norm=rest, head=rest,
         tensors=tensors, seed=recipe.seed, dtype=recipe.dtype,

@@ -1,7 +1,7 @@
-"""How image models lay out their tensors, and the block of each tensor by the name that people who merge them use.
+"""The layouts of image models, and the block of each tensor by the names in common use for merging.
 
-A block has one name in every layout of a model: IN02 of a file is what diffusers has as the second convolution and the
-second attention of the first down block. One layout an entry of ``LAYOUTS``; what is none of these has no blocks.
+A block has the same name in every layout of a model: IN02 of a single file is the second convolution and the second
+attention of the first down block in diffusers. ``LAYOUTS`` has one entry per layout; unknown models have no blocks.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 KEPT = ("VAE", "EMA", "SAFETY", "SCHEDULE")
-"""Blocks that stay the first model's, unless a recipe says something of them: the autoencoder, averages of a training,
-checkers and encoders of images beside the model, and numbers of the noise schedule."""
+"""Blocks that are copied from the first model unless a recipe names them: the autoencoder, averages from training,
+checkers and image encoders beside the model, and constants of the noise schedule."""
 
 TEXT = "TEXT"
-"""The text encoder; where there are several, TEXT1, TEXT2 and so on."""
+"""The text encoder; if there are several, TEXT1, TEXT2 and so on."""
 
 LAST = "OUT, the last"
-"""What comes after the last of the output blocks, and goes with it."""
+"""What follows the last of the output blocks, and belongs to it."""
 
 
 @dataclass(frozen=True)
 class Depths:
-    """How many convolutions (resnets) diffusers has in each down block and in each up block of a UNet."""
+    """How many convolutions (resnets) each down block and each up block of a UNet in diffusers has."""
 
     down: int
     up: int
@@ -34,7 +34,7 @@ Number = Callable[[re.Match[str], Depths], int]
 
 @dataclass(frozen=True)
 class Rule:
-    """The block of names that a pattern matches from their beginning: ``label``, with its number where it has one."""
+    """The block of names that begin with a match of a pattern: ``label``, with its number if it has one."""
 
     pattern: re.Pattern[str]
     label: str
@@ -50,12 +50,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to lay out an image model.
+    """The layout of an image model.
 
     Attributes:
-        name: for people.
-        mark: matches the beginning of a name that no layout before it has.
-        rules: the first that matches a name is that of its block.
+        name: its display name.
+        mark: matches the beginning of a name that occurs in no layout before this one.
+        rules: the first rule that matches a name gives its block.
     """
 
     name: str
@@ -80,13 +80,13 @@ def _encoder(match: re.Match[str], depths: Depths) -> int:
 
 
 def _down(match: re.Match[str], depths: Depths) -> int:
-    """Of the down block ``match[1]`` the convolution ``match[2]``, or what halves the picture after all of them."""
+    """The convolution ``match[2]`` of the down block ``match[1]``, or the downsampling after all of them."""
     inside = int(match[2]) if match[2] is not None else depths.down
     return 1 + int(match[1]) * (depths.down + 1) + inside
 
 
 def _up(match: re.Match[str], depths: Depths) -> int:
-    """Of the up block ``match[1]`` the convolution ``match[2]``, the last of which doubles the picture."""
+    """The convolution ``match[2]`` of the up block ``match[1]``, the last of which upsamples."""
     inside = int(match[2]) if match[2] is not None else depths.up - 1
     return int(match[1]) * depths.up + inside
 
@@ -100,7 +100,7 @@ _BESIDE = (
     _rule(r"(?:cond_stage_model|text_encoders\.clip_l|clip_l)\.", TEXT, lambda match, depths: 1),
     _rule(r"(?:text_encoders\.(?:clip_g|t5xxl)|clip_g|t5xxl)\.", TEXT, lambda match, depths: 2),
 )
-"""What one file holds beside the model that takes noise away."""
+"""The content of a single file other than the denoising model."""
 
 _UNET = (
     *_BESIDE,
@@ -122,7 +122,7 @@ _COMPONENTS = (
     _rule(r"text_encoder(?:_(\d))?/", TEXT, _encoder),
     _rule(r"(?:safety_checker|image_encoder)/", "SAFETY"),
 )
-"""What a folder of diffusers holds beside it, a component a folder."""
+"""The other components of a diffusers folder, one per subfolder."""
 
 _UNET_COMPONENT = (
     *_COMPONENTS,
@@ -150,17 +150,17 @@ LAYOUTS = tuple(
         ("Flux of diffusers", r"(?:transformer/)?single_transformer_blocks\.\d", _FLUX_COMPONENT),
     )
 )
-"""Those that are recognised, the first whose mark is there."""
+"""The layouts that are recognised; the first with a matching mark is used."""
 
 
 def layout_of(names: Iterable[str]) -> Layout | None:
-    """The layout of a model by the names of its tensors; None where it is none that is known."""
+    """The layout of a model, given the names of its tensors; None if unknown."""
     names = list(names)
     return next((layout for layout in LAYOUTS if any(layout.mark.match(name) for name in names)), None)
 
 
 def depths_of(names: Collection[str]) -> Depths:
-    """How deep the down and up blocks of a UNet of diffusers are; as in Stable Diffusion where there are none."""
+    """The depths of the down and up blocks of a UNet in diffusers; those of Stable Diffusion if there are none."""
 
     def resnets(side: str, usual: int) -> int:
         numbers = re.compile(rf"(?:unet/)?{side}_blocks\.\d+\.resnets\.(\d+)\.")

@@ -1,4 +1,4 @@
-"""Merging tables of tensors: every method that works tensor by tensor, on all tensors or by blocks."""
+"""Merges tables of tensors with any method that works tensor by tensor, on all tensors or by blocks."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from evomerge.recipes.stack import Role, StackRecipe
 from evomerge.recipes.state_dict import Keys
 
 WEIGHTS = "model.safetensors"
-"""The file of a merged table that is no folder of diffusers."""
+"""The file of a merged table other than a diffusers folder."""
 
 _LAYER = {f"layer {kind}": Role(kind, 0) for kind in ("attention", "mlp", "norm")}
-"""A layer without tensors, which a recipe has to have."""
+"""A layer without tensors, because a recipe must have one."""
 
 
 @dataclass(frozen=True)
 class TableMerge:
-    """What is to be made of tables.
+    """A merge of tables.
 
     Attributes:
-        recipe: whose blends are of labelled names; see ``labelled``.
-        tables: by the recipe's names for sources, that which gives everything else first.
+        recipe: its blends are for labelled names; see ``labelled``.
+        tables: by the recipe's names for sources; everything else comes from the first.
         labels: the labelled name of each tensor.
-        kept: names of tensors that are the first table's as they are.
-        dtype: of what is written; None for each tensor's own in the first table.
+        kept: names of tensors that are copied from the first table.
+        dtype: the dtype of the result; None for each tensor's own in the first table.
     """
 
     recipe: StackRecipe
@@ -53,16 +53,16 @@ class TableMerge:
 
 
 def labelled(name: str, block: str) -> str:
-    """The name that filters of a recipe are held against: with the block in front, ``IN04 model.diffusion...``."""
+    """The name that a recipe's filters are matched against, with the block as a prefix: ``IN04 model.diffusion...``."""
     return f"{block} {name}" if block else name
 
 
 def read_table_merge(config: Mapping[str, Any], root: Path, keys: Keys, place: str) -> TableMerge:
-    """What a configuration of mergekit-pytorch says. Its filters may name blocks, as ``filter: IN04``.
+    """The merge described by a configuration for mergekit-pytorch. Its filters may name blocks, as ``filter: IN04``.
 
     Raises:
-        InputError: a key or value that there is not; a table that cannot be opened, or lacks tensors that others have;
-            tensors of other shapes.
+        InputError: an unknown key or value; a table that cannot be opened, or lacks tensors that others have; tensors
+            with different shapes.
     """
     for key in ("slices", "tokenizer", "tokenizer_source", "chat_template"):
         if key in config:
@@ -90,7 +90,7 @@ def read_table_merge(config: Mapping[str, Any], root: Path, keys: Keys, place: s
 
 
 def _first(config: Mapping[str, Any], place: str) -> Any:
-    """The table that gives what is not merged: the first model, or where there is none the base."""
+    """The table from which everything that is not merged is copied: the first model, or without models the base."""
     models = config.get("models")
     if not isinstance(models, list) or not models or not isinstance(models[0], dict) or "model" not in models[0]:
         raise InputError(f"{place}: models", "must be a list of models")
@@ -109,8 +109,8 @@ def _filters(content: Any) -> Iterator[str]:
 
 
 def check_alike(tables: Mapping[str, Table], keys: Keys, kept: Collection[str], place: str) -> None:
-    """Refuse tables of which one lacks tensors that another has, unless ``keys`` say what to do, of other shapes, or
-    laid out as other models.
+    """Reject tables with different tensors, unless ``keys`` says how to treat these, with different shapes, or with
+    different layouts.
 
     Args:
         kept: names of tensors that are not merged.
@@ -125,7 +125,7 @@ def check_alike(tables: Mapping[str, Table], keys: Keys, kept: Collection[str], 
 
 
 def _check_layouts(tables: Mapping[str, Table], place: str) -> None:
-    """Refuse models in two layouts, whose tensors have other names whatever ``keys`` say."""
+    """Reject models in two layouts, whose tensors have different names whatever ``keys`` says."""
     known = {name: layout.name for name, table in tables.items() if (layout := layout_of(table.source.tensors))}
     first = next(iter(known), None)
     other = next((name for name, layout in known.items() if first is not None and layout != known[first]), None)
@@ -137,7 +137,7 @@ def _check_layouts(tables: Mapping[str, Table], place: str) -> None:
 
 
 def _check_predictions(tables: Mapping[str, Table], place: str) -> None:
-    """Refuse folders of diffusers whose models predict different things of the noise: a mean of these is of neither."""
+    """Reject diffusers folders whose models have different prediction targets, which cannot be averaged."""
     said = {}
     for name, table in tables.items():
         file = table.root / "scheduler" / "scheduler_config.json"
@@ -184,17 +184,17 @@ def write_table_merge(
     check: Callable[[Path], None] | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:
-    """Make the folder ``out``: ``model.safetensors``, or the components of a folder of diffusers; nothing else.
+    """Create the folder ``out``: ``model.safetensors``, or the components of a diffusers folder.
 
-    Memory is that of one tensor of every table.
+    Memory holds one tensor of every table.
 
     Args:
-        texts: by file name, beside it.
-        materialiser: of the tables' sources; one that knows nothing of them yet when None.
-        check: called with the complete folder under its temporary name, which is removed where it raises.
+        texts: additional files, by name.
+        materialiser: a materialiser for the tables' sources; a new one if None.
+        check: called with the complete folder under its temporary name, which is removed if it raises.
 
     Raises:
-        InputError: ``out`` cannot be written, or a tensor has NaN or Inf.
+        InputError: ``out`` cannot be written, or a tensor contains NaN or Inf.
     """
     with whole_folder(out, [table.root for table in merge.tables.values() if table.is_folder]) as folder:
         known = materialiser or Materialiser({name: table.source for name, table in merge.tables.items()})
@@ -212,13 +212,13 @@ def fill_folder(
     materialiser: Materialiser,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:
-    """Write the files of a merge into an empty folder, which is not whole where this raises.
+    """Write the files of a merge into an empty folder, which is left incomplete if this raises.
 
     Args:
-        materialiser: of the tables' sources.
+        materialiser: a materialiser for the tables' sources.
 
     Raises:
-        InputError: a tensor has NaN or Inf.
+        InputError: a tensor contains NaN or Inf.
     """
     first = next(iter(merge.tables.values()))
     files = dict(first.files) if first.is_folder else {WEIGHTS: next(iter(first.files.values()))}
@@ -239,7 +239,7 @@ def fill_folder(
 
 
 def _write_indices(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
-    """Have the indices of components whose weights lie in several files name the tensors that there are."""
+    """Update the indices of components with several weights files to the tensors that exist."""
     for index in folder.glob("*/*.safetensors.index.json"):
         component = index.parent.name
         of_component = {Path(path).name: names for path, names in files.items() if Path(path).parent.name == component}
@@ -250,7 +250,7 @@ def _write_indices(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
 
 
 def _with_others(files: dict[str, tuple[str, ...]], merge: TableMerge, keys: Keys) -> dict[str, tuple[str, ...]]:
-    """The files with the tensors that only other tables have, or without those that not all have."""
+    """The files, with additional tensors of other tables, or without tensors that some tables lack."""
     tables = list(merge.tables.values())
     if keys == "intersection":
         common = set.intersection(*({*table.source.tensors, *table.others} for table in tables)) | merge.kept
@@ -265,7 +265,7 @@ def _with_others(files: dict[str, tuple[str, ...]], merge: TableMerge, keys: Key
 
 
 def _width(merge: TableMerge, name: str) -> int:
-    """Bytes of an element of what is written, so that files can have the wide ones first."""
+    """Bytes per element of the result, so that files can have wide dtypes first."""
     for table in merge.tables.values():
         if name in table.others:
             entry = table.others[name]
@@ -300,7 +300,7 @@ def _add(file: TensorFile, written: str, name: str, merge: TableMerge, materiali
 
 
 def _copy_rest(table: Table, folder: Path) -> None:
-    """The other files of a folder of diffusers: configurations, tokenizers, the scheduler's."""
+    """Copy the other files of a diffusers folder: configurations, tokenizers, the scheduler's."""
     for file in rest_of(table.root):
         path = file.relative_to(table.root)
         (folder / path).parent.mkdir(exist_ok=True)
@@ -309,7 +309,7 @@ def _copy_rest(table: Table, folder: Path) -> None:
 
 
 def summary(merge: TableMerge) -> list[str]:
-    """What is merged, in a few lines: the blocks with how many tensors each has, and what is kept."""
+    """A short description of the merge: the blocks with their number of tensors, and what is kept."""
     counts: dict[str, int] = {}
     for name, label in merge.labels.items():
         if " " in label and name not in merge.kept:

@@ -1,4 +1,4 @@
-"""What a reference to a table of tensors looks like. Apart from the tables themselves, because it needs no torch."""
+"""Recognises references to tables of tensors. Separate from the tables themselves, because it does not need torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from evomerge.files import is_path
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 INDEX = "model_index.json"
-"""Names the components of a folder of diffusers."""
+"""The file that names the components of a diffusers folder."""
 
 
 def is_table(reference: str, root: Path) -> bool:
-    """Whether a reference is to a table: a file of tensors, or a folder of diffusers."""
+    """Whether a reference names a table: a file of tensors, or a diffusers folder."""
     if not is_path(reference) or "+" in reference:
         return False
     path = os.path.join(root, os.path.expanduser(reference))

@@ -1,4 +1,4 @@
-"""Tables of tensors that no architecture stands behind: a safetensors file, or a folder of diffusers, as a source."""
+"""Tables of tensors without an architecture, as sources: a safetensors file, or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from evomerge.raw.references import INDEX, PICKLED
 from evomerge.recipes.stack import Role
 
 ROLE = Role("embedding")
-"""What a tensor is to a recipe: none is in a layer that is known."""
+"""The role of a tensor in a recipe: none belongs to a known layer."""
 
 _MATRIX = Role("matrix")
 _LOOKED_UP = re.compile(
     r"(token|position|positional|word|class)_embed|embed_(tokens|positions)|relative_attention_bias"
     r"|(^|[./])(shared|wte|wpe)\."
 )
-"""Names of tables whose rows are looked up: no matrices that meet an input."""
+"""Names of lookup tables: their matrices are not multiplied by an input."""
 
 _QUANTISED = ("F8_", "F4", "F6_")
 
 
 def role_of(name: str, shape: tuple[int, ...]) -> Role:
-    """What a tensor is: a matrix of some layer, for methods that treat these by themselves, or anything else.
+    """The role of a tensor: a matrix of some layer, for methods that treat these separately, or anything else.
 
-    Kernels of convolutions are none: what rows and columns of theirs would be nobody has said.
+    Convolution kernels are not matrices, because the meaning of their rows and columns is undefined.
     """
     is_matrix = len(shape) == 2 and min(shape) > 1 and _LOOKED_UP.search(name) is None
     return _MATRIX if is_matrix else ROLE
@@ -43,14 +43,14 @@ def role_of(name: str, shape: tuple[int, ...]) -> Role:
 
 @dataclass(frozen=True)
 class Table:
-    """A source and what else is in it.
+    """A source and its other content.
 
     Attributes:
-        source: tensors in floating point, by name; of a folder with the component's in front: ``unet/conv_in.weight``.
-        others: tensors that are not, such as positions: they are never merged.
-        files: by the path of a file in the folder, the names of its tensors; of a single file under its own name.
+        source: floating-point tensors, by name; in a folder prefixed with the component: ``unet/conv_in.weight``.
+        others: other tensors, such as positions, which are never merged.
+        files: for each file's path in the folder, the names of its tensors; for a single file, under its own name.
         root: the folder, or that of the file.
-        is_folder: it is a folder of diffusers, of which all other files go along.
+        is_folder: whether it is a diffusers folder, whose other files are copied too.
     """
 
     source: Source
@@ -61,10 +61,10 @@ class Table:
 
 
 def open_table(name: str, reference: str, root: Path, place: str) -> Table:
-    """Open a table, headers only.
+    """Open a table, reading only headers.
 
     Raises:
-        InputError: it is not there, pickled, broken, quantised, or holds nothing to merge.
+        InputError: it does not exist, is pickled, broken, quantised, or contains nothing to merge.
     """
     path = Path(os.path.join(root, os.path.expanduser(reference)))
     if path.suffix in PICKLED:
@@ -102,10 +102,10 @@ def open_table(name: str, reference: str, root: Path, place: str) -> Table:
 
 
 def _check_components(folder: Path, place: str) -> None:
-    """Refuse a folder of diffusers that would not load again where its weights are merged.
+    """Reject a diffusers folder that could not be loaded again after its weights are merged.
 
     Raises:
-        InputError: a component that it names is not there, or lies elsewhere; or has pickled weights alone.
+        InputError: a component that it names is missing or elsewhere, or has only pickled weights.
     """
     for component in (inner for inner in folder.iterdir() if inner.is_dir()):
         check_files(component, place)
@@ -123,7 +123,7 @@ def _check_components(folder: Path, place: str) -> None:
 
 
 def rest_of(folder: Path) -> list[Path]:
-    """The files of a folder of diffusers that go along with its weights: configurations, tokenizers."""
+    """The files of a diffusers folder that accompany its weights: configurations, tokenizers."""
     paths = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
     taken = (path for path in paths if len(path.parts) <= 2 and path.suffix not in (".bin", ".py"))
     return [folder / path for path in taken if len(path.parts) < 2 or path.suffix != ".safetensors"]

@@ -1,4 +1,4 @@
-"""A candidate table as it lies on the disk: what a search gives to who scores it, in place of a live model."""
+"""A candidate table on disk, which a search passes to evaluators in place of a live model."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class WrittenTable:
-    """What stands for the model of a ``LiveModel``: nothing that runs.
+    """Takes the place of the model in a ``LiveModel``, but cannot be run.
 
     Attributes:
-        path: its file of tensors, or its folder of diffusers.
-        dtype: of the first of its tensors in floating point.
+        path: its file of tensors, or its diffusers folder.
+        dtype: the dtype of its first floating-point tensor.
     """
 
     path: Path
@@ -31,20 +31,20 @@ class WrittenTable:
 
 
 class NoAnswers:
-    """The engine of a table, which answers nothing."""
+    """The engine of a table, which cannot answer."""
 
     greedy_only = True
 
     def load(self, live: LiveModel) -> None:
-        """Nothing: it holds no weights."""
+        """Does nothing: it has no weights."""
 
     def respond(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Response]]]:
-        """Refuse (InputError)."""
+        """Raises InputError."""
         raise InputError("evaluator", "asks a model, and a table of tensors cannot answer", "Take `given: weights`.")
 
 
 def written_table(folder: Path) -> LiveModel:
-    """The table in a folder as a search and an export write it.
+    """The table in a folder written by a search or an export.
 
     Raises:
         InputError: its header cannot be read.
