@@ -7,11 +7,11 @@ of the columns of all L_i side by side, and P of the rows of all R_i below each 
 
 A method merges the M_i, with zero in the base's place, and of the M that it makes the weight is W0 + Q M P (Panariello
 et al. 2025, arXiv:2509.17786, section 4; the scalings s_i, which its reference code leaves out, are part of a change).
-Lengths, angles and singular values of the M_i are those of the tau_i: what is a function of these is the merge of whole
-weights. A method that looks at single elements makes another merge, by elements of the M_i.
+Lengths, angles and singular values of the M_i are those of the tau_i, so methods that depend only on these give the
+merge of whole weights. A method that looks at single elements gives another merge, by elements of the M_i.
 
-The bases are singular vectors, as in the paper: then the merge hangs neither on the order of sources nor on the signs
-of the vectors. What follows from the sources alone is evidence: made once for all candidates, workers and exports.
+The bases are singular vectors, as in the paper, so the merge depends neither on the order of sources nor on the signs
+of the vectors. What depends on the sources alone is evidence: made once for all candidates, workers and exports.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _ALONE = "Core space merges low-rank adapters (LoRA) of one base alone: leave `b
 
 
 class NotLowRankError(ValueError):
-    """Why sources or a recipe are no low-rank adapters on one model, in words for a person."""
+    """Says, for people, why sources or a recipe are not low-rank adapters on one model."""
 
 
 @dataclass(frozen=True)
 class Core:
-    """What some sources change of one tensor.
+    """The changes of some sources to one tensor.
 
     Attributes:
-        site: what a method plans for: a matrix [p, q] of all sources, and of zeros for the base.
+        site: what a method plans for: a matrix [p, q] for each source, and zeros for the base.
         left: Q, float32 [rows, p].
         right: P, float32 [q, columns].
     """
@@ -68,7 +68,7 @@ class CoreSpace:
 
     Args:
         sources: by the names that recipes use.
-        evidence: what is known of these very sources.
+        evidence: of these sources.
         threads: to read cores with.
     """
 
@@ -79,7 +79,7 @@ class CoreSpace:
         self._cores: dict[tuple[Merged, str, tuple[str, ...]], Core | None] = {}
 
     def planned(self, merged: Merged, blend: Blend, seed: int) -> Pass:
-        """How a tensor is made by a blend that ``check_core`` lets through, but for steps that take whole weights."""
+        """How a blend that passed ``check_core`` makes a tensor, apart from steps that need whole weights."""
         base = _base_of(blend)
         core = self.core(merged, base, blend.sources)
         if core is None:
@@ -87,18 +87,18 @@ class CoreSpace:
         return _added(base, core.left @ self.merged(core, blend, seed), core.right)
 
     def merged(self, core: Core, blend: Blend, seed: int) -> Tensor:
-        """What the method makes of the sources' changes, with the first ``steps_in_core``: float32 [p, q]."""
+        """The method's merge of the sources' changes, with the first ``steps_in_core``: float32 [p, q]."""
         plan = self.plan(core, blend, seed)
         return made_whole(plan, self.read(core, plan))
 
     def plan(self, core: Core, blend: Blend, seed: int) -> Pass:
-        """How the method makes that."""
+        """The plan for that."""
         facts = Facts(core.site, self._weights, self._evidence, seed)
         made_so_far = plan_of(find_method(blend.method, "recipe.blends"), facts, blend)
         return stepped(facts, blend, made_so_far, blend.steps[: steps_in_core(blend)])
 
     def read(self, core: Core, plan: Pass) -> list[Tensor]:
-        """What a plan for a core is made from: float32 [p, q] each."""
+        """The inputs of a plan for a core: float32 [p, q] each."""
         return [self._changes[core.site.refs[name]] for name in plan.inputs]
 
     def core(self, merged: Merged, base: str, names: tuple[str, ...]) -> Core | None:

@@ -1,4 +1,4 @@
-"""Which layer buffer of a live model holds which hop of a recipe, so that as little as possible is written anew."""
+"""Which layer buffer of a live model holds which hop of a recipe, so that as little as possible is rewritten."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # needs transformers, which takes seconds to import
     from evomerge.checkpoints.stack import Stack, Step
 
 Held = dict[str, Hashable]
-"""What a layer buffer holds: for each tensor, by its name in a first layer, all that it was made from."""
+"""The content of a layer buffer: for each tensor, by its name in a first layer, everything it was made from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class Made:
 
     Attributes:
         merged: the tensor.
-        place: its name, in a layer that of the same tensor in a first layer.
-        way: all that it follows from but the sources; equal ways give equal tensors.
+        place: its name; in a layer, that of the same tensor in a first layer.
+        way: everything that it depends on except the sources; equal ways give equal tensors.
     """
 
     merged: Merged
@@ -55,7 +55,7 @@ def tensors_made(recipe: StackRecipe, sources: Mapping[str, Source]) -> tuple[li
 
 
 def _in_order(recipe: StackRecipe, outside: Sequence[Made], hops: Sequence[list[Made]]) -> Iterator[list[Made]]:
-    """The hops, where tensors of some follow from all that is before them as well."""
+    """The hops, if tensors of some also depend on everything before them."""
     before = _digest("", outside)
     for hop in hops:
         made_so = [
@@ -73,19 +73,19 @@ def _digest(before: str, made: Sequence[Made]) -> str:
 
 
 def _unchanged(merged: Merged, blend: Blend, sources: Mapping[str, Source]) -> str | None:
-    """The base whose own tensor it is: one that no adapter changes, in core space; None where the blend makes it."""
+    """The base whose tensor it is, if no adapter changes it in core space; None if the blend makes it."""
     if blend.basis is None or any(merged.stored in sources[name].changes for name in blend.sources):
         return None
     return blend.base
 
 
 def assign(recipe: StackRecipe, hops: Sequence[Sequence[Made]], stack: Stack, held: Sequence[Held]) -> list[Step]:
-    """A layer buffer for every hop: one that holds its layer already, else a free one.
+    """A layer buffer for every hop: one that already holds its layer, or a free one.
 
-    Hops made alike share one. Empty ones are filled first, so that where there are enough for every source, all layers
-    are written once. Of others a hop gets one on the device of the layer that it is like, and the one with its own
-    number where it can, so that a search over weights alone finds each layer where it was and writes only the tensors
-    that differ.
+    Equal hops share one. Empty buffers are filled first, so that if there are enough for every source, all layers are
+    written once. Otherwise a hop gets one on the device of the layer that it resembles, and the one with its own number
+    if possible, so that a search over weights alone finds each layer where it was and writes only the tensors that
+    differ.
 
     Args:
         hops: the tensors of each.
@@ -110,7 +110,7 @@ def assign(recipe: StackRecipe, hops: Sequence[Sequence[Made]], stack: Stack, he
                     f"is made of {len(set(contents))} different layers; the live model holds {len(stack.layer_buffers)}"
                 )
                 raise InputError("recipe.hops", problem, "Export it to a folder.")
-            # An empty layer buffer before one whose layer may come again, and the hop's own before others.
+            # Prefer an empty buffer to one whose layer may be needed again, and the hop's own to others.
             *_, taken[content] = min(
                 (bool(held[buffer]), stack.devices[buffer] != stack.devices[like], buffer != number, buffer)
                 for buffer in fitting

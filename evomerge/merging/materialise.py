@@ -48,20 +48,20 @@ if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to imp
 
 
 _Changed = tuple[Made, Held, Tensor, torch.device]
-"""A tensor of the live model that is to be made anew: what of, where that is noted, and where it is written."""
+"""A tensor of the live model that must be made: from what, where that is noted, and where it is written."""
 
 _CPU = torch.device("cpu")
 
 
 def check_opened(recipe: Recipe, sources: Mapping[str, Source]) -> None:
-    """Refuse a recipe of a source that is not open. Raises InputError."""
+    """Refuse a recipe with a source that is not open. Raises InputError."""
     if missing := sorted((recipe.used_sources() | {recipe.tokenizer}) - set(sources)):
         opened = ", ".join(sorted(sources))
         raise InputError(f"recipe.sources.{missing[0]}", "is not among the opened sources", f"These are: {opened}.")
 
 
 def check_stack(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
-    """Refuse a recipe that cannot be made of these sources. Opens no tensor.
+    """Refuse a recipe that cannot be made from these sources. Opens no tensor.
 
     Raises:
         InputError: an unknown method or step, a blend that it cannot compute, a source that is not open, or a layer
@@ -86,7 +86,7 @@ def check_stack(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
                         f"takes layer {hop.layer_of(name)} of {name}, which has {sources[name].layers} layers",
                     )
     if not is_plain(recipe, sources) and any(sources[giver(hop, recipe)].rigid for hop in recipe.hops):
-        check_places(recipe, sources)  # others can stand anywhere, which need not be seen for every candidate
+        check_places(recipe, sources)  # other layers can be anywhere, which need not be checked for every candidate
 
 
 def _check_scales(recipe: StackRecipe, model: Source) -> None:
@@ -102,7 +102,7 @@ def _check_scales(recipe: StackRecipe, model: Source) -> None:
 
 
 _PLANNED_BYTES = 1 << 28
-"""Of tensors that are planned before they are made: a plan may hold tensors of that size itself."""
+"""The size of tensors that are planned ahead: a plan may itself hold tensors of that size."""
 
 
 def _batches(changed: Iterable[_Changed]) -> Iterator[list[_Changed]]:
@@ -124,7 +124,7 @@ def _not_finite(name: str) -> InputError:
 
 
 def _check_digest(key: str, what: str, wanted: str, digest: str | None) -> None:
-    """Refuse a recipe that is made by something else than what is here. Raises InputError."""
+    """Refuse a recipe that was made with other texts or items than those given. Raises InputError."""
     if wanted != digest:
         has = "there is none here" if digest is None else f"what is here has {digest}"
         problem = f"is made by {what} with the digest {wanted}, and {has}"
@@ -132,23 +132,23 @@ def _check_digest(key: str, what: str, wanted: str, digest: str | None) -> None:
 
 
 class Materialiser:
-    """Opened sources, what is known of their weights, and the making of recipes' tensors from them.
+    """Makes the tensors of recipes from opened sources.
 
     Args:
         sources: by the names that recipes use.
-        evidence: what is known of these very sources, and shared with others; kept for this process alone when None.
+        evidence: of these sources, shared with other processes; None keeps it for this process alone.
         residency: where sources are kept for a model on a GPU; see ``device``.
-        inputs: of the sources' layers, for recipes that are made by calibration texts.
-        fitted: what is fitted to right answers, for recipes that are made by it.
-        device: of the live models that ``tensors`` are to equal bit for bit: another one may round otherwise.
-        base: the source that models are measured from.
-        live: gives the live model where ``tensors`` are made in it, as layers are that must be made in order.
+        inputs: of the sources' layers, for recipes that need calibration texts.
+        fitted: the numbers fitted to right answers, for recipes that need them.
+        device: of the live models that ``tensors`` must equal bit for bit: another one may round differently.
+        base: the source that models' changes are measured from.
+        live: returns the live model if ``tensors`` are made in it, as for layers that must be made in order.
 
     Attributes:
-        change: how far the model that was written last is from the base; None where there is none.
-        core_space: what is merged in core space.
-        beside: what stands beside the weights of the model that was written last, such as hooks on its modules; closed
-            before another is written.
+        change: the distance of the last written model from the base; None without a base.
+        core_space: merges in core space.
+        beside: additions to the last written model apart from its weights, such as hooks on its modules; closed before
+            another is written.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Materialiser:
         self._weights = Weights(self.read, self._threads, lambda name: sources[name].tensors)
         self._evidence = evidence or Evidence()
         self.core_space = CoreSpace(sources, self._evidence, self._threads)
-        self._held: list[Held] = []  # by layer buffer, and last of the tensors outside the stack
+        self._held: list[Held] = []  # by layer buffer; the last entry is for tensors outside the stack
         self._live: LiveModel | None = None
         self._meter = None if base is None else ChangeMeter(sources[base], self.read_on, self._weights)
 
@@ -188,7 +188,7 @@ class Materialiser:
         return self._sources
 
     def read(self, ref: Ref) -> Tensor:
-        """A tensor of a source, contiguous. Views of mapped files are kept, and as many folds as there are sources."""
+        """A tensor of a source, contiguous. Caches views of mapped files, and as many folds as there are sources."""
         for known in (self._views, self._folds):
             if ref in known:
                 return known[ref]
@@ -197,21 +197,21 @@ class Materialiser:
         if self._sources[source].is_mapped(name):
             self._views[ref] = tensor
             return tensor
-        # A plan may ask for it several times; to keep all would be a float32 copy of each adapted model.
+        # A plan may ask for it several times; caching all would be a float32 copy of each adapted model.
         while len(self._folds) >= len(self._sources):
             self._folds.pop(next(iter(self._folds)))
         self._folds[ref] = tensor
         return tensor
 
     def write(self, recipe: StackRecipe, live: LiveModel) -> None:
-        """Write the merged model in place into ``live``, whose memory stays as it is, and lay its path of hops.
+        """Write the merged model in place into ``live``, without new memory, and set up its path of hops.
 
-        Tensors that an earlier recipe written into this very model made in the same way are left as they are, and hops
-        that are made alike share a layer's memory.
+        Tensors that the same model already holds from an earlier recipe are left as they are, and equal hops share a
+        layer's memory.
 
         Raises:
-            InputError: the recipe cannot be made of these sources, has more different layers than the model has room
-                for, or scales of an architecture for which nobody knows where its layers write.
+            InputError: the recipe cannot be made from these sources, has more different layers than the model has room
+                for, or scales hops of an architecture whose writes to the residual stream are unknown.
         """
         self.check(recipe)
         self.beside.close()
@@ -248,7 +248,7 @@ class Materialiser:
             held[made.place] = made.way
 
     def _write_in_order(self, recipe: StackRecipe, live: LiveModel, hops: Sequence[Sequence[Made]]) -> None:
-        """Write the layers of the path one after another, from what those before give the sources' layers."""
+        """Write the layers of the path one after another, from what earlier layers pass to the sources' layers."""
         stack = self._stack(live)
         targets = [dict(stack.tensors_of(number, step)) for number, step in enumerate(stack.path)]
         devices = [stack.devices[step.layer_buffer] for step in stack.path]
@@ -263,13 +263,13 @@ class Materialiser:
             )
 
         mixed = dict.fromkeys(name for blend in recipe.blends if needs_merged_inputs(blend) for name in blend.sources)
-        assert self._inputs is not None  # such a recipe has calibration texts, and they were looked at
+        assert self._inputs is not None  # such a recipe has calibration texts, which were checked
         inputs = MergedInputs(live, self._sources, recipe.tokenizer, list(mixed), self._inputs, copy_layer)
         for number, step in enumerate(stack.path):
             held, changed = self._held[step.layer_buffer], list[_Changed]()
             self._compare(hops[number], held, targets[number], devices[number], changed)
             if any(needs_merged_inputs(recipe.blend_for(m.merged.role, m.merged.name)) for m, *_ in changed):
-                held.clear()  # what the layer held is written over, also what did not change
+                held.clear()  # the layer's tensors are overwritten, also unchanged ones
                 inputs.observe(number)
                 changed = []
                 self._compare(hops[number], held, targets[number], devices[number], changed)
@@ -278,7 +278,7 @@ class Materialiser:
     def _written(
         self, recipe: StackRecipe, outside: Sequence[Made], hops: Sequence[Sequence[Made]], live: LiveModel
     ) -> Iterator[Written]:
-        """The tensors of the model that ``live`` holds, those of each hop under the names that an export has."""
+        """The tensors of the model in ``live``, those of each hop under their names in an export."""
         assert live.stack is not None
         for made in outside:
             yield Written(made.merged.name, live.outside[made.merged.name], made.way)
@@ -291,15 +291,15 @@ class Materialiser:
                 yield Written(name, targets[name], made.way, own, fold or "times")
 
     def change_of(self, model: Iterable[Written]) -> float | None:
-        """How far a model is from the base; None where there is none."""
+        """A model's distance from the base; None without a base."""
         return None if self._meter is None else self._meter.of(model)
 
     def read_on(self, ref: Ref, device: torch.device) -> Tensor:
-        """A tensor of a source where models are written."""
+        """A tensor of a source on the device where models are written."""
         return self.read(ref) if self._runner is None or device == _CPU else self._runner.tensor(ref, device)
 
     def check(self, recipe: StackRecipe) -> None:
-        """Refuse a recipe that cannot be made of these sources, calibration texts and fit. Raises InputError."""
+        """Refuse a recipe that cannot be made from these sources, calibration texts and fit. Raises InputError."""
         check_stack(recipe, self._sources)
         if recipe.calibration is not None:
             digest = None if self._inputs is None else self._inputs.digest
@@ -307,22 +307,22 @@ class Materialiser:
         self.fitted_for(recipe)
 
     def fitted_for(self, recipe: Recipe) -> Coefficients | None:
-        """What is fitted to right answers. Raises InputError: the recipe is made by another fit."""
+        """The numbers fitted to right answers. Raises InputError: the recipe was made with another fit."""
         if recipe.fit is not None:
             _check_digest("fit", "a fit", recipe.fit, None if self._fitted is None else self._fitted.digest)
         return self._fitted
 
     def _make(self, planned: Sequence[tuple[Pass, list[Ref], Tensor, torch.device]]) -> None:
-        """Make tensors of the live model from their plans and what these read."""
+        """Make tensors of the live model from their plans and inputs."""
         if self._runner is None:
-            # Made one by one as threads come to them: what adapters change is folded then, and let go of after.
+            # Made one by one as threads reach them: adapters are folded then, and released afterwards.
             self._threads.run(TensorJob(plan, [self.read(ref) for ref in refs], out) for plan, refs, out, _ in planned)
         else:
             for plan, refs, out, device in planned:
                 self._runner.run(plan, refs, out, device)
 
     def _stack(self, live: LiveModel) -> Stack:
-        """The layers of the live model, of which nothing is known to be held if it is another than the last one."""
+        """The layers of the live model; if it is another one than last time, its contents count as unknown."""
         if live.stack is None:
             raise ValueError("this model cannot be written to")
         if live is not self._live:
@@ -340,14 +340,14 @@ class Materialiser:
         device: torch.device,
         changed: list[_Changed],
     ) -> None:
-        """Add what is not held yet, and forget what is held there: after an error half way nobody knows what it is."""
+        """List what must be written, and forget what is there: after an error half way its content is unknown."""
         for made in wanted:
             if held.get(made.place) != made.way:
                 held.pop(made.place, None)
                 changed.append((made, held, targets[made.merged.name], device))
 
     def tensors(self, recipe: StackRecipe, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-        """The merged model's tensors but those named in ``without``, one at a time, in the order of ``layout``.
+        """The merged model's tensors except those named in ``without``, one at a time, in the order of ``layout``.
 
         The memory needed is that of one tensor and of the sources' pages that it is made from.
 
@@ -378,7 +378,7 @@ class Materialiser:
         return out
 
     def tensor(self, merged: Merged, recipe: StackRecipe, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """One tensor of a merged model, without the scale of its hop, on the CPU; what it is made from is let go of.
+        """One tensor of a merged model, without the scale of its hop, on the CPU; its inputs are released.
 
         Raises:
             InputError: it has NaN or Inf.
@@ -394,9 +394,9 @@ class Materialiser:
         return out
 
     def make(self, wanted: Iterable[tuple[Merged, StackRecipe, Tensor]]) -> None:
-        """Make single tensors of merged models in place, in memory of the caller's, of any device.
+        """Make single tensors of merged models in place, in the caller's memory, on any device.
 
-        They are those that ``tensor`` gives, bit for bit.
+        They equal the results of ``tensor``, bit for bit.
         """
         planned: list[tuple[Pass, list[Ref], Tensor, torch.device]] = []
         size = 0
@@ -412,7 +412,7 @@ class Materialiser:
         self._folds.clear()
 
     def _tensors_in_order(self, recipe: StackRecipe, without: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """As ``tensors``, made in the live model and read out of it."""
+        """As ``tensors``, but made in the live model and read from it."""
         if self._make_live is None:
             raise ValueError("layers that are made in order need a live model")
         from evomerge.checkpoints.live import NotFiniteError
@@ -444,11 +444,11 @@ class Materialiser:
 
     @cached_property
     def _exporter(self) -> DeviceRunner | None:
-        """What makes tensors one at a time on the device of live models; None where that is the CPU."""
+        """Makes tensors one at a time on the device of live models; None if that is the CPU."""
         return None if self._device.type == "cpu" else DeviceRunner(self._device, self.read, [], "mapped")
 
     def _check_finite(self, name: str, out: Tensor, plan: Pass, read: Sequence[Tensor]) -> None:
-        if all_finite(out) and isinstance(plan, Combine):  # any other may leave out what is broken, as a mask does
+        if all_finite(out) and isinstance(plan, Combine):  # other plans may skip broken elements, as a mask does
             return
         for source, tensor in zip(plan.inputs, read, strict=True):
             if not all_finite(tensor):
@@ -460,8 +460,8 @@ class Materialiser:
     def layout(self, recipe: StackRecipe) -> list[tuple[str, Sequence[int], torch.dtype]]:
         """Name, shape and dtype of each of the merged model's tensors.
 
-        The dtype is the recipe's; where it has none, that in which the tokenizer's source stores the tensor. What
-        transformers keeps in float32, whatever the dtype of the model, is written so: a live model has it so as well.
+        The dtype is the recipe's, or that in which the tokenizer's source stores the tensor. What transformers keeps in
+        float32, whatever the dtype of the model, is written in float32, as in a live model.
         """
         layout: list[tuple[str, Sequence[int], torch.dtype]] = []
         model = self._sources[recipe.tokenizer]
@@ -473,7 +473,7 @@ class Materialiser:
         return layout
 
     def _on(self, first: torch.device, layers: Sequence[torch.device] = ()) -> DeviceRunners:
-        """What makes tensors on devices: those of the layers by number, and the first for all else."""
+        """Makes tensors on devices: those of the layers by number, and the first device for all else."""
         homes = {}
         for name, source in self._sources.items():
             for tensor in source.tensors:
@@ -494,6 +494,6 @@ class Materialiser:
         return plan, [facts.site.refs[name] for name in plan.inputs]
 
     def facts(self, merged: Merged, recipe: StackRecipe, merged_inputs: MergedInputs | None = None) -> Facts:
-        """What a tensor's plan may ask."""
+        """The facts available to a tensor's plan."""
         site = site_of(merged, recipe, recipe.blend_for(merged.role, merged.name), self._sources)
         return Facts(site, self._weights, self._evidence, recipe.seed, self._inputs, merged_inputs, self._fitted)

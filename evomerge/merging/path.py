@@ -20,7 +20,7 @@ class Merged:
     """One tensor of the merged model.
 
     Attributes:
-        name: as the tokenizer's source names it, with the number of the hop in the layer's place.
+        name: its name in the tokenizer's source, with the number of the hop in place of the layer's.
         role: with the number of the hop for its layer.
         stored: its name in a source that has it.
         origin: its role in that source, with the number of the layer.
@@ -58,7 +58,7 @@ def _hop(recipe: StackRecipe, number: int, sources: Mapping[str, Source]) -> lis
 
 
 def giver(hop: Hop, recipe: StackRecipe) -> str:
-    """The source whose layer says what tensors a hop has; the tokenizer's source may not have that many layers."""
+    """The source whose layer determines a hop's tensors; the tokenizer's source may not have that many layers."""
     return recipe.blends[hop.attention].sources[0]
 
 
@@ -79,36 +79,36 @@ def _ref(merged: Merged, recipe: StackRecipe, source: str) -> Ref:
 
 
 def configured_by(recipe: StackRecipe, sources: Mapping[str, Source]) -> str:
-    """The source whose configuration a recipe's model has: that which gives the tokenizer.
+    """The source whose configuration a recipe's model has: the one that gives the tokenizer.
 
-    A copy of another source is that source only with its own settings, where these differ in what is computed.
+    A copy of another source equals that source only with its own settings, if the differences affect computation.
     """
     first = recipe.blends[0]
     name = first.sources[0]
     copies = recipe.blends == (first,) and is_copy(first) and not recipe.is_scaled
-    copies = copies and not sources[recipe.tokenizer].takes_images  # what reads images is the tokenizer's source's own
+    copies = copies and not sources[recipe.tokenizer].takes_images  # image parts are the tokenizer's source's own
     whole = [hop.layer_of(name) for hop in recipe.hops] == list(range(sources[name].layers)) if copies else False
     return name if whole and differences(sources[recipe.tokenizer], sources[name]) else recipe.tokenizer
 
 
 def is_plain(recipe: StackRecipe, sources: Mapping[str, Source]) -> bool:
-    """The path is the layers of the source that gives the configuration, each in its place."""
+    """Whether the path consists of the layers of the configuration's source, each in its place."""
     name = configured_by(recipe, sources)
     return [hop.layer for hop in recipe.hops] == list(range(sources[name].layers))
 
 
 def is_made_in_order(recipe: StackRecipe) -> bool:
-    """A blend's method needs what layers are given behind the merged layers before them."""
+    """Whether a blend's method needs the inputs of layers behind the merged layers before them."""
     return any(needs_merged_inputs(blend) for blend in recipe.blends)
 
 
 def needs_merged_inputs(blend: Blend) -> bool:
-    """The method of a blend needs what a layer is given behind the merged layers before it."""
+    """Whether the method of a blend needs a layer's inputs behind the merged layers before it."""
     return "merged_inputs" in find_method(blend.method, "recipe.blends").needs
 
 
 def check_order(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
-    """Refuse layers that are to be made from what they are given, and do not stand in their places.
+    """Refuse layers that must be made from their inputs but are not in their places.
 
     Raises:
         InputError: naming the method.
@@ -123,7 +123,7 @@ def check_order(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
 
 
 def merged_config(recipe: StackRecipe, sources: Mapping[str, Source]) -> dict[str, Any]:
-    """The config.json of the merged model: that of a source, with the dtype of what is merged and the path's layers."""
+    """The config.json of the merged model: a source's, with the merged dtype and the path's layers."""
     model = sources[configured_by(recipe, sources)]
     config = {key: value for key, value in model.config.items() if key not in ("_name_or_path", "torch_dtype")}
     config["dtype"] = recipe.dtype or str(sources[recipe.tokenizer].dtype).removeprefix("torch.")
@@ -139,10 +139,10 @@ def merged_config(recipe: StackRecipe, sources: Mapping[str, Source]) -> dict[st
 
 
 def check_places(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
-    """Refuse a path whose layers would be built otherwise in their new places. Builds models without memory.
+    """Refuse a path whose layers would be built differently in their new places. Builds models without memory.
 
     Raises:
-        InputError: saying what would be otherwise.
+        InputError: naming the difference.
     """
     from evomerge.checkpoints.stacking import EmptyStack, path_problem  # which imports transformers
 

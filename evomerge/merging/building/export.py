@@ -42,14 +42,14 @@ def write_model(
 ) -> None:
     """Make the folder ``out``: weights, configuration, tokenizer, generation settings, and ``texts`` by file name.
 
-    Peak memory is that of one tensor of every source and a quarter of a gigabyte. The folder appears when all is
-    written and ``check``, given the complete folder under its temporary name, has not raised. A process that is killed
-    leaves its complete files of weights beside ``out``, and the same call goes on from them.
+    Peak memory is that of one tensor of every source and a quarter of a gigabyte. The folder appears once everything is
+    written and ``check``, called with the complete folder under its temporary name, has not raised. A killed process
+    leaves its complete weight files beside ``out``, and the same call continues from them.
 
     Args:
-        materialiser: of these sources; one that knows nothing of them yet when None.
-        progress: called with the number of tensors written and of all.
-        follows: what the bytes follow from beside the recipe and the files of its sources.
+        materialiser: of these sources; a new one if None.
+        progress: called with the number of written tensors and of all tensors.
+        follows: what the bytes depend on apart from the recipe and the files of its sources.
 
     Raises:
         InputError: ``out`` cannot be written, the disk is too small, or the recipe does not fit the sources.
@@ -71,13 +71,13 @@ def write_model(
 
 
 def written_names(recipe: StackRecipe, sources: Mapping[str, Source]) -> dict[str, str]:
-    """What the files of a recipe's model call each of its tensors."""
+    """The name of each tensor of a recipe's model in the files."""
     model = sources[recipe.tokenizer]
     return {m.name: model.written_as(m.name, m.role) for m in merged_tensors(recipe, sources)}
 
 
 def _beside(model: Source, layout: Layout) -> Layout:
-    """What the files of the tokenizer's source hold beside its tensors, and a merge takes along, as a layout."""
+    """The layout of the other tensors in the files of the tokenizer's source, which a merge copies."""
     by_name = {name: (shape, dtype) for name, shape, dtype in layout}
     doubled = [(copy, *by_name[model.written[name]]) for copy, name in model.doubled.items()]
     carried = [(name, entry.shape, STORED_DTYPES[entry.dtype]) for name, entry in model.carried.items()]
@@ -87,7 +87,7 @@ def _beside(model: Source, layout: Layout) -> Layout:
 def _tensors(
     recipe: StackRecipe, model: Source, names: Mapping[str, str], materialiser: Materialiser, done: set[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a layout with what is beside them, by their names in the files, but those that are done."""
+    """The tensors of a layout and the copied ones, by their names in the files, except those that are done."""
     copies = {name: copy for copy, name in model.doubled.items() if copy not in done}
     without = {name for name, written in names.items() if written in done and name not in copies}
     for name, tensor in materialiser.tensors(recipe, without):
@@ -111,10 +111,10 @@ def writing(
     progress: Callable[[int, int], None],
     shard_bytes: int = SHARD_BYTES,
 ) -> Iterator[FolderWriter]:
-    """A folder in which all tensors of a layout are written; what else is in it is for the caller to add.
+    """A folder in which all tensors of a layout are written; the caller adds everything else.
 
     Args:
-        tensors: gives those that are not among some names, in the order of the layout.
+        tensors: yields those that are not among some names, in the order of the layout.
         key: see ``FolderWriter``.
     """
     folders = [source.folder for source in sources.values()]
@@ -125,8 +125,8 @@ def writing(
         done = folder.done
         waiting: deque[tuple[int, Future[None]]] = deque()
         for number, (name, tensor) in enumerate(tensors(done), start=len(done) + 1):
-            # Making the pages of a new file takes the system longer than a merge, so that is done side by side; but
-            # only as far as memory is not that of many tensors.
+            # Allocating the pages of a new file takes the system longer than a merge, so it is done in parallel, but
+            # without holding many tensors in memory.
             while waiting and sum(size for size, _ in waiting) + tensor.nbytes > _AHEAD_BYTES:
                 waiting.popleft()[1].result()
             waiting.append((tensor.nbytes, pool.submit(folder.write, name, tensor)))
@@ -137,7 +137,7 @@ def writing(
 
 
 def add_companions(folder: FolderWriter, model: Source, texts: Mapping[str, str]) -> None:
-    """Add some texts by file name, a source's tokenizer, and what else in its folder goes along."""
+    """Add texts by file name, a source's tokenizer, and the other files of its folder that are copied."""
     ours = {**model.tokenizer_texts, **texts}
     for file in companions(model):
         if (name := file.relative_to(model.folder).as_posix()) not in ours:
@@ -147,14 +147,14 @@ def add_companions(folder: FolderWriter, model: Source, texts: Mapping[str, str]
 
 
 def export_key(recipe: Recipe, sources: Mapping[str, Source], layout: Layout, shard_bytes: int) -> str:
-    """What an export's bytes follow from: the recipe, and how the files of its sources look from outside."""
+    """What an export's bytes depend on: the recipe, and the names, sizes and times of its sources' files."""
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for _, s in sorted(sources.items()) for f in s.files]
     content = repr((__version__, recipe.canonical(), files, list(layout), shard_bytes))
     return "k" + hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def companions(model: Source) -> list[Path]:
-    """The files of a source's folder that go along; where its tokenizer was made anew, without those of the old one."""
+    """The files of a source's folder that are copied; without tokenizer files if the tokenizer was rebuilt."""
     remade = {*tokenizer_files(model.folder), model.folder / "chat_template.json"} if model.tokenizer_texts else set()
     return [file for file in companion_files(model.folder) if file not in remade]
 

@@ -30,7 +30,7 @@ _LIBC = ctypes.CDLL(None)
 
 
 def _return_freed_memory() -> None:
-    """Have the C library return to the system what is freed, where it can: glibc keeps most of it."""
+    """Have the C library return freed memory to the system, if it can: glibc keeps most of it."""
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
 
@@ -38,15 +38,15 @@ def _return_freed_memory() -> None:
 def stack_builder(context: BuildContext) -> StackBuilder:
     """The builder of stacks that all builders of a context share, and with it one live model."""
     made = context.shared.setdefault(STACK, StackBuilder(context))
-    assert isinstance(made, StackBuilder)  # which no plug-in replaces
+    assert isinstance(made, StackBuilder)  # plug-ins cannot replace it
     return made
 
 
 class StackBuilder:
-    """Makes models whose layers are merged, repeated, left out or laid in another order; see ``Builder``.
+    """Makes models whose layers are merged, repeated, left out or reordered; see ``Builder``.
 
     Args:
-        live: the model that every candidate is written into, where there is one already.
+        live: the model that every candidate is written into, if there is one already.
     """
 
     def __init__(self, context: BuildContext, live: LiveModel | None = None) -> None:
@@ -60,12 +60,12 @@ class StackBuilder:
 
     @property
     def base(self) -> str | None:
-        """The source that models are measured from."""
+        """The source that models' changes are measured from."""
         return self._context.base
 
     @cached_property
     def materialiser(self) -> Materialiser:
-        """What writes recipes into the live model."""
+        """Writes recipes into the live model."""
         context = self._context
         return Materialiser(
             context.sources,
@@ -80,12 +80,12 @@ class StackBuilder:
 
     @property
     def beside(self) -> ExitStack:
-        """What is closed before another model is written."""
+        """Is closed before another model is written."""
         return self.materialiser.beside
 
     @cached_property
     def inputs(self) -> Inputs | None:
-        """What layers of sources are given on the calibration texts; None where there are none."""
+        """The inputs of sources' layers on the calibration texts; None without texts."""
         context = self._context
         if context.calibration is None:
             return None
@@ -113,7 +113,7 @@ class StackBuilder:
 
     @staticmethod
     def check(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
-        """Refuse a recipe that cannot be made of these sources; see ``check_stack``."""
+        """Refuse a recipe that cannot be made from these sources; see ``check_stack``."""
         check_stack(recipe, sources)
 
     def start(self) -> None:
@@ -121,11 +121,11 @@ class StackBuilder:
         _ = self.live
 
     def calibrate(self, recipe: StackRecipe, source: str) -> None:
-        """Record what layers of a source are given as input, as much of it as the recipe is made by."""
+        """Record the inputs of a source's layers, as far as the recipe needs them."""
         self.record([recipe], source)
 
     def record(self, recipes: Sequence[StackRecipe], source: str) -> None:
-        """Record what layers of a source are given as input, as much of it as any of some recipes is made by."""
+        """Record the inputs of a source's layers, as far as any of the recipes needs them."""
         if self.inputs is None:
             return
         needs = observed(recipes, [source]).get(source, set())
@@ -135,7 +135,7 @@ class StackBuilder:
             self.inputs.record_channels(source)
 
     def fit(self, recipe: StackRecipe) -> None:
-        """Find how much of each source right answers want, of the sources that the recipe mixes by it."""
+        """Fit the amount of each source to right answers, for the recipe's blends that need it."""
         if self._coefficients is None or recipe.fit is None:
             return
         for blend in recipe.blends:
@@ -143,8 +143,8 @@ class StackBuilder:
                 self._coefficients.found(blend.base, blend.sources)
 
     def write(self, recipe: StackRecipe) -> LiveModel:
-        """The live model with the recipe's weights and path, with a source's own settings where it is its copy."""
-        self.fit(recipe)  # which writes others
+        """The live model with the recipe's weights and path, and with a source's own settings if it is its copy."""
+        self.fit(recipe)  # it writes other models
         return self._write(recipe)
 
     def _write(self, recipe: StackRecipe) -> LiveModel:
@@ -154,7 +154,7 @@ class StackBuilder:
         if on_cpu:  # merging maps all sources, and scoring needs memory for batches: not both at once
             _return_freed_memory()
         self.materialiser.write(recipe, self.live)
-        if on_cpu:  # to map them again takes 0.15 s a gigabyte, and scoring takes longer
+        if on_cpu:  # mapping them again takes 0.15 s per gigabyte, less than scoring
             for source in self.sources.values():
                 source.release_files()
         name = configured_by(recipe, self._context.sources)
@@ -187,7 +187,7 @@ class StackBuilder:
         )
 
     def reload(self, folder: Path) -> LiveModel:
-        """The folder in plain transformers."""
+        """The folder, loaded with plain transformers."""
         from evomerge.checkpoints.plain import plain_model
         from evomerge.checkpoints.source import open_source
 

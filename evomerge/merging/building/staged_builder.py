@@ -1,4 +1,4 @@
-"""The builder of recipes in stages: each stage a source of those behind it, and the last one a model like any merge."""
+"""The builder of recipes in stages: each stage is a source of later ones; the last one is a model like any merge."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StagedBuilder(BuilderBase):
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context
-        self._known: dict[str, Source] = {}  # the stages of the model that was made last, by name
+        self._known: dict[str, Source] = {}  # the stages of the last model, by name
         self._stack: StackBuilder | None = None
 
     @cached_property
@@ -40,12 +40,12 @@ class StagedBuilder(BuilderBase):
 
     @cached_property
     def _plain(self) -> StackBuilder:
-        """What holds the live model."""
+        """Holds the live model."""
         return StackBuilder(replace(self._context, shared={}))
 
     @staticmethod
     def check(recipe: StagedRecipe, sources: Mapping[str, Source]) -> None:
-        """Refuse a recipe that cannot be made of these sources, as far as that is seen without its stages."""
+        """Refuse a recipe that cannot be made from these sources, as far as that shows without its stages."""
         check_opened(recipe, sources)
         for stage in recipe.stages:
             if is_made_in_order(stage.recipe):
@@ -63,8 +63,8 @@ class StagedBuilder(BuilderBase):
         """The live model with the weights of the last stage."""
         own, changed = self._opened(recipe)
         if self._stack is None or changed:
-            # What the live model holds is known by the names of what that was made of, and these are others now. What
-            # is found of weights is kept for this process alone: stages have no files that it could be of.
+            # The content of the live model is tracked by the names of its inputs, which have changed. Evidence is kept
+            # for this process alone: it belongs to files, and stages have none.
             sources = {**self._context.sources, **own}
             context = replace(self._context, sources=sources, evidence=Evidence(), shared={})
             self._stack = StackBuilder(context, self._plain.live)
@@ -86,11 +86,11 @@ class StagedBuilder(BuilderBase):
         write_model(last, own, out, texts=texts, check=check, progress=progress, follows=stages_key(own))
 
     def reload(self, folder: Path) -> LiveModel:
-        """The folder in plain transformers."""
+        """The folder, loaded with plain transformers."""
         return self._plain.reload(folder)
 
     def _opened(self, recipe: StagedRecipe) -> tuple[dict[str, Source], bool]:
-        """What the last stage takes, by the names of its recipe, and whether a stage is another one than before."""
+        """The sources of the last stage, by the names of its recipe, and whether any stage has changed."""
         self.check(recipe, self._context.sources)
         opened: dict[str, Source] = {}
         for stage in recipe.stages[:-1]:

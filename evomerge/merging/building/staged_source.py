@@ -1,4 +1,4 @@
-"""A merge as a source of another one: opened like a model folder, and computed as its tensors are asked for."""
+"""A merge as a source of another one: opened like a model folder, and computed as its tensors are read."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class StagedSource(Source):
     """A source whose weights are those of a recipe, float32.
 
     Attributes:
-        key: a hash of all that it follows from: its recipe, the recipes before it, and how the files of its sources
-            look from outside.
+        key: a hash of everything that it depends on: its recipe, the recipes before it, and the names, sizes and times
+            of its sources' files.
         made: computes its tensors.
     """
 
@@ -76,25 +76,24 @@ class StageTensors:
         self._lock = threading.Lock()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One of them, in memory of its own. Raises InputError: it has NaN or Inf."""
+        """One of them, in its own memory. Raises InputError: it has NaN or Inf."""
         shape, dtype = self._layout[name]
         with self._lock:
             return self._materialiser.scaled(self._merged[name], self._recipe, shape, dtype)
 
 
 def opened_stage(stage: Stage, sources: Mapping[str, Source], above: Path, keep: Path | None = None) -> Source:
-    """A stage as a source: a folder that is written in float32 and opened, or a source that is computed.
+    """A stage as a source: either a folder that is written in float32 and opened, or a source that is computed.
 
-    What a folder's configuration and tensors' names would say of it is read from a folder without weights, so that a
-    stage is what an export of it would be.
+    Its configuration and tensor names are read from a folder without weights, so that a stage equals its own export.
 
     Args:
-        sources: what it takes, by the names of its recipe.
+        sources: its sources, by the names of its recipe.
         above: where folders without weights are made.
         keep: where stages are kept as folders, each under its name and key; None computes them.
 
     Raises:
-        InputError: the stage cannot be made of these sources, such as of one that reads images.
+        InputError: the stage cannot be made from these sources, such as one that reads images.
     """
     if seeing := [name for name, source in sources.items() if source.takes_images]:
         problem = f"{seeing[0]} reads images, and stages are made of text-only models"
@@ -121,7 +120,7 @@ def opened_stage(stage: Stage, sources: Mapping[str, Source], above: Path, keep:
 
 
 def _key(stage: Stage, sources: Mapping[str, Source]) -> str:
-    """A hash of all that a stage follows from."""
+    """A hash of everything that a stage depends on."""
     follows: list[Any] = [__version__, stage.recipe.canonical()]
     for name, source in sorted(sources.items()):
         if isinstance(source, StagedSource):
@@ -133,18 +132,18 @@ def _key(stage: Stage, sources: Mapping[str, Source]) -> str:
 
 
 def key_of(source: Source) -> str:
-    """What tells a stage from another one: its key, or the folder that is named by it."""
+    """The identity of a stage: its key, or the folder that is named by it."""
     return source.key if isinstance(source, StagedSource) else str(source.folder)
 
 
 def stages_key(sources: Mapping[str, Source]) -> str:
-    """What the stages among some sources follow from; empty where there are none."""
+    """What the stages among some sources depend on; empty without stages."""
     keys = [source.key for source in sources.values() if isinstance(source, StagedSource)]
     return hashlib.sha256(" ".join(keys).encode()).hexdigest()[:16] if keys else ""
 
 
 def _write_hollow(folder: Path, recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
-    """A model folder whose file of weights is a header over a hole, which takes no room on a disk."""
+    """A model folder whose weight file is a header followed by a hole, which takes no disk space."""
     folder.mkdir(parents=True)
     model = sources[recipe.tokenizer]
     for file in companions(model):

@@ -1,7 +1,7 @@
 """What merge methods may ask of the weights before they merge: computed once for a set of sources, then looked up.
 
-A search merges the same tensors thousands of times. What a candidate's numbers do not change is read from the weights
-once and kept as ``evidence``: inner products, how magnitudes are distributed, ranks, and what a method computes itself.
+A search merges the same tensors thousands of times. What does not depend on a candidate's numbers is computed from the
+weights once and kept as ``evidence``: inner products, distributions of magnitudes, ranks, and what a method computes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from evomerge.merging.site import Ref, Site
 Values = Callable[[Sequence[Tensor]], Tensor]
 """(float32 rows of some tensors) -> float32 values of that shape."""
 
-# Scans that take all tensors as one tuple, there being any number of them.
+# Scans that take any number of tensors, as one tuple.
 _TOGETHER = (
     scans.inner_products,
     scans.delta_signs,
@@ -36,28 +36,28 @@ _TOGETHER = (
     scans.energies,
 )
 
-_LOST = 1e-6  # of a squared norm: what is smaller has less than ten right digits as a sum of differences
+_LOST = 1e-6  # of a squared norm: smaller ones have fewer than ten correct digits as a sum of differences
 
 _SORTED = 1 << 16  # elements up to which all magnitudes of a task vector are kept, sorted: a quarter of a megabyte
 
-_PIECE = 1 << 21  # elements; larger than that of a merge, since each piece has totals of its own
+_PIECE = 1 << 21  # elements; larger than in a merge, because each piece has its own totals
 
 
 class FittedTo(Protocol):
-    """What is fitted to right answers of the sources; ``coefficients.Coefficients``."""
+    """The numbers fitted to right answers; ``coefficients.Coefficients``."""
 
     def of(self, base: str, sources: Sequence[str], tensor: str) -> list[float]:
-        """How much of each source's change of a tensor of the base is wanted."""
+        """The fitted coefficient of each source's change to a tensor of the base."""
         ...
 
 
 class Weights:
-    """The tensors of all sources, and compiled readings of them.
+    """The tensors of all sources, and compiled scans over them.
 
     Args:
-        read: gives a tensor: contiguous, on the CPU, always the same.
-        threads: threads to compute with.
-        names: of a source the names of all its tensors, for facts of whole models; None where there are no such.
+        read: returns a tensor: contiguous, on the CPU, always the same.
+        threads: the threads to compute with.
+        names: returns the names of all tensors of a source, for facts about whole models; None without such facts.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Weights:
         self._names = names
 
     def each(self, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """What ``work`` gives for each item, in their order; the items are shared out among threads."""
+        """The results of ``work`` for each item, in order; the items are distributed over threads."""
         made: list[Any] = [None] * len(items)
 
         def place(number: int) -> None:
@@ -81,13 +81,13 @@ class Weights:
         return made
 
     def scan(self, refs: Sequence[Ref], zeros: NDArray[Any], scan: Callable[..., None], *more: Any) -> NDArray[Any]:
-        """Run a compiled scan over all pieces; their totals are added in order, so that threads change no digit."""
+        """Run a compiled scan over all pieces; totals are added in order, so results do not depend on threads."""
         return self.scan_tensors([self.read(ref) for ref in refs], zeros, scan, *more)
 
     def scan_tensors(
         self, tensors: Sequence[Tensor], zeros: NDArray[Any], scan: Callable[..., None], *more: Any
     ) -> NDArray[Any]:
-        """``scan``, of tensors that are at hand: contiguous, on the CPU, of one number of elements."""
+        """``scan`` for given tensors: contiguous, on the CPU, with equal numbers of elements."""
         flat = [tensor.view(-1) for tensor in tensors]
         count = len(flat[0])
         starts = range(0, count, _PIECE)
@@ -95,13 +95,13 @@ class Weights:
 
         def work(number: int) -> None:
             parts = [tensor[starts[number] : starts[number] + _PIECE] for tensor in flat]
-            if len(parts[0]) % 2:  # a zero makes the last pair whole
+            if len(parts[0]) % 2:  # a zero completes the last pair
                 parts = [torch.cat([part, part.new_zeros(1)]) for part in parts]
             arrays = as_pairs(parts)
             together = scan in _TOGETHER
             scan(*(arrays,) if together else arrays, *more, totals[number])
 
-        if len(totals) == 1:  # for little, threads take longer to begin than to end
+        if len(totals) == 1:  # for a single piece, starting threads takes longer
             work(0)
         else:
             self._threads.each(work, range(len(totals)))
@@ -118,7 +118,7 @@ class Weights:
         return self.read(refs[0]).numel() % 2
 
     def count_model(self, base: str, source: str) -> NDArray[np.int64]:
-        """As ``count``, of the magnitudes |x - b| over all tensors that two models both have, in equal shapes."""
+        """As ``count``, for the magnitudes |x - b| over all tensors that both models have in equal shapes."""
         if self._names is None:
             raise ValueError(f"nothing is known of {source} as a whole")
         counts = np.zeros(scans.BINS, np.int64)
@@ -171,16 +171,16 @@ class Weights:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a method may ask of the one tensor that it plans for. Sources are named as in the blend.
+    """What a method may ask about the tensor that it plans for. Sources are named as in the blend.
 
     Attributes:
         site: the tensor.
         weights: of all sources.
-        evidence: what is kept of what was computed from them.
+        evidence: keeps what was computed from them.
         seed: of the recipe.
-        inputs: of the sources' layers, where there are calibration texts.
-        merged_inputs: the same behind the merged layers before, where the layer is made in its turn.
-        fitted: how much of each source right answers want, where there are items that this is fitted to.
+        inputs: of the sources' layers, if there are calibration texts.
+        merged_inputs: the same behind the merged layers before, if layers are made in order.
+        fitted: coefficients fitted to right answers, if there are items to fit to.
     """
 
     site: Site
@@ -196,15 +196,15 @@ class Facts:
         return math.prod(self.site.shape)
 
     def stream(self, source: str) -> tuple[int, int]:
-        """Key of the random bits of this tensor of a source."""
+        """The key of the random bits for this tensor of a source."""
         return stream_key(self.seed, source, self.site.name)
 
     def tensors(self, names: Sequence[str]) -> list[Tensor]:
-        """The sources' own tensors, whole, as they are stored."""
+        """The sources' tensors, whole, as they are stored."""
         return [self.weights.read(self.site.refs[name]) for name in names]
 
     def input_of(self, source: str) -> LayerInput:
-        """What the layer of a source is given whose weight stands here; of a method that ``needs`` calibration.
+        """The input statistics of the source's layer with this weight; for a method that ``needs`` calibration.
 
         Raises:
             InputError: there are no calibration texts, or the layer cannot be observed.
@@ -214,10 +214,10 @@ class Facts:
         return self.inputs.of(self.site.refs[source])
 
     def channels_of(self, source: str) -> Tensor | None:
-        """How large each channel is, as the mean of its magnitude, of what the layer is given whose weight stands here.
+        """The mean magnitude of each input channel of the source's layer with this weight.
 
         Returns:
-            float32 [width]; None where the layer cannot be observed, as in experts that are computed as one.
+            float32 [width]; None if the layer cannot be observed, as for experts that are computed as one.
 
         Raises:
             InputError: there are no calibration texts.
@@ -227,7 +227,7 @@ class Facts:
         return self.inputs.channels(self.site.refs[source])
 
     def merged_input_of(self, source: str) -> LayerInput:
-        """What the layer of a source is given behind the merged layers before; of a method that ``needs`` it.
+        """The same input statistics behind the merged layers before; for a method that ``needs`` them.
 
         Raises:
             InputError: the layer cannot be observed.
@@ -237,10 +237,10 @@ class Facts:
         return self.merged_inputs.of(self.site.refs[source])
 
     def coefficients_of(self, base: str, sources: Sequence[str]) -> list[float]:
-        """How much of each source's change of this tensor right answers want; of a method that ``needs`` a fit.
+        """The fitted coefficient of each source's change to this tensor; for a method that ``needs`` a fit.
 
         Raises:
-            InputError: there are no items that this could be fitted to.
+            InputError: there are no items to fit to.
         """
         if self.fitted is None:
             raise InputError("fit", f"is needed for {self.site.name}, and there is none")
@@ -249,29 +249,29 @@ class Facts:
     def once(
         self, kind: str, names: Sequence[str], compute: Callable[[], Tensors], **settings: str | float | bool
     ) -> Tensors:
-        """Something computed from the sources' tensors, or looked up where anybody has computed it before.
+        """Something computed from the sources' tensors, or looked up if any process has computed it before.
 
         Args:
-            kind: what it is; another name for another way of computing it.
-            names: the sources whose tensors it follows from, in an order that matters.
-            compute: gives it, as tensors by name.
-            settings: what else it follows from. Nothing that differs between candidates without end belongs here.
+            kind: what it is; a different computation needs a different name.
+            names: the sources whose tensors it depends on; the order matters.
+            compute: returns it, as tensors by name.
+            settings: what else it depends on. They must take few values over a search.
         """
         return self.evidence.get(kind, self._followed(names, settings), compute)
 
     def recurring(
         self, kind: str, names: Sequence[str], compute: Callable[[], Tensors], **settings: str | float | bool
     ) -> Tensors:
-        """As ``once``, where ``settings`` may differ with every candidate: kept when the same is asked for again next.
+        """As ``once``, but ``settings`` may differ with every candidate: kept if the same is asked for again next.
 
-        What is given is the same to the last bit whether it was kept or not.
+        The result is the same to the last bit whether it was kept or not.
         """
         key = self._followed(names, settings)
         known = self.evidence.recurs(kind, self.site.refs[names[0]], key)
         return self.evidence.get(kind, key, compute) if known else compute()
 
     def _followed(self, names: Sequence[str], settings: Mapping[str, str | float | bool]) -> tuple[Any, ...]:
-        """All that something follows from."""
+        """Everything that a result depends on."""
         contents = tuple((self.evidence.content_of(self.site.refs[name][0]), self.site.refs[name][1]) for name in names)
         return contents, tuple(sorted(settings.items()))
 
@@ -303,8 +303,8 @@ class Facts:
     def inner(self, names: Sequence[str]) -> NDArray[np.float64]:
         """[n, n] inner products of tensors.
 
-        They are made of differences from one of the tensors, so that angles between near ones are exact. A tensor that
-        is far smaller than that one would be lost in it, and is then itself the one that differences are taken from.
+        They are computed from differences to one of the tensors, so that angles between close tensors are exact. A
+        tensor that is far smaller would lose its digits, and is then used as the reference itself.
         """
         order = list(range(len(names)))
         products = self._inner_from_first(names)
@@ -318,13 +318,13 @@ class Facts:
         return np.asarray(products[np.ix_(places, places)])
 
     def _inner_from_first(self, names: Sequence[str]) -> NDArray[np.float64]:
-        """[n, n] inner products of tensors, made of differences from the first."""
+        """[n, n] inner products of tensors, from differences to the first."""
         onto = np.eye(len(names))  # x_i = x_0 + (x_i - x_0)
         onto[:, 0] = 1
         return np.asarray(onto @ self.products(names) @ onto.T)
 
     def size_of(self, name: str) -> float:
-        """The root of the mean square of a tensor's elements."""
+        """The root mean square of a tensor's elements."""
         return math.sqrt(float(self.products([name])[0, 0]) / max(self.size, 1))
 
     def deltas(self, base: str, names: Sequence[str]) -> NDArray[np.float64]:
@@ -332,7 +332,7 @@ class Facts:
         return self.products([base, *names])[1:, 1:]
 
     def signs(self, names: Sequence[str]) -> NDArray[np.float64]:
-        """[3, n, n] how the signs of x_1 - x_0, x_2 - x_0, ... lie to each other; see ``scans.delta_signs``."""
+        """[3, n, n] how the signs of x_1 - x_0, x_2 - x_0, ... agree; see ``scans.delta_signs``."""
         zeros = np.zeros((3, len(names) - 1, len(names) - 1))
         return self._once("signs", names, lambda: self.weights.scan(self._refs(names), zeros, scans.delta_signs))
 
@@ -343,10 +343,10 @@ class Facts:
         function: Callable[[Sequence[Tensor]], Tensor],
         **settings: str | float | bool,
     ) -> NDArray[np.float64]:
-        """The sum over blocks of rows of what a function gives for them (float64 [n]).
+        """The sum of a function over blocks of rows: float64 [n].
 
         Args:
-            kind, settings: as of ``once``.
+            kind, settings: as for ``once``.
         """
 
         def compute() -> Tensors:
@@ -360,9 +360,9 @@ class Facts:
     def threshold(self, base: str, source: str, k: int) -> float:
         """The k-th largest magnitude |x - b|, k from 1.
 
-        Exact where a tensor is stored as float32. Where both are stored in 16 bits, magnitudes are ranked by their
-        upper 16 bits (about half a percent apart), and this is the smallest magnitude with the upper bits of the k-th:
-        then a look into a table of counts is all that a candidate costs.
+        Exact if a tensor is stored as float32. If both are stored in 16 bits, magnitudes are ranked by their upper 16
+        bits (about half a percent apart), and this is the smallest magnitude with the upper bits of the k-th, so that a
+        candidate only needs a lookup in a table of counts.
         """
         refs = self._refs((base, source))
         ranked = all(self.weights.read(ref).dtype.itemsize == 2 for ref in refs)
@@ -376,12 +376,12 @@ class Facts:
         return _magnitude(upper, _kth_largest(_from_top(fine), rank)[0])
 
     def model_threshold(self, base: str, source: str, share: float) -> float:
-        """The magnitude |x - b| that a share of the elements of the whole model reach, one at least.
+        """The magnitude |x - b| that a share of the whole model's elements reach, at least one of them.
 
-        All tensors that the base and the source both have count, wherever they stand in the merged model. Magnitudes
-        are ranked by their upper 16 bits whatever the dtype, and this is the smallest with the upper bits of the last
-        one: a table of counts for a pair of models is all that is kept, and to be more exact would be to read both
-        models for every share.
+        All tensors that both the base and the source have count, wherever they are in the merged model. Magnitudes are
+        ranked by their upper 16 bits whatever the dtype, and this is the smallest with the upper bits of the last one.
+        Only a table of counts is kept for a pair of models; an exact result would need to read both models for every
+        share.
         """
         followed = tuple(self.evidence.content_of(self.site.refs[name][0]) for name in (base, source))
         models = (self.site.refs[name][0] for name in (base, source))
@@ -405,7 +405,7 @@ class Facts:
         Raises:
             InputError: one has NaN or Inf.
         """
-        # The highest bin is that of the largest magnitude: eight bins of ranks an octave are 16 of the upper bits each.
+        # The highest bin is that of the largest magnitude; a bin covers 16 values of the upper bits, an eighth octave.
         first_bin = int(self._magnitudes(base, source)[0, 0] >> 4) - scans.RANK_BINS + 1
         first, second = self._refs((base, source))
 
@@ -419,7 +419,7 @@ class Facts:
         return float(ranked / total) if total else 0.5
 
     def _sorted_magnitudes(self, base: str, source: str) -> NDArray[np.float32]:
-        """All |x - b| in float32, from the largest down."""
+        """All |x - b| in float32, in descending order."""
 
         def compute() -> NDArray[np.float32]:
             before, after = (tensor.reshape(-1).float() for tensor in self.tensors((base, source)))
@@ -469,7 +469,7 @@ class Facts:
             zeros = np.zeros(len(names) - 1)
             return self.weights.scan(self._refs(names), zeros, scans.energies, np.float32(least))
 
-        # Over all elements they are the same for every candidate, over those above a threshold hardly ever.
+        # Over all elements they are the same for every candidate; above a threshold they hardly ever are.
         return self._once("energies", names, compute) if least == 0 else compute()
 
     def _broken(self, source: str, compared: str | None) -> InputError:
@@ -484,9 +484,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Remembered(Facts):
-    """Facts of a tensor that is planned for again and again with the same masks: each threshold is looked for once.
+    """Facts for a tensor that is planned repeatedly with the same masks: each threshold is computed once.
 
-    Where weights are in float32, to look for one is to read them.
+    With float32 weights, computing a threshold means reading them.
     """
 
     _known: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False)
@@ -521,7 +521,7 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 
 def _from_top(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[2, m]: the bins that are not empty from the highest down, and how many values lie in each or above it."""
+    """[2, m]: the nonempty bins from the highest down, and how many values are in each or above it."""
     bins = np.flatnonzero(counts)[::-1]
     return np.stack([bins, np.cumsum(counts[bins])])
 
