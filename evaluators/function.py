@@ -36,7 +36,7 @@ from evaluators.base import Graded, ImperativeEvaluator, Item, Split, texts
 from evaluators.benchmarks import benchmark_of
 from evaluators.function_process import receive, send
 from evaluators.item_files import digest, split_items
-from evaluators.prompts import PromptSettings, asked_prompt, told_too_long
+from evaluators.prompts import PromptSettings, asked_prompt, describe_truncated
 from evomerge.errors import InputError
 from evomerge.files import TEXT_BYTES, read_bytes
 from evomerge.inference.pictures import THUMBNAIL_SIDE, small_copy
@@ -186,7 +186,7 @@ class FunctionEvaluator(ImperativeEvaluator):
         limit_s = settings.max_seconds if "max_seconds" in settings.model_fields_set else _TRY_S
         try:
             self._process.call(self._lines["search"][:1], list(self.metrics), say_nothing, limit_s)
-        except _BeyondBoundsError:
+        except _LimitExceededError:
             raise
         except InputError:
             if not asked:
@@ -245,7 +245,7 @@ def _pictured(indices: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Said:
+class _Returned:
     """What a function returned.
 
     Attributes:
@@ -296,7 +296,7 @@ class _Generate:
                 asked_prompt(self._reader, self._settings, text, most, place)
                 for text, place in zip(prompts, places, strict=True)
             ]
-            if said := told_too_long([prompt for prompt in asked if prompt.lost]):
+            if said := describe_truncated([prompt for prompt in asked if prompt.lost]):
                 _warn(said)
             requests = [Generate(prompt, most, tuple(stop), self._settings.batch_size) for prompt in asked]
             answers = texts(respond_to(self._engine, requests))
@@ -306,7 +306,7 @@ class _Generate:
         return answers
 
 
-class _BeyondBoundsError(InputError):
+class _LimitExceededError(InputError):
     """A function exceeds its time or memory limit."""
 
 
@@ -364,7 +364,7 @@ class _FunctionProcess:
         limit_s: float,
         weights: Path | None = None,
         pictured: Sequence[int] = (),
-    ) -> _Said:
+    ) -> _Returned:
         """Let the function score items: finite numbers by metric, one per item.
 
         Args:
@@ -396,7 +396,7 @@ class _FunctionProcess:
         if "numbers" not in answer:
             raise self._fault(answer, lines)
         pictures = {int(place): base64.b64decode(image) for place, image in answer[function_process.PICTURES].items()}
-        return _Said(answer["numbers"], pictures)
+        return _Returned(answer["numbers"], pictures)
 
     def stop(self) -> None:
         """End the process and all its child processes."""
@@ -437,7 +437,7 @@ class _FunctionProcess:
         except TimeoutError:
             self.stop()
             hint = "Fix it, or set how long it may take as `max_seconds:`."
-            raise _BeyondBoundsError(file, f"took more than {limit_s:g} s {when}", hint) from None
+            raise _LimitExceededError(file, f"took more than {limit_s:g} s {when}", hint) from None
         except (OSError, ValueError, RecursionError):  # the function wrote to a socket that it does not own
             message = None
         if message is None:
@@ -459,7 +459,7 @@ class _FunctionProcess:
                 self.stop()
                 hint = "Have it keep less, or say how much it may take as `max_gigabytes:`."
                 problem = f"took {taken:.1f} GB of memory {when}, of {most:g} GB that it may have"
-                raise _BeyondBoundsError(str(self._settings.file), problem, hint)
+                raise _LimitExceededError(str(self._settings.file), problem, hint)
             left = deadline - time.monotonic()
             if left <= 0 or poll.poll(1000 * min(left, _LOOK_S)):
                 return

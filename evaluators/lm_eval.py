@@ -108,12 +108,12 @@ class LmEvalEvaluator(Evaluator):
     def __init__(self, settings: LmEvalSettings) -> None:
         from evaluators.lm_eval_grading import find_measures, fingerprint
         from evaluators.lm_eval_items import build_requests, read_splits
-        from evaluators.lm_eval_quiet import quiet, undisturbed
+        from evaluators.lm_eval_quiet import quiet, restored_generators
         from evaluators.lm_eval_tasks import load_task
 
         self.name = settings.task
         self._settings = settings
-        with quiet(), undisturbed(), contextlib.redirect_stdout(sys.stderr):  # some task files print
+        with quiet(), restored_generators(), contextlib.redirect_stdout(sys.stderr):  # some task files print
             self._task, public = load_task(settings)
             config = self._task.config  # for a task included in lm-eval, the split that lm-eval itself scores
             self._benchmark_split = (config.test_split or config.validation_split) if public else None
@@ -168,12 +168,12 @@ class LmEvalEvaluator(Evaluator):
     def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
         """The task's own grades."""
         from evaluators.lm_eval_grading import give, grade, written
-        from evaluators.lm_eval_quiet import quiet, undisturbed
+        from evaluators.lm_eval_quiet import quiet, restored_generators
 
         docs, groups = self._items[split].docs, [self._instances[split][index] for index in indices]
         answers: dict[int, Any] = next((r.value for r in responses if isinstance(r, Outcome)), {})
         given = iter(texts([response for response in responses if not isinstance(response, Outcome)]))
-        with quiet(), undisturbed():
+        with quiet(), restored_generators():
             for number, instance in enumerate(self._flat(split, indices)):
                 give(instance, answers[number] if number in answers else next(given))
             written_by_item = {i: written(self._task, docs[i], group) for i, group in zip(indices, groups, strict=True)}
@@ -204,12 +204,12 @@ class LmEvalEvaluator(Evaluator):
         Raises:
             InputError: they are not plain greedy decoding, and the engine supports nothing else.
         """
-        from evaluators.lm_eval_model import ask, refuse_wishes
-        from evaluators.lm_eval_quiet import quiet, undisturbed
+        from evaluators.lm_eval_model import ask, refuse_non_greedy
+        from evaluators.lm_eval_quiet import quiet, restored_generators
 
         if engine.greedy_only:
-            refuse_wishes(instances.values(), Reader.of(live))
-        with quiet(), undisturbed():
+            refuse_non_greedy(instances.values(), Reader.of(live))
+        with quiet(), restored_generators():
             return ask(self._resident(live), instances)
 
     def _resident(self, live: LiveModel) -> ResidentLM:
@@ -224,11 +224,11 @@ class LmEvalEvaluator(Evaluator):
         """Apply the model's chat template to the prompts, if wanted, when the model is first used."""
         from evaluators.lm_eval_items import build_requests
         from evaluators.lm_eval_model import chat
-        from evaluators.lm_eval_quiet import quiet, undisturbed
+        from evaluators.lm_eval_quiet import quiet, restored_generators
 
         if not self._settings.apply_chat_template or self._rendered_for is reader.templates:
             return
-        with quiet(), undisturbed():
+        with quiet(), restored_generators():
             for split, items in self._items.items():
                 self._instances[split] = build_requests(self._task, items, self._settings, chat(reader, self._settings))
         self._rendered_for = reader.templates

@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, resolve_max_length
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from evaluators.prompts import PromptSettings, chat_text, parted
+from evaluators.prompts import PromptSettings, as_content_parts, chat_text
 from evomerge.errors import InputError
 from evomerge.inference.generation import Room, shaping
 from evomerge.inference.media import Media
@@ -139,7 +139,7 @@ def chat(reader: Reader, settings: PromptSettings) -> Callable[..., str]:
 
     def apply(turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         if in_parts:
-            turns = parted(turns)
+            turns = as_content_parts(turns)
         try:
             return chat_text(templates, turns, opens=add_generation_prompt)
         except InputError:
@@ -175,7 +175,7 @@ def request_of(
         ids = encode(tokenizer, text) or [first_token(tokenizer)]
         reader.check_known(ids, place)
         prompt = Prompt(text, "", ids, 0, most - tokens, place)
-        if wishes(reader, wanted):
+        if non_greedy_settings(reader, wanted):
             return prompt
         stop = handle_stop_sequences(list(until), eos=tokenizer.decode(tokenizer.eos_token_id))
         return Generate(prompt, tokens, tuple(ending for ending in stop if ending), settings.batch_size)
@@ -206,7 +206,7 @@ def _with_pictures(
         raise InputError(place, problem, "Take an evaluator of the kind multiple_choice or likelihood.")
     wanted = normalize_gen_kwargs(request.args[1])
     tokens, until = int(wanted.pop("max_gen_toks")), wanted.pop("until")
-    if said := wishes(reader, wanted):
+    if said := non_greedy_settings(reader, wanted):
         problem = f"{', '.join(said)}, of the task or the model's generation_config.json, is not plainly greedy"
         raise InputError("generation", problem, "Set it to what has no effect, such as `repetition_penalty: 1.0`.")
     prompt = settings.limited(reader).prompt(request.args[0], tokens, place, media)
@@ -214,13 +214,13 @@ def _with_pictures(
     return Generate(prompt, tokens, tuple(ending for ending in stop if ending), settings.batch_size)
 
 
-def wishes(reader: Reader, settings: Mapping[str, Any]) -> list[str]:
+def non_greedy_settings(reader: Reader, settings: Mapping[str, Any]) -> list[str]:
     """The settings, of a task or of the model, that are not plain greedy decoding."""
     own = [] if reader.generation is None else shaping(reader.generation, settings)
     return [*own, *({"max_length"} & settings.keys())]
 
 
-def refuse_wishes(requests: Iterable[Instance], reader: Reader) -> None:
+def refuse_non_greedy(requests: Iterable[Instance], reader: Reader) -> None:
     """Reject requests that an engine with only greedy decoding cannot answer.
 
     Raises:
@@ -228,13 +228,13 @@ def refuse_wishes(requests: Iterable[Instance], reader: Reader) -> None:
     """
     for request in requests:
         if request.request_type == "generate_until":
-            names = ", ".join(wishes(reader, _said(request)))
+            names = ", ".join(non_greedy_settings(reader, _generation_settings(request)))
             problem = f"{names}, of the task or the model's generation_config.json, is not plainly greedy"
             hint = "Set it to what has no effect, such as `repetition_penalty: 1.0`, or leave `engine` out."
             raise InputError("generation", problem, hint)
 
 
-def _said(request: Instance) -> dict[str, Any]:
+def _generation_settings(request: Instance) -> dict[str, Any]:
     """The generation settings of a request, except for the length and stop strings."""
     return {key: value for key, value in normalize_gen_kwargs(request.args[1]).items() if key not in _LENGTHS}
 

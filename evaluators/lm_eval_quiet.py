@@ -16,7 +16,7 @@ import torch
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def restored_generators() -> Iterator[None]:
     """Run task code with fixed seeds; Python's, numpy's and torch's generators are restored afterwards.
 
     Some tasks shuffle their choices with the global generators, so without seeds the items would differ between

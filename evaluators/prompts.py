@@ -94,10 +94,10 @@ def render(
     for example in examples:
         turns += [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer.strip()}]
     turns.append({"role": "user", "content": prompt})
-    return chat_text(templates, parted(turns) if in_parts else turns)
+    return chat_text(templates, as_content_parts(turns) if in_parts else turns)
 
 
-def parted(turns: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def as_content_parts(turns: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Turns with their contents as lists of texts and pictures, as processors' chat templates expect."""
     return [{**turn, "content": _parts(turn["content"])} for turn in turns]
 
@@ -139,7 +139,7 @@ def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, opens: bool
     return text
 
 
-def behind(settings: PromptSettings, answer: str) -> str:
+def answer_after_prompt(settings: PromptSettings, answer: str) -> str:
     """An answer as it follows its prompt: in a chat, a model's turn does not begin with a space."""
     return answer.lstrip() if settings.apply_chat_template else answer
 
@@ -216,7 +216,9 @@ def asked_pair(
         InputError: as for ``Reader.pair``.
     """
     text = _rendered(reader, settings, prompt, examples)
-    return settings.limited(reader).pair(text, behind(settings, answer), place, _all_media(examples, media))
+    return settings.limited(reader).pair(
+        text, answer_after_prompt(settings, answer), place, _all_media(examples, media)
+    )
 
 
 def asked_prompt(
@@ -247,7 +249,7 @@ def _all_media(examples: Sequence[Example], media: tuple[Media, ...]) -> tuple[M
     return (*(one for example in examples for one in example.media), *media)
 
 
-def too_long(asked: Callable[[int], Sequence[Prompt]], sizes: Sequence[int]) -> Iterator[Prompt]:
+def truncated_prompts(asked: Callable[[int], Sequence[Prompt]], sizes: Sequence[int]) -> Iterator[Prompt]:
     """The prompts that are truncated at the beginning, among the longest items: at most one per item.
 
     Args:
@@ -266,7 +268,7 @@ def too_long(asked: Callable[[int], Sequence[Prompt]], sizes: Sequence[int]) -> 
         yield longest
 
 
-def told_too_long(prompts: Sequence[Prompt]) -> str:
+def describe_truncated(prompts: Sequence[Prompt]) -> str:
     """A sentence that names the items whose prompts are truncated; empty if there are none."""
     if not prompts:
         return ""

@@ -12,7 +12,7 @@ import typer
 from evomerge import __version__
 from evomerge.commands.streams import standard_streams
 from evomerge.errors import InputError
-from evomerge.starting import collect_rarely
+from evomerge.startup import collect_garbage_rarely
 
 app = typer.Typer(
     name="evomerge",
@@ -551,7 +551,7 @@ def _command(folder: Path, verb: Literal["pause", "stop", "cancel"], server: str
 
 def main(arguments: list[str] | None = None) -> Any:
     """The entry point: exit code 0 when done, 1 when failed, 2 for bad input, 130 when interrupted and resumable."""
-    collect_rarely()
+    collect_garbage_rarely()
     run: Callable[..., Any] = app
     try:
         with standard_streams():

@@ -44,7 +44,7 @@ def without_scale(blend: Blend) -> tuple[Blend, float]:
     return blend.model_copy(update={"steps": blend.steps[:-1]}), factor
 
 
-def middle(rows: Sequence[Sequence[float]], parameters: Sequence[Parameter]) -> list[float]:
+def common_numbers(rows: Sequence[Sequence[float]], parameters: Sequence[Parameter]) -> list[float]:
     """One number per parameter from several rows: the mean, rounded for an int, and the most frequent for a choice.
 
     If all rows agree, the result is equal to them bit for bit.
@@ -61,7 +61,7 @@ def middle(rows: Sequence[Sequence[float]], parameters: Sequence[Parameter]) -> 
     return numbers
 
 
-def fitted(profile: Profile, factors: Mapping[int | None, float]) -> list[float]:
+def fit_profile(profile: Profile, factors: Mapping[int | None, float]) -> list[float]:
     """The numbers of a profile whose factors are closest to these, by least squares, within the bounds."""
     size = len(profile.parameters)
     constant = np.array([profile.factor([0.0] * size, layer) for layer in factors])

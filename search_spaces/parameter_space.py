@@ -26,7 +26,7 @@ from search_spaces.base import SpaceContext, SpaceSettings
 from search_spaces.chosen_method import ChosenMethodGenes
 from search_spaces.gene import check_ranges
 from search_spaces.method_genes import MethodGenes, alone_at
-from search_spaces.nearest import SCALE, blends_of, fitted, middle, without_scale
+from search_spaces.nearest import SCALE, blends_of, common_numbers, fit_profile, without_scale
 from search_spaces.places import path_outside, path_to
 from search_spaces.profiles import Cosines, Lines, Tiers, with_factor
 from search_spaces.step_genes import StepSettings, check_steps
@@ -302,9 +302,9 @@ class ParameterSpace:
                 return None
             rows[self._group_of[role]].append(numbers)
         parameters = self._genes.parameters("", "")
-        genome = [number for group in self._groups for number in middle(rows[group], parameters)]
+        genome = [number for group in self._groups for number in common_numbers(rows[group], parameters)]
         if self._profile is not None:
-            genome += fitted(self._profile, {role.layer: factor for role, factor in factors.items()})
+            genome += fit_profile(self._profile, {role.layer: factor for role, factor in factors.items()})
         for weight, place, wave in self._genes.curves:  # only with a single group
             (of_roles,) = rows.values()
             over_depth = [(self._depth(r.layer), row[weight]) for r, row in zip(blends, of_roles, strict=True)]

@@ -12,9 +12,9 @@ import pytest
 from helpers_tiers import mark_variants
 from hypothesis import HealthCheck, settings
 
-from evomerge.starting import collect_rarely
+from evomerge.startup import collect_garbage_rarely
 
-collect_rarely()  # as our programs do; and evomerge, imported before peft, keeps scikit-learn out of transformers
+collect_garbage_rarely()  # as our programs do; evomerge, imported before peft, keeps scikit-learn out of transformers
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # miniature matrices gain nothing from threads, and lose much
 os.environ.setdefault("MKL_NUM_THREADS", "1")

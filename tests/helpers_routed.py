@@ -17,7 +17,7 @@ from evomerge.recipes.routed import LayerGroup, RoutedRecipe, Router
 from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.routed import computing
 from evomerge.routed.live import LiveExperts
-from evomerge.routed.making import routings
+from evomerge.routed.routers import routings
 from evomerge.routed.sites import Place, places_of, sites_of
 from evomerge.routed.trunk import base_alone
 

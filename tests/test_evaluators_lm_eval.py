@@ -26,7 +26,7 @@ from evaluators.base import EvaluatorSettings, prompts_of
 from evaluators.benchmarks import count
 from evaluators.lm_eval import LmEvalEvaluator, LmEvalSettings
 from evaluators.lm_eval_model import ResidentLM, request_of
-from evaluators.prompts import told_too_long
+from evaluators.prompts import describe_truncated
 from evaluators.scoring import score
 from evaluators.tasks import miniatures
 from evomerge.checkpoints.live import LiveModel
@@ -477,7 +477,7 @@ def test_long_items_are_named(build: Callable[..., LmEvalEvaluator]) -> None:
     reader = Reader.of(live)
     asked = [max(prompts_of(evaluator, reader, "held_out", i), key=lambda a: a.lost) for i in range(len(lengths))]
     assert [each.lost for each in asked] == [max(0, length - most - 1) for length in lengths]
-    said = told_too_long([each for each in asked if each.lost])
+    said = describe_truncated([each for each in asked if each.lost])
     count, first = sum(each.lost > 0 for each in asked), next(i for i, each in enumerate(asked) if each.lost)
     assert 0 < count < ITEMS
     assert (

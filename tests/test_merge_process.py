@@ -107,8 +107,8 @@ def test_memory_of_an_extraction_does_not_grow_with_the_depth(tmp_path: Path) ->
 KILLED = """
 import sys
 from pathlib import Path
-from evomerge.starting import collect_rarely
-collect_rarely()
+from evomerge.startup import collect_garbage_rarely
+collect_garbage_rarely()
 from test_merge_process import MADE, die_half_way
 for kind in MADE:
     die_half_way(kind, Path(sys.argv[1]))

@@ -114,7 +114,7 @@ def race(folder: Path) -> None:
 def test_a_race_goes_on(tmp_path: Path) -> None:
     """With the kernels that it was recorded with: OpenBLAS chooses them by the processor when it is loaded, and the
     last bit of CMA-ES's genomes hangs on that."""
-    start = "from evomerge.starting import collect_rarely; collect_rarely()"
+    start = "from evomerge.startup import collect_garbage_rarely; collect_garbage_rarely()"
     code = f"{start}; import pathlib, {__name__}; {__name__}.race(pathlib.Path({str(tmp_path)!r}))"
     surroundings = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_CORETYPE": "Haswell"}
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | surroundings, capture_output=True, text=True)

@@ -12,7 +12,7 @@ from evomerge.checkpoints.source import Source
 from evomerge.recipes.routed import LayerGroup, Router
 from evomerge.routed import computing
 from evomerge.routed.live import LiveExperts
-from evomerge.routed.making import routings
+from evomerge.routed.routers import routings
 from evomerge.routed.sites import Place, places_of, sites_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from evomerge.calibration import Calibration
-from evomerge.checkpoints.checks import check_compatible, check_keeps_seeing
+from evomerge.checkpoints.checks import check_compatible, check_keeps_vision
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.processor import check_processor
 from evomerge.checkpoints.sharding import heads_of
@@ -152,9 +152,9 @@ def test_another_shape_of_text_model_is_refused(folder: Path, tmp_path: Path) ->
 def test_a_merge_that_would_drop_what_reads_images_is_refused(folder: Path) -> None:
     sources = with_plain(folder)
     with pytest.raises(InputError, match="what reads images in sees would be dropped") as refused:
-        check_keeps_seeing(sources, "plain")
+        check_keeps_vision(sources, "plain")
     assert "`tokenizer: sees`" in refused.value.hint
-    check_keeps_seeing(sources, "sees")
+    check_keeps_vision(sources, "sees")
 
 
 def test_a_model_of_texts_alone_gives_nothing_to_what_reads_images(folder: Path) -> None:

@@ -143,7 +143,7 @@ def _same(one: Source, other: Source, field: str, mine: Any, theirs: Any, hint: 
         raise InputError(other.place, f"{other.name} and {one.name} differ in {field}: {theirs} and {mine}", hint)
 
 
-def check_keeps_seeing(sources: Mapping[str, Source], tokenizer: str) -> None:
+def check_keeps_vision(sources: Mapping[str, Source], tokenizer: str) -> None:
     """Reject a merge of vision-language models into a text model, which would drop their vision parts.
 
     Args:
@@ -164,7 +164,7 @@ def texts(source: Source) -> set[str]:
     return {name for name, role in source.roles.items() if role.kind != "vision"}
 
 
-def check_seeing(sources: Mapping[str, Source], recipe: StackRecipe) -> None:
+def check_vision(sources: Mapping[str, Source], recipe: StackRecipe) -> None:
     """Reject mixing the vision parts of sources if these parts differ.
 
     Raises:
@@ -195,9 +195,9 @@ def text_model_problem(one: Source, other: Source) -> str:
     types = f"it is a {other.text_type}, and {one.name} a {one.text_type}"
     if not one.takes_images and not other.takes_images:
         return types
-    from evomerge.checkpoints.twins import twin_problem  # builds models
+    from evomerge.checkpoints.equivalence import equivalence_problem  # builds models
 
-    problem = twin_problem(one, other)
+    problem = equivalence_problem(one, other)
     return f"{types}, and {problem}" if problem else ""
 
 

@@ -34,7 +34,7 @@ _ATOMS = 64
 """The default number of shared tokens that a row is computed from, but at most a quarter of the rows' width. With half
 of it, small models predicted worse (docs/transplant.md)."""
 
-_FEWEST = 16
+_MIN_SHARED = 16
 """How many tokens two vocabularies must share for one to replace the other."""
 
 _GENERATION = "generation_config.json"
@@ -152,7 +152,7 @@ def transplanted(
             problem = f"its tokenizer ({type(tokenizer).__name__}) is not one of the tokenizers library"
             raise InputError(one.place, problem, "Save the tokenizer with `save_pretrained` as a fast one.")
     plan = _plan(source, donor, names, ours, theirs, method, atoms)
-    if len(plan.shared) < min(_FEWEST, int(plan.named.sum())):
+    if len(plan.shared) < min(_MIN_SHARED, int(plan.named.sum())):
         problem = f"the vocabularies of {source.name} and {donor.name} share {len(plan.shared)} tokens"
         raise InputError(source.place, problem, "There is nothing that rows of others could be made of.")
     size = len(plan.own)

@@ -238,9 +238,9 @@ def _merged_as_tables(path: Path, root: Path, out: str | Path, keys: str | None)
 
 def _compatible(recipe: Recipe, sources: dict[str, Source]) -> dict[str, Source]:
     """The sources, aligned to the recipe's vocabulary. Raises InputError if they cannot be merged."""
-    from evomerge.checkpoints.checks import check_compatible, check_keeps_seeing
+    from evomerge.checkpoints.checks import check_compatible, check_keeps_vision
 
-    check_keeps_seeing(sources, recipe.tokenizer)
+    check_keeps_vision(sources, recipe.tokenizer)
     stack = recipe if isinstance(recipe, StackRecipe) else None
     vocabulary = stack.vocabulary if stack else Vocabulary()
     if vocabulary != Vocabulary():

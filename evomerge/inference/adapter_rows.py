@@ -9,8 +9,8 @@ from torch import Tensor
 
 from evomerge.checkpoints.live import LiveModel, finite_rows
 from evomerge.checkpoints.low_rank_rows import Rows
+from evomerge.inference.image_tokens import Kept
 from evomerge.inference.requests import Batch, Response
-from evomerge.inference.showing import Kept
 from evomerge.inference.transformers_engine import TransformersEngine
 
 

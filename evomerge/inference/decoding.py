@@ -25,8 +25,8 @@ import torch
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from evomerge.inference.answering import answered
-from evomerge.inference.showing import ShownRows, reads_in_order
+from evomerge.inference.image_tokens import PictureRows, reads_in_order
+from evomerge.inference.progress import report_answered
 
 _COLUMNS = 64
 """The table grows by this many columns at a time, since growing it means copying it or moving the used part."""
@@ -98,7 +98,7 @@ class Decoder:
         ends: frozenset[int],
         ended: Callable[[Sequence[Sequence[int]]], Sequence[bool]],
         groups: Groups | None = None,
-        shown: ShownRows | None = None,
+        shown: PictureRows | None = None,
     ) -> None:
         self._shown = shown
         self._model, self._prompts, self._most, self._ends, self._ended = model, prompts, most, ends, ended
@@ -205,7 +205,7 @@ class Decoder:
         ]
         self._finished.update(table.open[row] for row in closed)
         table.remove(closed)
-        answered(len(closed))
+        report_answered(len(closed))
 
     @torch.inference_mode()
     def _prefixes(self, starts: Sequence[Sequence[int]], longest: int) -> Prefix:

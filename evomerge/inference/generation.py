@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from evomerge.inference.answering import answered
+from evomerge.inference.progress import report_answered
 from evomerge.inference.requests import BatchSize
 
 if TYPE_CHECKING:
     import torch
 
     from evomerge.checkpoints.live import LiveModel
-    from evomerge.inference.showing import ShownRows
+    from evomerge.inference.image_tokens import PictureRows
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def answer_groups(
     groups: Sequence[Sequence[Sequence[int]]],
     how: Decoding,
     choose: Callable[[Sequence[int]], None],
-    shown: ShownRows | None = None,
+    shown: PictureRows | None = None,
 ) -> list[list[str]]:
     """The answers to several groups of prompts, given as token ids, decoded together.
 
@@ -175,7 +175,7 @@ def _in_batches(
     prompts: Mapping[int, Sequence[int]],
     how: Decoding,
     batch_size: BatchSize,
-    shown: ShownRows | None,
+    shown: PictureRows | None,
 ) -> list[str]:
     """Answers from transformers' own loop: a batch is done when its last row is. The longest prompts come first."""
     answers: dict[int, str] = {}
@@ -187,7 +187,7 @@ def _in_batches(
             width = len(prompts[batch[0]])
             pictures = shown.inputs(live.model, batch, width) if shown else {}
             answers.update(zip(batch, _answer(live, [prompts[i] for i in batch], how, pictures), strict=True))
-            answered(len(batch))
+            report_answered(len(batch))
 
     _room(live.model).fit(batch_size, len(prompts), live.device, work)
     return [answers[i] for i in prompts]

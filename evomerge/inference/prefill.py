@@ -7,17 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evomerge.inference.answering import answered
+from evomerge.inference.image_tokens import PictureRows
+from evomerge.inference.progress import report_answered
 from evomerge.inference.reading import Prompt
 from evomerge.inference.requests import Likelihood, LogLikelihood
-from evomerge.inference.showing import ShownRows
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from evomerge.checkpoints.live import LiveModel
-    from evomerge.inference.showing import ImageTokens
+    from evomerge.inference.image_tokens import ImageTokens
 
 _MIN_STEP = 16
 """Rows are padded to a multiple of this many tokens, and of an eighth of the power of two below their length."""
@@ -41,7 +41,7 @@ def log_likelihoods(
     by_number: dict[int, LogLikelihood] = {}
     for most in dict.fromkeys(request.batch_tokens for request in requests):
         prompts = {n: request.prompt for n, request in enumerate(requests) if request.batch_tokens == most}
-        shown = ShownRows(tokens, list(prompts.values()))
+        shown = PictureRows(tokens, list(prompts.values()))
         logs = _sums(live, [Tokens(prompt.fed, prompt.scored) for prompt in prompts.values()], most, shown)
         for (number, prompt), log in zip(prompts.items(), logs, strict=True):
             by_number[number] = LogLikelihood(log, prompt.scored, _size(prompt))
@@ -129,7 +129,7 @@ def answer_logs(logits: Tensor, first: int, item: Tokens, dtype: torch.dtype) ->
     return own.gather(1, answer[:, None]).squeeze(1) - own.logsumexp(1)
 
 
-def _sums(live: LiveModel, items: Sequence[Tokens], most: int, shown: ShownRows) -> list[float]:
+def _sums(live: LiveModel, items: Sequence[Tokens], most: int, shown: PictureRows) -> list[float]:
     """log p(answer | prompt) of every item, in order; sums of natural logarithms."""
     import torch
 
@@ -154,5 +154,5 @@ def _sums(live: LiveModel, items: Sequence[Tokens], most: int, shown: ShownRows)
                 sums.append(logs.sum(dtype=torch.float64))
         for position, total in zip(batch, torch.stack(sums).tolist(), strict=True):
             totals[position] = total
-        answered(len(batch))
+        report_answered(len(batch))
     return totals

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.backward import Listening
-from evomerge.inference.answering import answered
 from evomerge.inference.prefill import Tokens, answer_logs, kept_columns, padded
+from evomerge.inference.progress import report_answered
 from evomerge.inference.reading import Prompt
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def loss_parts(
             with torch.enable_grad():
                 part = _part(live, batch, loss)
             yield part
-        answered(len(batch))
+        report_answered(len(batch))
 
 
 def _batches(items: Sequence[_Item], live: LiveModel) -> Iterator[list[_Item]]:

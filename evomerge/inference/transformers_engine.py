@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 from evomerge.inference.generation import Decoding, answer_groups
+from evomerge.inference.image_tokens import Kept, PictureRows, image_tokens
 from evomerge.inference.prefill import log_likelihoods
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import (
@@ -19,7 +20,6 @@ from evomerge.inference.requests import (
     refuse_media,
     respond_to,
 )
-from evomerge.inference.showing import Kept, ShownRows, image_tokens
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
@@ -94,7 +94,7 @@ class TransformersEngine:
         models = [batches[number].model for number in places]
         prompts = [[batches[number].requests[place].prompt for place in own] for number, own in places.items()]
         groups = [[prompt.fed for prompt in group] for group in prompts]
-        shown = ShownRows(self._tokens, [prompt for group in prompts for prompt in group])
+        shown = PictureRows(self._tokens, [prompt for group in prompts for prompt in group])
         choose = lambda rows: self._choose([models[row] for row in rows])  # noqa: E731
         texts = answer_groups(self._live, groups, how, choose, shown)
         for (number, own), answers in zip(places.items(), texts, strict=True):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.blends import check_whole, planned, stepped
-from evomerge.checkpoints.checks import check_seeing
+from evomerge.checkpoints.checks import check_vision
 from evomerge.checkpoints.finite import all_finite
 from evomerge.checkpoints.parts import fold_in
 from evomerge.checkpoints.source import Source
@@ -75,7 +75,7 @@ def check_stack(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
             check_core(blend, recipe, sources, f"{place}.basis")
     _check_scales(recipe, sources[recipe.tokenizer])
     check_order(recipe, sources)
-    check_seeing(sources, recipe)
+    check_vision(sources, recipe)
     for number, hop in enumerate(recipe.hops):
         for index in {hop.attention, hop.mlp, hop.norm}:
             blend = recipe.blends[index]

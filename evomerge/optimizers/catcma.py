@@ -124,7 +124,7 @@ class CatCma:
             return []
         self._begin_at_best()
         self._asks += 1
-        with _calm():
+        with _quiet():
             self._es.reseed_rng(int(np.random.SeedSequence((self._seed, self._asks)).generate_state(1)[0]))
             solutions = [self._es.ask() for _ in range(n)]
         genomes = [self._genome(solution) for solution in solutions]
@@ -165,7 +165,7 @@ class CatCma:
             self._start(unit)
 
     def _start(self, default: Vector) -> None:
-        with _calm():
+        with _quiet():
             from cmaes import CatCMAwM  # type: ignore[import-untyped]  # half a second, for scipy's distributions
 
         space: dict[str, Any] = {}
@@ -187,7 +187,7 @@ class CatCma:
             space["cat_param"] = np.where(
                 self._one_hot(default), usual, among * others / np.maximum(self._counts - 1, 1)[:, None]
             )
-        with _calm():
+        with _quiet():
             self._es = CatCMAwM(**space, population_size=self.population)
         if self._ints.size:
             # For ints with fewer values than the widest one, the library pads its threshold table with thresholds that
@@ -224,7 +224,7 @@ class CatCma:
         scalars = self._scalars.of([t.losses for t in generation])
         order = np.argsort(scalars, kind="stable")
         ranked = [generation[i].point for i in order]
-        with _calm():
+        with _quiet():
             if foreign:
                 others = self._scalars.of([t.losses for t in foreign])
                 first = int(np.argmin(others))
@@ -265,7 +265,7 @@ class CatCma:
 
 
 @contextmanager
-def _calm() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Use one thread and silence numpy's warnings (the library divides by zero and handles it afterwards)."""
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -265,7 +265,7 @@ class Strategy:
     @property
     def mean(self) -> Vector:
         """The mean of the distribution: a point of the unit box, or of the tied space (``Parts``)."""
-        with calm():
+        with quiet():
             mean = np.asarray(self._es.result.xfavorite, dtype=np.float64)
         return np.clip(mean, 0.0 if self._parts is None else self._parts.low(len(mean)), 1.0)
 
@@ -274,7 +274,7 @@ class Strategy:
         self._asks += 1
         strategy = self._es
         self._normal.reseed(self._seed, self._asks)
-        with calm():
+        with quiet():
             units: list[Vector] = strategy.ask(n)
         self._was_asked = True
         return units
@@ -290,7 +290,7 @@ class Strategy:
             scalars = np.append(scalars, others.min())
         # Ranks must be distinct: an unstable sort orders equal losses differently on different processors.
         ranks = np.argsort(np.argsort(scalars, kind="stable"), kind="stable")
-        with calm():
+        with quiet():
             if not self._was_asked:  # possible without a barrier; pycma begins an iteration only when asked
                 self._es.ask(1)
             self._es.tell(points, ranks.astype(np.float64).tolist())
@@ -319,7 +319,7 @@ class Strategy:
 
     def inject(self, unit: Vector) -> None:
         """Make the first point of the next generation lie towards this one, at the length of a typical sample."""
-        with calm():
+        with quiet():
             self._es.inject([self._es.boundary_handler.inverse(unit)])
 
     def _converged(self) -> str | None:
@@ -347,7 +347,7 @@ class Strategy:
         return self._made
 
     def _strategy(self) -> Any:
-        with calm():
+        with quiet():
             import cma  # takes over half a second, and warns if matplotlib is absent
             from cma.sigma_adaptation import CMAAdaptSigmaCSA
 
@@ -373,7 +373,7 @@ class Strategy:
         if steps is not None:
             sigma = float(steps.max())
             options["CMA_stds"] = (steps / sigma).tolist()
-        with calm():
+        with quiet():
             return cma.CMAEvolutionStrategy(x0.tolist(), sigma, options | _NEVER)
 
 
@@ -484,7 +484,7 @@ _NEVER: dict[str, Any] = {
 
 
 @contextmanager
-def calm() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Use one thread and silence pycma's advice (on unusual population sizes, plots and large values)."""
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -17,7 +17,7 @@ import numpy as np
 from evomerge.errors import InputError
 from evomerge.genome import Genome, Parameter
 from evomerge.optimizers.base import Best, Observation, Refinement
-from evomerge.optimizers.cma_es import Box, Strategy, StrategySettings, Vector, calm
+from evomerge.optimizers.cma_es import Box, Strategy, StrategySettings, Vector, quiet
 from evomerge.optimizers.elites import Feature
 from evomerge.optimizers.ledger import FOREIGN, Ledger
 from evomerge.optimizers.scalarisation import Scalarisation, Scalars
@@ -211,7 +211,7 @@ class _Model:
     """
 
     def __init__(self, generation: int, scalars: Scalars) -> None:
-        with calm():
+        with quiet():
             from cma.fitness_models import LQModel
 
         self._model: Any = LQModel()
@@ -229,7 +229,7 @@ class _Model:
         """Add points of the unit box with their losses [objectives], the latest last."""
         if not points:
             return
-        with calm():
+        with quiet():
             for unit, losses in points:
                 if np.isfinite(losses[0]) or unit.tobytes() not in self._losses:
                     self._losses[unit.tobytes()] = losses
@@ -247,7 +247,7 @@ class _Model:
 
     def tau(self, n: int) -> float:
         """Kendall's tau between losses and values of the latest ``n``; 0 for fewer than three or if all are equal."""
-        with calm():
+        with quiet():
             return float(self._model.kendall(n))
 
     def widen(self, tau: float) -> None:
@@ -258,11 +258,11 @@ class _Model:
         """One value per point of the unit box; all 0 with fewer than two points in the model."""
         if self.size < 2:
             return np.zeros(len(units))
-        with calm():
+        with quiet():
             return np.array([float(self._model.eval(unit)) for unit in units])
 
     @property
     def optimum(self) -> Vector:
         """The model's stationary point, or a step down its gradient, moved into the unit box."""
-        with calm():
+        with quiet():
             return np.clip(np.asarray(self._model.xopt, dtype=np.float64), 0.0, 1.0)

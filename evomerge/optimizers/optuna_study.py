@@ -54,7 +54,7 @@ class OptunaOptimizer:
         self._asked: defaultdict[bytes, deque[optuna.Trial]] = defaultdict(deque)
         self._baselines: list[tuple[Genome, list[float]]] = []
         self.population = settings.population or (default + default % 2 if self._genetic else default)
-        with _calm():
+        with _quiet():
             self._study = optuna.create_study(directions=["minimize"] * objectives)
 
     @property
@@ -74,7 +74,7 @@ class OptunaOptimizer:
         if n < 1:
             return []
         self._asks += 1
-        with _calm():
+        with _quiet():
             self._study.sampler = self._sampler()
             genomes = [self._remember(self._study.ask(self._distributions)) for _ in range(n)]
             for genome, losses in self._baselines:
@@ -86,7 +86,7 @@ class OptunaOptimizer:
         if self._name not in DEAR or not genomes:
             return self.ask(len(genomes))
         self._asks += 1
-        with _calm():
+        with _quiet():
             self._study.sampler = optuna.samplers.RandomSampler(seed=0)
             for genome in genomes:
                 self._study.enqueue_trial(self._values(genome))
@@ -94,7 +94,7 @@ class OptunaOptimizer:
         return list(genomes)
 
     def tell(self, observations: Sequence[Observation]) -> None:
-        with _calm():
+        with _quiet():
             for observation in observations:
                 genome, losses = observation.genome, [float(loss) for loss in observation.losses]
                 if not np.all(np.isfinite(losses)):
@@ -177,7 +177,7 @@ def _distribution(parameter: Parameter) -> Any:
 
 
 @contextmanager
-def _calm() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Use one thread, and silence Optuna's log and warnings (experimental classes, inf among the values)."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -19,7 +19,7 @@ from evomerge.recipes.routed import RoutedRecipe
 from evomerge.recipes.stack import StackRecipe
 from evomerge.recipes.use import BASE
 from evomerge.routed.arrow_folder import write_arrow
-from evomerge.routed.making import Routers, routings
+from evomerge.routed.routers import Routers, routings
 from evomerge.routed.sites import check_layers, places_of, sites_of
 from evomerge.routed.trunk import base_alone, trunk_of
 

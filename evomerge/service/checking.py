@@ -22,7 +22,7 @@ from evomerge.service.bodies import Plan, PlanPrompt, PlanRow
 from evomerge.service.problems import ProblemError
 from evomerge.service.processes import TOKEN_VARIABLE
 from evomerge.service.root import Root
-from evomerge.starting import collect_rarely
+from evomerge.startup import collect_garbage_rarely
 from evomerge.store.columns import parse_json
 
 MAX_S = 300.0
@@ -211,7 +211,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Answer questions until standard input ends. Whatever libraries print goes to standard error."""
-    collect_rarely()
+    collect_garbage_rarely()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -23,9 +23,9 @@ from evaluators.lm_eval import LmEvalSettings
 from evaluators.scoring import score
 from evomerge.checkpoints.live import LiveModel, live_model, load_weights
 from evomerge.checkpoints.source import open_source
+from evomerge.inference.image_tokens import ImageTokens
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Generate
-from evomerge.inference.showing import ImageTokens
 
 MINIATURES = Path(__file__).resolve().parents[2] / "examples" / "miniatures"
 BATCH = 100

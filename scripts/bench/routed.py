@@ -35,7 +35,7 @@ from evomerge.merging.materialise import Materialiser
 from evomerge.recipes.routed import LayerGroup, RoutedRecipe, Router
 from evomerge.routed import computing
 from evomerge.routed.live import LiveExperts
-from evomerge.routed.making import routings
+from evomerge.routed.routers import routings
 from evomerge.routed.sites import places_of, sites_of
 from evomerge.routed.trunk import base_alone
 

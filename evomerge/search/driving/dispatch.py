@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from evomerge.errors import InputError
-from evomerge.inference.answering import listening
+from evomerge.inference.progress import progress_listener
 from evomerge.recipes.base import Recipe
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.progress import Progress
@@ -241,7 +241,7 @@ class Dispatcher:
     def _wait(self, timeout_s: float) -> list[Finished]:
         """The finished jobs; news of nodes and workers is reported, even if it ends the search."""
         try:
-            with listening(self._hear):
+            with progress_listener(self._hear):
                 finished = self._pool.wait(timeout_s)
             if self._idle_error is not None:
                 raise self._idle_error

@@ -38,7 +38,7 @@ from evomerge.search.pools.in_process import JobRunner
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile
 from evomerge.search.work.jobs import Failed, FailureReason, Finished, Job, NewsKind, PoolNews, PoolState, batch
-from evomerge.starting import collect_rarely
+from evomerge.startup import collect_garbage_rarely
 
 # Threads are set before torch starts in the worker; a worker that takes every core slows all the others down.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -59,7 +59,7 @@ class RayWorker:
 
     def load(self) -> None:
         """Open the sources; after this the worker can take jobs."""
-        collect_rarely()
+        collect_garbage_rarely()
         from evomerge.merging.measured.evidence import Evidence
         from evomerge.search.workers.worker import Worker
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import get_args
 
 from evaluators.base import Evaluator, Split, prompts_of
-from evaluators.prompts import told_too_long, too_long
+from evaluators.prompts import describe_truncated, truncated_prompts
 from evomerge.checkpoints.live import processor_opener
 from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.structure import parse_config, text_config
@@ -71,7 +71,9 @@ def item_warnings(evaluators: Mapping[str, Evaluator], reader: Reader) -> Iterat
                 yield f"{place}: {again} of {len(items)} {_NAMES[split]} items repeat another one"
             sizes = [len(item.question) + len(item.answer) for item in items]
             with _said_of(place):
-                warning = told_too_long(list(too_long(partial(prompts_of, evaluator, reader, split), sizes)))
+                warning = describe_truncated(
+                    list(truncated_prompts(partial(prompts_of, evaluator, reader, split), sizes))
+                )
             if warning:
                 yield f"{place}: {warning}"
     yield from _confirmed_elsewhere(evaluators)

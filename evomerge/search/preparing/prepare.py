@@ -14,7 +14,7 @@ from evaluators.cost import COUNTED
 from evaluators.likelihood import LikelihoodEvaluator
 from evomerge.blends import observed
 from evomerge.calibration import Calibration
-from evomerge.checkpoints.checks import check_compatible, check_keeps_seeing
+from evomerge.checkpoints.checks import check_compatible, check_keeps_vision
 from evomerge.checkpoints.fingerprints import Untouched
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.checkpoints.vocabulary import align
@@ -232,7 +232,7 @@ def open_sources(file: SearchFile) -> dict[str, Source]:
     }
     _refuse_rigid(file, sources)
     _refuse_strange_prompts(file, sources)
-    check_keeps_seeing(sources, file.tokenizer_source)
+    check_keeps_vision(sources, file.tokenizer_source)
     aligned = align(sources, file.tokenizer_source, file.merged_vocabulary)
     check_compatible(
         aligned,

@@ -19,7 +19,7 @@ from evomerge.checkpoints.live import LiveModel, NotFiniteError, check_weights
 from evomerge.checkpoints.low_rank_rows import CoreRows, LowRankRows
 from evomerge.checkpoints.source import Source
 from evomerge.inference.adapter_rows import AdapterRowsEngine, OneModel
-from evomerge.inference.showing import Kept
+from evomerge.inference.image_tokens import Kept
 from evomerge.merging.adapters.low_rank import CoreMerges, base_recipe, coefficients, family_of, in_core_space
 from evomerge.merging.adapters.low_rank_change import CoreChange, LowRankChange
 from evomerge.merging.materialise import Materialiser

@@ -49,7 +49,7 @@ class Kept(Protocol):
 
 
 @dataclass(frozen=True)
-class Shown:
+class PictureInputs:
     """The inputs of a model for the pictures of one prompt.
 
     Attributes:
@@ -72,7 +72,7 @@ class Shown:
         return {name: tensor.contiguous() for name, tensor in flat(parts)}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Shown:
+    def of(cls, tensors: Mapping[str, Tensor]) -> PictureInputs:
         """The inverse of ``tensors``."""
         parts = unflat(tensors)
         return cls(parts["outputs"], parts.get("beside", {}), parts.get("types", {}))
@@ -89,7 +89,7 @@ class ImageTokens:
     def __init__(self, live: LiveModel, kept: Kept | None = None) -> None:
         self._model, self._reader, self._kept = live.model, Reader.of(live), kept
         self._tower: str | None = None
-        self._shown: dict[object, Shown] = {}
+        self._shown: dict[object, PictureInputs] = {}
         self._bytes, self._is_lasting = 0, False
         self.computed = 0  # number of tower runs, for tests and benchmarks
 
@@ -103,7 +103,7 @@ class ImageTokens:
             self._bytes = 0
         self._tower = tower
 
-    def of(self, prompt: Prompt) -> Shown:
+    def of(self, prompt: Prompt) -> PictureInputs:
         """The inputs for one prompt.
 
         Raises:
@@ -120,14 +120,14 @@ class ImageTokens:
         self._bytes += shown.nbytes
         return shown
 
-    def _spilled(self, prompt: Prompt) -> Shown:
+    def _spilled(self, prompt: Prompt) -> PictureInputs:
         """The same from the search's evidence, but only if the same tower was used before, to save disk space."""
         if self._kept is None or not self._is_lasting:
             return self._compute(prompt)
         follows_from = (self._tower, repr(self._reader.processor), *_key(prompt))
-        return Shown.of(self._kept.get("image tokens 1", follows_from, lambda: self._compute(prompt).tensors()))
+        return PictureInputs.of(self._kept.get("image tokens 1", follows_from, lambda: self._compute(prompt).tensors()))
 
-    def _compute(self, prompt: Prompt) -> Shown:
+    def _compute(self, prompt: Prompt) -> PictureInputs:
         import torch
 
         text = prompt.text if not prompt.scored else prompt.text.rstrip()
@@ -143,7 +143,7 @@ class ImageTokens:
         taken = inspect.signature(self._model.forward).parameters
         beside = {n: v for n, v in made.pictures.items() if n in taken and not n.startswith("pixel")}
         types = {name: torch.tensor(kinds) for name, kinds in made.types.items() if name in taken}
-        return Shown(outputs, beside, types)
+        return PictureInputs(outputs, beside, types)
 
     def _placed(self, value: Any) -> Any:
         import torch
@@ -177,7 +177,7 @@ def _key(prompt: Prompt) -> tuple[str, ...]:
 # ---- rows of a batch -----------------------------------------------------------------------------------------------
 
 
-class ShownRows:
+class PictureRows:
     """The pictures in the rows of batches: for each prompt its pictures, or nothing."""
 
     def __init__(self, tokens: ImageTokens | None, prompts: Sequence[Prompt]) -> None:

@@ -12,7 +12,7 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def progress_listener(listener: Listener) -> Iterator[None]:
     """Within the context, call ``listener`` after every step of an engine in this thread, with the number of prompts
     answered in that step, usually 0. It must not raise: its exceptions would be attributed to the model.
     """
@@ -23,7 +23,7 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
-def answered(count: int) -> None:
+def report_answered(count: int) -> None:
     """Report that a step has finished, in which this many prompts were answered."""
     if (listener := _listener.get()) is not None:
         listener(count)

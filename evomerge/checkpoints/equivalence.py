@@ -21,7 +21,7 @@ _LAYERS, _TOKENS, _INNER = 4, 12, 16
 _ROUNDING = 1e-4  # relative rounding error of float32 through a few layers
 
 
-def twin_problem(one: Source, other: Source) -> str:
+def equivalence_problem(one: Source, other: Source) -> str:
     """Why the text models of two sources of different types are not equivalent; empty if they are.
 
     Both are built with their own width, heads and settings, but few layers, tokens and inner columns. Takes about a

@@ -26,12 +26,12 @@ from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.inference import showing
 from evomerge.inference.generation import GREEDY
+from evomerge.inference.image_tokens import ImageTokens, image_tokens
 from evomerge.inference.media import Media
 from evomerge.inference.nested import flat, joined, unflat
 from evomerge.inference.pictures import held_media
 from evomerge.inference.reading import Prompt, Reader
 from evomerge.inference.requests import Generate, Likelihood, LogLikelihood, Text, respond_to
-from evomerge.inference.showing import ImageTokens, image_tokens
 from evomerge.inference.tower import fingerprint
 from evomerge.inference.transformers_engine import TransformersEngine
 from evomerge.merging.measured.evidence import Evidence

@@ -7,7 +7,7 @@ import gc
 _NEW_OBJECTS = 10_000
 
 
-def collect_rarely() -> None:
+def collect_garbage_rarely() -> None:
     """Make Python's garbage collector run after ten thousand new objects instead of 700.
 
     Imports create over a million objects and hardly any cycles, and scanning them again and again took a fifth of the
