@@ -1,7 +1,7 @@
-"""Builders: what makes the models that recipes describe, one for each kind of recipe.
+"""Builders: make the models that recipes describe, one builder for each kind of recipe.
 
 A builder is a class under the entry point group ``evomerge.builders``, by the name of its kind (``recipes/base.py``).
-Whoever needs models made asks ``Builders`` or ``find_builder`` for it, and knows no kind.
+Code that needs models asks ``Builders`` or ``find_builder`` for it, and does not know any kind.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ _Made = TypeVar("_Made", bound=Recipe, contravariant=True)
 
 
 def _nothing(done: int, of: int) -> None:
-    """Tells nobody."""
+    """Report progress to nobody."""
 
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What models are made of and for.
+    """What models are made from and for.
 
     Attributes:
         sources: opened, by the names that recipes use.
-        evidence: what is known of these very sources, and shared with other processes.
-        devices: where live models are kept; several share out a model's layers.
-        dtype: of their weights; that of the tokenizer's source when None.
+        evidence: about these sources, shared with other processes.
+        devices: where live models are kept; several devices share a model's layers.
+        dtype: of their weights; None means that of the tokenizer's source.
         tokenizer: the source that gives tokenizer and configuration.
-        layers: the most different layers that a recipe of the search is made of.
-        residency: where sources are kept for a model on a GPU; chosen by the room there is when None.
+        layers: the largest number of different layers in a recipe of the search.
+        residency: where sources are kept for a model on a GPU; None chooses by the available room.
         calibration: texts that methods may need.
         fit: items that numbers may be fitted to.
-        engine: makes what answers prompts in place of transformers, of a live model; None for transformers.
-        base: the source that models are measured from (``merging.measured.change``); None where there is none.
-        keep: where the stages of recipes are kept as folders; None where they are not.
-        form: in which of its recipe's ``forms`` a model is exported; None for the usual one.
-        shared: the builders of this context by kind: what one holds, such as a live model, others may use as well.
+        engine: makes the engine that answers prompts with a live model; None for transformers.
+        base: the source that models' changes are measured from (``merging.measured.change``), or None.
+        keep: where the stages of recipes are kept as folders; None does not keep them.
+        form: the one of its recipe's ``forms`` in which a model is exported; None for the usual one.
+        shared: the builders of this context by kind, so that one can use another's live model.
     """
 
     sources: Mapping[str, Source]
@@ -84,7 +84,7 @@ class Builder(Protocol[_Made]):
 
     @staticmethod
     def check(recipe: _Made, sources: Mapping[str, Source]) -> None:
-        """Refuse a recipe that cannot be made of these sources. Opens no tensor; asked for every candidate.
+        """Refuse a recipe that cannot be made from these sources. Opens no tensor; called for every candidate.
 
         Raises:
             InputError: naming the part of the recipe.
@@ -92,7 +92,7 @@ class Builder(Protocol[_Made]):
         ...
 
     def start(self) -> None:
-        """Take the memory that live models need, and say what is wrong with them before the first candidate.
+        """Allocate the memory for live models, and report errors in them before the first candidate.
 
         Raises:
             InputError: such as a tokenizer that cannot be loaded.
@@ -100,17 +100,18 @@ class Builder(Protocol[_Made]):
         ...
 
     def calibrate(self, recipe: _Made, source: str) -> None:
-        """Record what recipes like this one need to know of a source's run over the calibration texts."""
+        """Record what recipes like this one need from running a source over the calibration texts."""
         ...
 
     def fit(self, recipe: _Made) -> None:
-        """Find what of recipes like this one is fitted to the items of ``BuildContext.fit``, and keep it as evidence.
+        """Fit the fitted parts of recipes like this one to the items of ``BuildContext.fit``, and keep them as
+        evidence.
 
-        What is known already is not found again. Called before the first candidate for every baseline that names a fit;
-        ``write`` and ``export`` must find the same where evidence is lost.
+        Existing results are not computed again. Called before the first candidate for every baseline that names a fit;
+        ``write`` and ``export`` must compute the same if evidence is lost.
 
         Raises:
-            InputError: it cannot be fitted, such as where the recipe names another fit.
+            InputError: it cannot be fitted, for example because the recipe names another fit.
             NotFiniteError: the loss or a derivative of it is NaN or Inf.
         """
         ...
@@ -119,8 +120,8 @@ class Builder(Protocol[_Made]):
         """The model, ready to be scored, until the next one is written.
 
         Raises:
-            InputError: it cannot be made of these sources.
-            NotFiniteError: it holds or computes NaN or Inf.
+            InputError: it cannot be made from these sources.
+            NotFiniteError: it contains or computes NaN or Inf.
         """
         ...
 
@@ -136,16 +137,16 @@ class Builder(Protocol[_Made]):
         """Make the folder ``out`` with the model and ``texts`` by file name, or nothing (see ``export.write_model``).
 
         Args:
-            check: called with the complete folder under its temporary name, which is removed where it raises.
-            progress: called with how many tensors are written, and of how many.
+            check: called with the complete folder under its temporary name, which is removed if it raises.
+            progress: called with the number of written tensors and of all tensors.
         """
         ...
 
     def reload(self, folder: Path) -> LiveModel:
-        """An exported folder as those load it whom it is meant for, without this process's memory of it.
+        """An exported folder, loaded as its users would load it, without any state of this process.
 
         Raises:
-            InputError: it cannot be loaded, or holds or computes NaN or Inf.
+            InputError: it cannot be loaded, or contains or computes NaN or Inf.
         """
         ...
 
@@ -170,7 +171,7 @@ def find_builder(kind: str) -> type[Builder[Recipe]]:
 
 
 def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
-    """Refuse a recipe that cannot be made of these sources. Opens no tensor.
+    """Refuse a recipe that cannot be made from these sources. Opens no tensor.
 
     Raises:
         InputError: a source is not open, reads images where a recipe of this kind knows of none, or what its builder
@@ -185,18 +186,18 @@ def check_recipe(recipe: Recipe, sources: Mapping[str, Source]) -> None:
 
 
 class Builders:
-    """The builders of one process, made when the first recipe of their kind comes."""
+    """The builders of one process, created with the first recipe of their kind."""
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context
 
     @property
     def evidence(self) -> Evidence:
-        """Where what is computed once is kept, for all processes of a search."""
+        """Keeps what is computed once, for all processes of a search."""
         return self._context.evidence
 
     def start(self, kinds: Iterable[str]) -> None:
-        """Have builders take the memory that they need. Raises InputError: what is wrong with a model."""
+        """Have builders allocate their memory. Raises InputError: an error in a model."""
         for kind in sorted(kinds):
             self.of_kind(kind).start()
 

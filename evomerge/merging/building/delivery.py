@@ -1,4 +1,4 @@
-"""Putting a model folder into object storage, so that a reader finds it whole or not at all."""
+"""Uploading a model folder to object storage, so that a reader finds it complete or not at all."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from evomerge.errors import InputError
 from evomerge.objects import PARTIAL, Storage, StorageError
 
 SUMS = "SHA256SUMS"
-"""Goes first: the checksums of all that belongs to the upload, as `sha256sum --check` reads them."""
+"""Uploaded first: the checksums of all files of the upload, in the format of `sha256sum --check`."""
 
 LAST = "config.json"
-"""Goes last: without it no loader sees a model."""
+"""Uploaded last: without it no loader sees a model."""
 
 _LAST = (LAST, "model_index.json", "model.safetensors")
-"""The same of a folder of diffusers, and of tensors that stand alone: the first of these that a folder has."""
+"""The same for a diffusers folder, and for single tensor files: the first of these that a folder has."""
 
 
 def _last(names: Collection[str]) -> str | None:
@@ -24,10 +24,10 @@ def _last(names: Collection[str]) -> str | None:
 
 
 def check_free(storage: Storage) -> None:
-    """See that a model can be put here: the place can be written, and is empty or holds an upload that was cut off.
+    """Check that a model can be uploaded here: the place is writable, and empty or with an interrupted upload.
 
     Raises:
-        InputError: it holds something else, or cannot be written.
+        InputError: it contains something else, or is not writable.
     """
     storage.probe()
     there = set(storage.files()) - {SUMS + PARTIAL}
@@ -39,16 +39,16 @@ def check_free(storage: Storage) -> None:
 
 
 def upload(folder: Path, storage: Storage, progress: Callable[[int, int], None] = lambda done, of: None) -> None:
-    """Copy a model folder to a place that ``check_free`` has let through.
+    """Copy a model folder to a place that passed ``check_free``.
 
-    At any moment all that lies there is of one model: the files that the sums there tell. So an upload that was cut off
-    is gone on with; what it brought of another model is removed first.
+    At any time all files there belong to one model, the one of the checksums there. So an interrupted upload is
+    continued, after removing files of any other model.
 
     Args:
-        progress: called with the number of bytes that are there, and of all.
+        progress: called with the number of uploaded bytes and of all bytes.
 
     Raises:
-        StorageError: the storage failed. What goes last is not there then, and the same call goes on.
+        StorageError: the storage failed. The last file is then missing, and the same call continues.
     """
     named = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     last = _last(named)
@@ -84,6 +84,6 @@ def _sum(file: Path) -> str:
 
 
 def _parsed(sums: str) -> Mapping[str, str]:
-    """Sums by the names of their files."""
+    """Checksums by file name."""
     rows = (line.partition("  ") for line in sums.splitlines())
     return {name: digest for digest, _, name in rows}

@@ -1,6 +1,6 @@
-"""Sources that are made of others before a search: a weighted sum of changes of one base, or a random change.
+"""Sources that are made from others before a search: a weighted sum of changes to one base, or a random change.
 
-Of low-rank adapters they are one adapter again, with the ranks of all side by side; of anything else a model folder.
+From low-rank adapters they are one adapter, with the ranks of all combined; otherwise a model folder.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Derived:
-    """What a source is made of.
+    """What a source is made from.
 
     Attributes:
-        terms: how much of the change of each of some sources.
-        seed: with it, the change is in a random direction instead, in each weight as long as the sum is.
+        terms: the coefficient of each source's change.
+        seed: if given, the change is in a random direction instead, as long as the sum in each weight.
     """
 
     terms: Mapping[str, float]
@@ -42,13 +42,13 @@ class Derived:
 def make_source(
     derived: Derived, name: str, base: str, sources: Mapping[str, Source], contents: Mapping[str, str], root: Path
 ) -> str:
-    """Make a source in the folder ``root``, unless it is there, and give its reference.
+    """Make a source in the folder ``root``, unless it exists, and return its reference.
 
-    The same of the same: its folder's name follows from what it is made of.
+    The folder's name is derived from what it is made from, so equal sources share a folder.
 
     Args:
-        base: the source that the changes are of.
-        contents: of each source a digest of what its files hold.
+        base: the source that the changes apply to.
+        contents: a digest of each source's content.
 
     Raises:
         InputError: it cannot be written.
@@ -70,7 +70,7 @@ def make_source(
 
 
 def _write_adapter(derived: Derived, base: Source, sources: Mapping[str, Source], out: Path) -> None:
-    """A LoRA in float32 whose scale is 1: ranks that a weight has less of than another are zeros."""
+    """A LoRA in float32 whose scale is 1; weights with fewer ranks than others are padded with zeros."""
     changed = {tensor for term in derived.terms for tensor in sources[term].changes}
     factors = {tensor: _factors(derived, tensor, sources) for tensor in sorted(changed)}
     if derived.seed is not None:
@@ -98,7 +98,7 @@ def _write_adapter(derived: Derived, base: Source, sources: Mapping[str, Source]
 
 
 def _factors(derived: Derived, tensor: str, sources: Mapping[str, Source]) -> tuple[Tensor, Tensor]:
-    """L [rows, ranks] and R [ranks, columns] of the sum's change of a weight, as it is stored: float64."""
+    """L [rows, ranks] and R [ranks, columns] of the sum's change to a weight, as stored: float64."""
     lefts, rights = [], []
     for term, weight in derived.terms.items():
         if (pair := low_rank_factors(sources[term], tensor)) is not None:
@@ -108,13 +108,13 @@ def _factors(derived: Derived, tensor: str, sources: Mapping[str, Source]) -> tu
 
 
 def _turned_away(pair: tuple[Tensor, Tensor], random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Normal factors of the same shapes, whose product is as long as theirs."""
+    """Normally distributed factors of the same shapes, whose product is as long as theirs."""
     left, right = (torch.randn(factor.shape, generator=random, dtype=torch.float64) for factor in pair)
     return left * (_product_norm(*pair) / _product_norm(left, right)), right
 
 
 def _product_norm(left: Tensor, right: Tensor) -> float:
-    """norm(L R), of the small matrices L^T L and R R^T."""
+    """norm(L R), from the small matrices L^T L and R R^T."""
     return float(((left.T @ left) * (right @ right.T).T).sum().clamp(min=0).sqrt())
 
 
@@ -135,13 +135,13 @@ def _write_sum(derived: Derived, base: str, sources: Mapping[str, Source], out: 
 
 
 def _write_random(derived: Derived, seed: int, base: str, sources: Mapping[str, Source], out: Path) -> None:
-    """The base and, in each tensor that the sum changes, normal numbers as long as that change."""
+    """The base plus, in each tensor that the sum changes, a normally distributed change of the same length."""
     from evomerge.merging.materialise import Materialiser
 
     origin, used = sources[base], {name: sources[name] for name in (base, *derived.terms)}
     recipe, materialiser = _recipe(derived, base, sources), Materialiser(used)
 
-    def tensors(done: set[str]) -> Iterator[tuple[str, Tensor]]:  # of a folder without a key nothing is done before
+    def tensors(done: set[str]) -> Iterator[tuple[str, Tensor]]:  # nothing is done yet in a folder without a key
         random = torch.Generator().manual_seed(seed)
         for name, merged in materialiser.tensors(recipe):
             stored = origin.read(name).float()

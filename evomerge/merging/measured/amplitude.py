@@ -3,9 +3,9 @@
 The law of CORAM (arXiv 2608.17366, experts of MergeBench on Llama-3.2-3B): task vectors of different tasks are nearly
 orthogonal, so that the norm of their mean falls as 1 / sqrt(N), and kappa sqrt(N) times the mean is about kappa times
 as far from the base as one source. kappa is 1.15 where sources are about equally far, and 0.5 where their dispersion
-D = max / min of norm(tau) / norm(W0) is large, for then the mean is that of the farthest. Weights of kappa / sqrt(N)
-for each task vector are the same: 0.81 for two sources, and less for more, well within the range of 0 to 1.5 that a
-search walks.
+D = max / min of norm(tau) / norm(W0) is large, because the farthest then dominates the mean. Weights of kappa / sqrt(N)
+for each task vector are equivalent: 0.81 for two sources, and less for more, well within the range of 0 to 1.5 of a
+search.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from evomerge.merging.measured.facts import Weights
 from evomerge.merging.site import Ref
 
 EVEN, UNEVEN = 1.15, 0.5
-"""kappa where the sources are about equally far from the base, and where they are not."""
+"""kappa if the sources are about equally far from the base, and if they are not."""
 
 LARGE_DISPERSION = 3.0
-"""D from which on it counts as large. The paper draws no line; of one source three times as far as another, nine
-tenths of the squared norm of their sum are its own."""
+"""The D from which it counts as large. The paper gives no number; if one source is three times as far as another, nine
+tenths of the squared norm of their sum come from it."""
 
 
 def dispersion(norms: Sequence[float]) -> float:
-    """max / min of the norms of task vectors, of those that are not zero; 1 where there is none."""
+    """max / min of the nonzero norms of task vectors; 1 if there are none."""
     known = [norm for norm in norms if norm > 0]
     return max(known) / min(known) if known else 1.0
 
@@ -45,10 +45,10 @@ def kappa(norms: Sequence[float]) -> float:
 
 
 def relative_norms(sources: Mapping[str, Source], base: str, evidence: Evidence) -> dict[str, float]:
-    """norm(tau) / norm(W0) over all weights, of every source but the base: one reading of all, once for a search.
+    """norm(tau) / norm(W0) over all weights, for every source except the base: reads all sources, once per search.
 
     Args:
-        sources: laid out for one vocabulary; of tensors those count that a source and the base have in one shape.
+        sources: aligned to one vocabulary; tensors count if a source and the base have them in the same shape.
     """
     names = [name for name in sources if name != base]
     contents = tuple(evidence.content_of(name) for name in (base, *names))

@@ -1,14 +1,14 @@
-"""How far a merged model is from its base: norm(W - W0) / norm(W0) over all weights, measured on them as written.
+"""The distance of a merged model from its base: norm(W - W0) / norm(W0) over all weights, measured as written.
 
-What a merge is worth follows this number more than the direction of its change: where twelve checkpoints of a language
-model were merged at fixed strength, the methods that went two to six times as far as task arithmetic fell below the
-base (arXiv 2511.21437). So it is known of every candidate of a search that has a base.
+The quality of a merge depends on this number more than on the direction of its change: when twelve checkpoints of a
+language model were merged at fixed strength, the methods that went two to six times as far as task arithmetic fell
+below the base (arXiv 2511.21437). So it is measured for every candidate of a search with a base.
 
-Tensors are compared with those of the base of the same name, of a path those of each hop with the layer of its number.
-What the base has not, as hops beyond its depth, or in another shape, is left out on both sides. Sources that are laid
-out for another vocabulary are so with their base, whose rows of tokens that it lacks count as they are laid out. The
-scale of a hop counts as the factor on its weights that an export has in them. Where several tensors stand in the place
-of one, as in a mixture of experts, each counts for its share of them.
+Tensors are compared by name with the base's, in a path those of each hop with the layer of its number. Tensors that the
+base lacks, such as hops beyond its depth, or has in another shape, are left out on both sides. Sources that are aligned
+to another vocabulary are compared with their aligned base, including rows of tokens that it lacks. The scale of a hop
+counts as the factor that an export has in its weights. If several tensors replace one, as in a mixture of experts, each
+counts for its share of them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to imp
     from evomerge.checkpoints.live import LiveModel
 
 _MAX_KNOWN = 1 << 15
-"""Tensors whose change is kept: more than a path has places for the layers of a few sources."""
+"""How many tensors' changes are cached: more than a path over the layers of a few sources needs."""
 
-_PIECE = 1 << 26  # elements of a tensor on a device at once: what float32 copies of it take is bounded
+_PIECE = 1 << 26  # elements of a tensor on a device at once, to bound the memory of float32 copies
 
 _CPU = torch.device("cpu")
 
@@ -45,14 +45,14 @@ Read = Callable[[Ref, torch.device], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A tensor of a model that was written.
+    """A tensor of a written model.
 
     Attributes:
         name: in the model, and in the base.
         tensor: contiguous, of any float dtype, on any device.
-        way: all that it follows from; of one name equal ways give equal tensors. None where that is not known.
+        way: everything that it depends on; for one name, equal ways give equal tensors. None if unknown.
         factor, fold: how a scale goes into it; see ``parts.fold_in``.
-        share: for how much it counts.
+        share: its weight in the sum.
     """
 
     name: str
@@ -64,15 +64,15 @@ class Written:
 
 
 class ChangeMeter:
-    """Measures models that are written one after another, each tensor only where it is another than before.
+    """Measures models that are written one after another, each tensor only if it has changed.
 
-    Differences are taken in float32 and their squares added up in float64, in an order in which neither threads nor
-    what was measured before count.
+    Differences are computed in float32 and their squares added up in float64, in an order that depends neither on
+    threads nor on earlier measurements.
 
     Args:
-        base: what models are measured from.
-        read: gives its tensors.
-        weights: does the reading on the CPU.
+        base: the source that models are compared with.
+        read: returns its tensors.
+        weights: computes on the CPU.
     """
 
     def __init__(self, base: Source, read: Read, weights: Weights) -> None:
@@ -81,7 +81,7 @@ class ChangeMeter:
         self._known: dict[Hashable, float] = {}
 
     def of(self, model: Iterable[Written]) -> float | None:
-        """The change of a model; None where it has no tensor in common with the base, or that is zero."""
+        """The change of a model; None if it has no tensor in common with the base, or the base is zero."""
         known: dict[Hashable, float] = {}
         squares, sizes = [], []
         for written in model:
@@ -110,7 +110,7 @@ class ChangeMeter:
         return squared_distance(base, made)
 
     def _size(self, name: str) -> float:
-        """The squared norm of a tensor of the base, read once."""
+        """The squared norm of a tensor of the base, computed once."""
         if name not in self._sizes:
             base = self._read((self._base.name, name), _CPU)
             self._sizes[name] = float(self._weights.scan_tensors((base,), np.zeros(1), scans.squares)[0])
@@ -118,7 +118,7 @@ class ChangeMeter:
 
 
 def squared_distance(base: Tensor, made: Tensor, piece: int = _PIECE) -> float:
-    """The squared norm of the difference of two tensors of one shape, on the device where they are.
+    """The squared norm of the difference of two tensors of equal shape, on their device.
 
     Args:
         piece: elements that are in float32 at once.
@@ -135,8 +135,8 @@ def change_of(live: LiveModel, source: Source, base: Source) -> float | None:
 
     Args:
         live: holds the model.
-        source: where it was loaded from, which tells its tensors' names.
-        base: what it is measured from.
+        source: where it was loaded from; it provides the tensors' names.
+        base: the source that it is compared with.
     """
 
     def read(ref: Ref, device: torch.device = _CPU) -> Tensor:

@@ -1,13 +1,12 @@
-"""How many directions changes to matrices spread over, and how far two changes share theirs.
+"""Over how many directions changes to matrices spread, and how far two changes share them.
 
 The effective rank of singular values s is exp(H), H the entropy of p = s^2 / sum s^2 (Roy & Vetterli 2007; of squares,
-as in arXiv 2602.09413): r for r equal ones, and little more than 1 for a large one beside many small. That of several
-matrices is that of all their singular values, as of one matrix with these as its blocks, so that sums tell it.
+as in arXiv 2602.09413): r for r equal values, and little more than 1 for a large one and many small. For several
+matrices it is that of all their singular values, as for one matrix with these as its blocks, so sums suffice.
 
 The overlap of two changes is the cosine of their Gram matrices on the short side, T T^T less the mean of its diagonal:
-1 where both put their squares into the same directions in the same shares, 0 where directions are independent, whether
-or not the changes themselves point the same way there. Singular values are exact, by the eigenvalues of Gram matrices
-in float64.
+1 if both have the same squares in the same directions, 0 if directions are independent, whether or not the changes
+themselves have the same sign there. Singular values are exact, from the eigenvalues of Gram matrices in float64.
 """
 
 from __future__ import annotations
@@ -41,20 +40,20 @@ class Directions:
 
     @classmethod
     def none(cls, count: int) -> Directions:
-        """Those of no matrix."""
+        """The sums over no matrix."""
         return cls(np.zeros(count), np.zeros(count), np.zeros((count, count)))
 
     def __add__(self, other: Directions) -> Directions:
         return Directions(self.squares + other.squares, self.logarithms + other.logarithms, self.shared + other.shared)
 
     def rank(self, k: int) -> float | None:
-        """The effective rank of change k; None where it is zero."""
+        """The effective rank of change k; None if it is zero."""
         if not self.squares[k] > 0:
             return None
         return math.exp(math.log(self.squares[k]) - self.logarithms[k] / self.squares[k])
 
     def overlap(self, k: int, m: int) -> float | None:
-        """How far changes k and m share directions; None where one is zero, or has none above the others."""
+        """How far changes k and m share directions; None if one is zero, or has no dominant directions."""
         lengths = math.sqrt(self.shared[k, k] * self.shared[m, m])
         return float(np.clip(self.shared[k, m] / lengths, -1, 1)) if lengths else None
 
@@ -63,7 +62,7 @@ def of_matrices(changes: Sequence[Tensor | Factors]) -> Directions:
     """The directions of n changes to one tensor.
 
     Args:
-        changes: each [rows, columns], or [..., rows, columns] for as many matrices apart, or factors of a low-rank one.
+        changes: each [rows, columns], or [..., rows, columns] for several matrices, or factors of a low-rank one.
     """
     total = Directions.none(len(changes))
     wide = [change if isinstance(change, tuple) else change.reshape(-1, *change.shape[-2:]) for change in changes]
@@ -87,7 +86,7 @@ def _of_one(changes: Sequence[Tensor | Factors]) -> Directions:
 
 
 def _gram_and_values(change: Tensor | Factors) -> tuple[Tensor, Tensor]:
-    """T T^T of the short side, and its eigenvalues but for zeros: those of s^2."""
+    """T T^T of the short side, and its nonzero eigenvalues s^2."""
     if isinstance(change, tuple):
         up, down = (factor.double() for factor in change)
         if len(up) > down.shape[1]:
@@ -103,6 +102,6 @@ def _gram_and_values(change: Tensor | Factors) -> tuple[Tensor, Tensor]:
 
 
 def work(shape: Sequence[int]) -> float:
-    """About how many operations the directions of a change to a tensor of this shape take, where it has no factors."""
+    """The approximate operations for the directions of a change to a tensor of this shape, without factors."""
     short, long = sorted(shape[-2:])
     return math.prod(shape[:-2]) * (2.0 * short**2 * long + 8.0 * short**3)

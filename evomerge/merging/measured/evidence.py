@@ -1,8 +1,8 @@
-"""Costly facts about sources, computed once for everybody who needs them: each worker of a search, and its export.
+"""Costly facts about sources, computed once for all processes that need them: each worker of a search, and its export.
 
-What is computed once is kept in a file named by a hash of all that it follows from, so that a file can be used by
-whoever needs the same and is never out of date. Files appear whole: they are written beside their place and renamed.
-They are mapped, not read, so that a worker's memory does not grow with them.
+Each result is kept in a file named by a hash of everything that it depends on, so a file is never out of date. Files
+appear complete: they are written under a temporary name and renamed. They are mapped, not read, so that a worker's
+memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 Tensors = Mapping[str, Tensor]
 
 _SMALL = 1 << 20
-"""Bytes up to which something is kept in memory where there is no folder: what is larger is cheap beside its cost in
-memory only where it can be mapped."""
+"""The largest result, in bytes, that is kept in memory if there is no folder: larger ones are worth keeping only if
+they can be mapped."""
 
 
 class Evidence:
-    """Facts by kind and by what they follow from.
+    """Facts by kind and by what they depend on.
 
     Args:
         folder: where they are kept, for all processes that are given it; made when first needed. None keeps small ones
@@ -50,19 +50,19 @@ class Evidence:
         self._latest: dict[tuple[str, Any], Any] = {}
 
     def content_of(self, source: str) -> str:
-        """A digest of what a source holds; its name where nothing is kept beyond this process."""
+        """A digest of a source's content; its name if nothing is kept beyond this process."""
         return self._contents[source] if self._contents else source
 
     def get(self, kind: str, follows_from: tuple[Any, ...], compute: Callable[[], Tensors]) -> Tensors:
-        """Tensors by name: as somebody computed them before, or as ``compute`` gives them now.
+        """Tensors by name: as computed before, or as ``compute`` returns them now.
 
-        While one process computes, others that want the same wait for it. A file that is cut short or damaged is
-        computed anew. A folder that cannot be written to costs the next process a second computation, nothing else.
+        While one process computes, others that need the same wait for it. A truncated or damaged file is computed
+        again. If the folder cannot be written to, the next process computes the result again.
 
         Args:
-            kind: what it is, and the version of how it is computed.
-            follows_from: all that it follows from, as nested tuples of text and numbers; sources by ``content_of``.
-            compute: gives contiguous tensors on the CPU, with no name twice; equal for equal ``follows_from``.
+            kind: what it is, and the version of how it is computed. follows_from: everything that it depends on, as
+            nested tuples of text and numbers; sources by ``content_of``. compute: returns contiguous tensors on the CPU
+            with unique names; equal for equal ``follows_from``.
         """
         key = kind, follows_from
         if key not in self._known:
@@ -73,16 +73,16 @@ class Evidence:
         return self._known[key]
 
     def recurs(self, kind: str, place: Any, follows_from: tuple[Any, ...]) -> bool:
-        """Whether the latest that was asked for of this kind, at this place, followed from the same, or it is known.
+        """Whether the last result asked for, of this kind and place, depended on the same, or it is kept already.
 
-        What may follow from other numbers with every candidate would fill a disk; ``get`` it where it recurs.
+        Results that may depend on new numbers with every candidate would fill a disk; ``get`` them only if they recur.
         """
         latest = self._latest.get((kind, place))
         self._latest[kind, place] = follows_from
         return latest == follows_from or (kind, follows_from) in self._known
 
     def has(self, kind: str, follows_from: tuple[Any, ...]) -> bool:
-        """Whether ``get`` would find it kept, as far as its file's header tells."""
+        """Whether ``get`` would find it kept, judging by its file's header."""
         if (kind, follows_from) in self._known:
             return True
         if self._folder is None:
@@ -99,7 +99,7 @@ class Evidence:
         if (kept := _read(file, text)) is not None:
             return kept
         with _alone(file) as writable:
-            if (kept := _read(file, text)) is not None:  # somebody has computed it while we waited
+            if (kept := _read(file, text)) is not None:  # another process has computed it while we waited
                 return kept
             made = compute()
             if not (writable and _write(file, text, made)):
@@ -109,14 +109,14 @@ class Evidence:
 
 
 def _place(folder: Path, key: tuple[str, Any]) -> tuple[Path, str]:
-    """The file in which something is kept, and the text that stands in it for all that it follows from."""
+    """The file in which something is kept, and the text in it that describes everything it depends on."""
     text = json.dumps(key)
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.safetensors", text
 
 
 @contextlib.contextmanager
 def _alone(file: Path) -> Iterator[bool]:
-    """Hold the lock of a file, if its folder can be written to. The lock of a process that dies is let go of."""
+    """Hold the lock of a file, if its folder is writable. The lock of a process that dies is released."""
     lock = FileLock(file.with_suffix(".lock"))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -128,16 +128,16 @@ def _alone(file: Path) -> Iterator[bool]:
     try:
         yield True
     finally:
-        # Whoever waits for the file that goes away here finds the one that it guarded when it gets its turn.
+        # A process that waits for the lock file removed here finds the result once it gets its turn.
         file.with_suffix(".lock").unlink(missing_ok=True)
         lock.release()
 
 
 def _read(file: Path, text: str, *, is_own: bool = False) -> Tensors | None:
-    """What a file holds, mapped; None if there is none that is whole and follows from ``text``.
+    """The content of a file, mapped; None if there is no complete file that matches ``text``.
 
     Args:
-        is_own: this process has just written it, so that its bytes need not be read to be believed.
+        is_own: this process has just written it, so its bytes need no check.
     """
     try:
         with safe_open(file, framework="pt") as opened:
@@ -151,7 +151,7 @@ def _read(file: Path, text: str, *, is_own: bool = False) -> Tensors | None:
 
 
 def _write(file: Path, text: str, tensors: Tensors) -> bool:
-    """Write a file, whole or not at all. False where that cannot be done."""
+    """Write a file, completely or not at all. False if that fails."""
     partial = file.with_suffix(f".partial-{os.getpid()}")
     try:
         save_file(dict(tensors), partial, {"follows_from": text, "sha256": _digest(tensors)})

@@ -1,11 +1,11 @@
-"""What the layers of sources are given as input on calibration texts: Gram matrices and sizes of channels.
+"""The inputs of sources' layers on calibration texts: Gram matrices and sizes of channels.
 
-A source is run over the texts as it is, and each linear layer's input is added up: for the tokens' inputs X
-[tokens, width], X^T X / tokens [width, width] and the mean of |X| by channel [width]. Layers that are given the same
-tensor, as q, k and v are, share one entry. It is kept as evidence, a file a layer of the model, so that a candidate
-costs a look into a mapped file; what is in memory at a time is what a few layers need.
+A source is run over the texts unchanged, and each linear layer's input is added up: for the tokens' inputs X [tokens,
+width], X^T X / tokens [width, width] and the mean of |X| by channel [width]. Layers with the same input tensor, such as
+q, k and v, share one entry. The results are kept as evidence, one file per layer of the model, so a candidate only
+reads a mapped file; memory holds what a few layers need at a time.
 
-The sizes of channels alone are had in one pass through the whole model, and kept in one file.
+The sizes of channels alone take one pass through the whole model, and are kept in one file.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _KIND = "layer inputs 1"
 _CHANNELS = "channel sizes 1"
 _TOKENS = "calibration tokens 1"
 _MAX_BYTES = 1 << 29
-"""Of Gram matrices that are added up at a time; one layer's are there always."""
+"""The bytes of Gram matrices that are added up at a time; at least one layer's."""
 
-_OUTSIDE = -1  # in place of a layer's number: what is outside the stack of layers, such as a head of its own
+_OUTSIDE = -1  # instead of a layer's number: linear layers outside the stack, such as an untied head
 
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What a linear layer is given, as a mean over all tokens of the texts.
+    """The input statistics of a linear layer, as means over all tokens of the texts.
 
     Attributes:
         gram: float32 [width, width], of x x^T.
         size: float32 [width], of |x|.
-        axis: of the weight, along which it meets the input: 1 of [out, in], 0 of [in, out] (as GPT-2 has it).
+        axis: the weight's dimension of the input: 1 for [out, in], 0 for [in, out] (as in GPT-2).
     """
 
     gram: Tensor
@@ -55,18 +55,18 @@ class LayerInput:
 
 
 class LinearInputs(Protocol):
-    """What knows the inputs of linear layers."""
+    """Provides the inputs of linear layers."""
 
     def of(self, ref: Ref) -> LayerInput:
-        """What the layer is given whose weight is this tensor. Raises InputError: it cannot be observed."""
+        """The input statistics of the layer with this weight. Raises InputError: it cannot be observed."""
         ...
 
 
 class LayerInputs(LinearInputs, Protocol):
-    """What knows the inputs of sources' layers, and how large their channels are without the rest."""
+    """Provides the inputs of sources' layers, and the sizes of their channels alone."""
 
     def channels(self, ref: Ref) -> Tensor | None:
-        """The mean of |x| by channel, float32 [width], of what this layer is given; None: it cannot be observed."""
+        """The mean of |x| by channel of this layer's input, float32 [width]; None if it cannot be observed."""
         ...
 
 
@@ -76,8 +76,8 @@ class Inputs:
     Args:
         sources: by the names that recipes use.
         calibration: the texts.
-        evidence: where they are kept.
-        devices: where sources are run; several share out their layers.
+        evidence: keeps the results.
+        devices: where sources are run; several devices share the layers.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class Inputs:
 
     @property
     def digest(self) -> str:
-        """Of the texts."""
+        """The digest of the texts."""
         return self._calibration.digest
 
     def own_key_of(self, name: str) -> tuple[str, ...]:
-        """What the texts of a source's own task are known by.
+        """The digest of the texts of a source's own task.
 
         Raises:
             InputError: it has none, but shares those of other sources.
@@ -106,10 +106,10 @@ class Inputs:
         return self._calibration.key_of(name)
 
     def of(self, ref: Ref) -> LayerInput:
-        """What the layer is given whose weight is this tensor.
+        """The input statistics of the layer with this weight.
 
         Raises:
-            InputError: it cannot be observed, as in experts that are computed as one.
+            InputError: it cannot be observed, as for experts that are computed as one.
         """
         name, stored = ref
         source = self._sources[name]
@@ -120,7 +120,7 @@ class Inputs:
         return input_in(kept, source, stored)
 
     def record(self, name: str) -> None:
-        """Run a source over the texts, unless all that this gives is there already."""
+        """Run a source over the texts, unless all results are kept already."""
         if name in self._recorded:
             return
         self._recorded.add(name)
@@ -130,12 +130,12 @@ class Inputs:
                 self._evidence.get(_KIND, self._key(name, layer), lambda made=made: made)  # type: ignore[misc]
 
     def channels(self, ref: Ref) -> Tensor | None:
-        """How large each channel is of what a layer is given; see ``LayerInputs``."""
+        """The size of each input channel of a layer; see ``LayerInputs``."""
         name, stored = ref
         return self._channels(name).get(_module(self._sources[name], stored))
 
     def record_channels(self, name: str) -> None:
-        """Run a source over the texts for the sizes of channels, unless these are there already."""
+        """Run a source over the texts for the sizes of channels, unless these are kept already."""
         self._channels(name)
 
     def _channels(self, name: str) -> Tensors:
@@ -146,7 +146,7 @@ class Inputs:
         return self._evidence.content_of(name), layer, *self._calibration.key_of(name)
 
     def _run(self, name: str, layers: Sequence[int]) -> Iterator[tuple[int, Tensors]]:
-        """What some layers are given, a few layers at a time."""
+        """The inputs of some layers, a few layers at a time."""
         live, tokens = self._live(name)
         source = self._sources[name]
         for group in _groups(live, source, layers):
@@ -162,7 +162,7 @@ class Inputs:
         return made
 
     def _live(self, name: str) -> tuple[LiveModel, list[Tensor]]:
-        """A source as a model that runs, and the tokens of each of its texts."""
+        """A source as a running model, and the tokens of each of its texts."""
         from evomerge.checkpoints.live import live_model, load_weights
 
         source = self._sources[name]
@@ -174,7 +174,7 @@ class Inputs:
     def tokens_of(self, name: str, live: LiveModel, model: str) -> list[Tensor]:
         """The texts of a source as another model reads them: int64 [1, tokens] each.
 
-        They are kept, so that a search goes on, and its candidates are exported, where the texts are gone.
+        They are kept, so that a search can continue, and its candidates be exported, even if the texts are gone.
 
         Args:
             model: the source of that model's tokenizer.
@@ -199,7 +199,7 @@ def _check_finite(made: Tensors, source: Source) -> None:
 
 
 def token_ids(tokenizer: Any, calibration: Calibration, source: str) -> list[list[int]]:
-    """The tokens of each text of a source, as many as count.
+    """The tokens of each text of a source, up to the limit.
 
     Raises:
         InputError: the texts cannot be read, or one has no tokens.
@@ -212,7 +212,7 @@ def token_ids(tokenizer: Any, calibration: Calibration, source: str) -> list[lis
 
 
 def input_in(kept: Tensors, source: Source, stored: str) -> LayerInput:
-    """What a linear layer is given, of what is kept of its layer of the model.
+    """The input statistics of a linear layer, from what is kept for its layer of the model.
 
     Args:
         stored: the name of its weight.
@@ -234,13 +234,13 @@ def _unobserved(source: Source, stored: str) -> InputError:
 
 @dataclass
 class _Sums:
-    """What is added up of one layer of the model.
+    """The sums for one layer of the model.
 
     Attributes:
-        entries: the inputs that are told apart: sum of x x^T [width, width], of |x| [width], and how many tokens.
-        entry_of: for each linear layer's name which of these is its own.
-        axes: of its weight.
-        present: the inputs that were seen in the pass that runs, which keeps their memory from being used again.
+        entries: for each distinct input: the sums of x x^T [width, width] and |x| [width], and the number of tokens.
+        entry_of: for each linear layer's name, the number of its entry.
+        axes: of the layers' weights.
+        present: the inputs seen in the current pass, kept so that their memory is not reused.
     """
 
     entries: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
@@ -249,9 +249,9 @@ class _Sums:
     present: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def add(self, module: str, given: Tensor) -> None:
-        """Add up what a linear layer is given, [..., width], unless another was given the same tensor."""
+        """Add up a linear layer's input [..., width], unless another layer had the same tensor."""
         if not given.numel():
-            return  # an expert that no token was sent to
+            return  # an expert without tokens
         for tensor, entry in self.present:
             if tensor.data_ptr() == given.data_ptr() and tensor.shape == given.shape:
                 self.entry_of.setdefault(module, entry)
@@ -268,7 +268,7 @@ class _Sums:
         self.present.append((given, entry))
 
     def result(self) -> Tensors:
-        """As it is kept: see ``input_in``."""
+        """In the form that is kept: see ``input_in``."""
         kept: dict[str, Tensor] = {}
         for entry, (gram, size, count) in enumerate(self.entries):
             kept |= {f"gram.{entry}": (gram / count).cpu(), f"size.{entry}": (size / count).cpu()}
@@ -281,7 +281,7 @@ class _Sums:
 def observed(
     live: LiveModel, source: Source, layers: Sequence[int], passes: Iterable[Callable[[], object]]
 ) -> dict[int, Tensors]:
-    """What the linear layers in some layers of a model are given, as ``input_in`` takes it.
+    """The inputs of the linear layers in some layers of a model, in the form that ``input_in`` reads.
 
     Args:
         passes: each runs the model on a text.
@@ -298,13 +298,13 @@ def observed(
 
 @torch.inference_mode()
 def _channel_sizes(live: LiveModel, tokens: Sequence[Tensor], source: Source) -> Tensors:
-    """The mean of |x| by channel that each linear layer of a model is given on texts, float32 [width] by its name."""
+    """The mean of |x| by input channel of each linear layer of a model on texts, float32 [width] by its name."""
     sums: dict[str, tuple[Tensor, int]] = {}
 
     def adder(name: str) -> Any:
         def add(module: Any, given: Any) -> None:
             rows = given[0].detach().reshape(-1, given[0].shape[-1])
-            if len(rows):  # not of an expert that no token was sent to
+            if len(rows):  # else an expert without tokens
                 total, count = sums.get(name, (0.0, 0))
                 sums[name] = total + rows.abs().sum(0, dtype=torch.float64), count + len(rows)
 
@@ -323,7 +323,7 @@ def _channel_sizes(live: LiveModel, tokens: Sequence[Tensor], source: Source) ->
 
 @contextmanager
 def _watched(live: LiveModel, source: Source, sums: Mapping[int, _Sums]) -> Iterator[None]:
-    """Add up what linear layers are given while open; passes end behind the last of the layers."""
+    """Add up the inputs of linear layers while open; passes end after the last of the layers."""
     from evomerge.checkpoints.structure import layer_stack
 
     hooks = []
@@ -351,7 +351,7 @@ def _stop(module: Any, given: Any, out: Any) -> None:
 
 
 def widest_input(source: Source) -> int:
-    """How many inputs the widest linear layer in the stack of a source has. Builds its modules without memory.
+    """The number of inputs of the widest linear layer in a source's stack. Builds its modules without memory.
 
     Raises:
         InputError: what a matrix in the stack is multiplied with cannot be observed, as in experts that are computed as
@@ -373,7 +373,7 @@ def widest_input(source: Source) -> int:
 
 
 def _linear(model: Any, source: Source) -> dict[int, list[tuple[str, Any, int]]]:
-    """By layer, the linear layers whose weights the source has: name, module, and the axis of the weight."""
+    """By layer, the linear layers whose weights the source has: name, module, and the weight's axis."""
     from transformers.pytorch_utils import Conv1D
 
     owners = {_module(source, stored): role.layer for stored, role in source.roles.items()}
@@ -387,12 +387,12 @@ def _linear(model: Any, source: Source) -> dict[int, list[tuple[str, Any, int]]]
 
 
 def _module(source: Source, stored: str) -> str:
-    """The name that the layer of a weight has in the model of its source."""
+    """The name of a weight's layer in the model of its source."""
     return source.parts[stored].tensor.removesuffix(".weight")
 
 
 def _groups(live: LiveModel, source: Source, layers: Sequence[int]) -> Iterator[list[int]]:
-    """The layers in groups whose Gram matrices fit into memory; those outside the stack last and alone."""
+    """The layers in groups whose Gram matrices fit into memory; those outside of the stack come last, by themselves."""
     sizes = {
         layer: sum(4 * module.weight.shape[axis] ** 2 for _, module, axis in modules)
         for layer, modules in _linear(live.model, source).items()

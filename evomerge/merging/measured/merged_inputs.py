@@ -1,11 +1,11 @@
-"""What the layers of sources are given behind the merged layers before them, one layer of the model after another.
+"""The inputs of sources' layers behind the merged layers before them, one layer of the model after another.
 
-A method that ``needs`` "merged_inputs" makes a layer from what that layer of every source is given when all layers
-before it are merged already (RegMean++). So layers are made in order, in the live model itself: the layer of a source
-is written where the merged one will be, the hidden states of the source's texts are put through it, and its linear
-layers are observed. When all sources are through, the merged layer is written there, and the hidden states go on
-through it. So a candidate costs each layer once for every source and once for the merge; in memory are the hidden
-states of all texts, and the Gram matrices of one layer.
+A method that ``needs`` "merged_inputs" makes a layer from the inputs that every source's layer gets once all layers
+before it are merged (RegMean++). So layers are made in order, in the live model itself: the layer of a source is
+written in the place of the merged one, the hidden states of the source's texts pass through it, and its linear layers
+are observed. After all sources, the merged layer is written there, and the hidden states pass through it. So a
+candidate runs each layer once for every source and once for the merge; memory holds the hidden states of all texts, and
+the Gram matrices of one layer.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
 
 CopyLayer = Callable[[str, int], None]
-"""(source, layer) -> nothing: writes the layer of a source, as it is, over that of the live model."""
+"""(source, layer) -> nothing: writes the unchanged layer of a source over that of the live model."""
 
 
 class MergedInputs:
     """The inputs of one layer of sources after another, for one recipe.
 
     Args:
-        live: the model that is being made. What stands outside its layers is written, and they stand in their places.
+        live: the model that is being made. Everything outside its layers is written, and these are in their places.
         sources: by the names that recipes use.
         model: the source that gave the live model its structure.
         mixed: the sources whose layers are observed.
-        inputs: knows the texts.
+        inputs: has the texts.
         copy_layer: see ``CopyLayer``.
     """
 
@@ -63,7 +63,7 @@ class MergedInputs:
         self._observed: dict[str, Tensors] = {}
 
     def observe(self, layer: int) -> None:
-        """Have ``of`` know the inputs of a layer. All layers before it are written; what it holds itself is lost.
+        """Make the inputs of a layer available to ``of``. All layers before it are written; its own content is lost.
 
         Raises:
             NotFiniteError: the merged layers before it give NaN or Inf.
@@ -79,17 +79,17 @@ class MergedInputs:
             self._observed[name] = observed(self._live, self._model, [layer], passes)[layer]
 
     def of(self, ref: Ref) -> LayerInput:
-        """What the layer is given whose weight is this tensor, which is in the layer that was observed last.
+        """The input statistics of the layer with this weight, in the model's layer that was observed last.
 
         Raises:
             InputError: it cannot be observed.
         """
-        name, stored = ref  # which the source that gave the structure calls so, too, whatever its modules are called
+        name, stored = ref  # the source that gave the structure uses the same name, whatever its modules are called
         return input_in(self._observed[name], self._model, stored)
 
     @torch.inference_mode()
     def _go_to(self, layer: int) -> None:
-        """Put the hidden states of all texts through the merged layers before this one."""
+        """Pass the hidden states of all texts through the merged layers before this one."""
         from evomerge.checkpoints.live import NotFiniteError
 
         if layer == self._at:

@@ -1,8 +1,8 @@
-"""How much of a task vector is rounded away where a merge is stored.
+"""How much of a task vector is lost to rounding when a merge is stored.
 
-A weight of 16 bits has few digits: the steps of bfloat16 are 0.4% to 0.8% of a weight. A task vector d that is no
-larger than that, as many an adapter's, is after rounding r what r(b + d) - r(b) is: zero here, a whole step there. What
-is lost is the length of the difference, ||r(b + d) - r(b) - d|| / ||d||.
+A 16-bit weight has few digits: the steps of bfloat16 are 0.4% to 0.8% of a weight. A task vector d that is no larger,
+such as many an adapter's, becomes r(b + d) - r(b) after rounding r: zero in some places, a whole step in others. The
+loss is the relative length of the difference, ||r(b + d) - r(b) - d|| / ||d||.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from evomerge.checkpoints.headers import TORCH_DTYPES
 from evomerge.checkpoints.source import Source
 
 LOSSY = 0.1
-"""Share of a task vector from which on people should know that it is rounded away."""
+"""The lost share of a task vector from which people are warned."""
 
 _ELEMENTS = 1 << 24
-"""Elements of a source that are looked at, by whole tensors: reading all of a large model would take minutes."""
+"""How many elements of a source are checked, by whole tensors: reading a large model would take minutes."""
 
 _BLOCK = 1 << 18  # elements
 
@@ -37,7 +37,7 @@ def squared_loss(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         base, tuned: b and b + d, of one shape, float32.
-        dtype: what r rounds to; its largest number stands for what is beyond.
+        dtype: what r rounds to; larger numbers become its largest.
     """
     most = torch.finfo(dtype).max
     before, after = (tensor.clamp(-most, most).to(dtype).float() for tensor in (base, tuned))
@@ -45,22 +45,22 @@ def squared_loss(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def share_lost(squared: float, squared_length: float) -> float | None:
-    """||r(b + d) - r(b) - d|| / ||d|| from the squares of both; None where d is zero."""
+    """||r(b + d) - r(b) - d|| / ||d|| from the squares of both; None if d is zero."""
     return math.sqrt(squared / squared_length) if squared_length else None
 
 
 def shares_lost(
     sources: Mapping[str, Source], base: str | None, model: Source, dtype: torch.dtype | None
 ) -> dict[str, float]:
-    """For each source of which the merge's dtype rounds anything away, the share of its task vector; about.
+    """For each source that loses anything to the merge's dtype, the approximate lost share of its task vector.
 
-    It is that of the layers, or where these lose nothing of all else. Reads some of the tensors of those sources, and
-    nothing of others.
+    It is that of the layers, or, if these lose nothing, of everything else. Reads some tensors of those sources, and
+    none of others.
 
     Args:
-        base: what task vectors are taken against; if there is none, adapted sources are held against what they adapt.
+        base: what task vectors are differences from; without one, adapted sources are compared with what they adapt.
         model: the source that the merged model is laid out as.
-        dtype: of the merged model's weights; as ``model`` stores them when None.
+        dtype: of the merged model's weights; None means as ``model`` stores them.
     """
     origin = sources[base] if base is not None else None
     losses = {}
@@ -71,7 +71,7 @@ def shares_lost(
 
 
 def _loss(source: Source, origin: Source | None, model: Source, dtype: torch.dtype | None) -> float | None:
-    """The share of a source's task vector that is lost; None where nothing can be."""
+    """The share of a source's task vector that is lost; None if nothing can be lost."""
     dtypes = {name: model.dtype_of(name, dtype, dtype or model.dtype) for name in _comparable(source, origin, model)}
     lossy = [name for name, kept in dtypes.items() if not _both_exact(source, origin, name, kept)]
     lossy = [name for name in lossy if source.roles[name].layer is not None] or lossy
@@ -90,7 +90,7 @@ def _loss(source: Source, origin: Source | None, model: Source, dtype: torch.dty
 
 
 def _comparable(source: Source, origin: Source | None, model: Source) -> list[str]:
-    """Tensors that the source, the origin of its task vector and the merged model have in one shape."""
+    """The tensors that the source, the origin of its task vector and the merged model have in equal shapes."""
     others = [model] if origin is None else [model, origin]
     return [
         name
@@ -104,7 +104,7 @@ def _both_exact(source: Source, origin: Source | None, name: str, dtype: torch.d
 
 
 def _some(source: Source, names: list[str]) -> list[str]:
-    """All of the tensors, or as many of them as have ``_ELEMENTS`` elements, at random but always the same."""
+    """All of the tensors, or a reproducible random choice of them with ``_ELEMENTS`` elements."""
     picked, count = [], 0
     for name in random.Random(0).sample(names, len(names)):
         if count >= _ELEMENTS:
@@ -115,12 +115,12 @@ def _some(source: Source, names: list[str]) -> list[str]:
 
 
 def rounding_warning(lost: Mapping[str, float], dtype: torch.dtype, *, adapted: bool, where: str = "") -> str:
-    """A sentence for a person, without a full stop.
+    """A sentence for people, without a full stop.
 
     Args:
-        lost: share of each source's task vector that rounding takes, by the source's name; of one at least.
+        lost: the lost share of each source's task vector, by the source's name; at least one.
         adapted: the sources are models with adapters.
-        where: the parts of the model of which that is true, where it is not true of the whole.
+        where: the parts of the model that it applies to, if not to the whole.
     """
     dtype_name, epsilon = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
     within = f" in {where}" if where else ""
