@@ -1,7 +1,7 @@
-"""What published evidence says of merging sources like those inspected; nothing that it does not say.
+"""What published evidence says about merging sources like the inspected ones, and nothing beyond it.
 
-That sources point the same way or another is shown and no advice: cosines of task vectors alone hardly predict what a
-merge is worth (arXiv 2601.22285).
+Whether sources point in the same direction is shown, but no advice is based on it: cosines of task vectors alone hardly
+predict the quality of a merge (arXiv 2601.22285).
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from evomerge.report.inspection import SourceDistance
 
 MANY_SOURCES = 8
-"""From more than so many on few are worth their place: the gain falls as one by their number."""
+"""Beyond this number, few sources are worth including: the gain falls as one over their number."""
 
 FAR = 2.0
-"""How many times as far as its farthest source a sum is that is likely to fall below the base: the methods that did in
-arXiv 2511.21437 were at two to six times the distance of those that did not."""
+"""A sum this many times as far from the base as its farthest source is likely to score below the base: the methods that
+did so in arXiv 2511.21437 were at two to six times the distance of those that did not."""
 
 
 def dispersion_of(sources: Sequence[SourceDistance]) -> float | None:
-    """The largest of the sources' relative norms by the smallest; None where fewer than two are known."""
+    """The largest of the sources' relative norms divided by the smallest; None if fewer than two are known."""
     norms = _norms(sources)
     return dispersion(list(norms.values())) if len(norms) > 1 else None
 
 
 def advice_on(sources: Sequence[SourceDistance], products: NDArray[np.float64]) -> Iterator[tuple[str, str]]:
-    """Sentences, and where the evidence stands.
+    """Pairs of a sentence and the reference of its evidence.
 
     Args:
         products: [n + 1, n + 1], inner products of the base and the task vectors of the sources.

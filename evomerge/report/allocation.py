@@ -1,4 +1,4 @@
-"""Which experts live in which layers of a routed candidate, and how much of them tokens were given: as text."""
+"""Which experts are in which layers of a routed candidate, and how much tokens use them, as text."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from evomerge.recipes.routed import RoutedRecipe
 from evomerge.recipes.use import BASE, ExpertUse
 
 ABSENT = "·"
-_NAME = 14  # letters of an expert's name at most
+_NAME = 14  # the maximum length of an expert's name
 
 
 def columns_of(recipe: RoutedRecipe) -> tuple[str, ...]:
-    """The experts as their use is measured: the base last, where tokens may abstain."""
+    """The experts in the order in which their use is measured, with the base last if tokens may abstain."""
     return (*recipe.experts, *([BASE] if recipe.router.base_expert else []))
 
 
 def lives(recipe: RoutedRecipe, layer: int, expert: str) -> bool:
-    """Whether an expert is in a layer; the base, where tokens may abstain, is wherever any is."""
+    """Whether an expert is in a layer; if tokens may abstain, the base is in every layer with experts."""
     group = recipe.group_of(layer)
     return expert in group.experts or (expert == BASE and bool(group.experts))
 
 
 def depth_of(recipe: RoutedRecipe) -> int:
-    """How many layers its groups have together."""
+    """The number of layers of all its groups."""
     return sum(group.layers for group in recipe.groups)
 
 
 def share_at(uses: Mapping[str, ExpertUse], layer: int, column: int) -> float | None:
-    """The mean over tasks of what an expert gets of a layer's gates; None where that is not measured."""
+    """An expert's share of a layer's gates, averaged over tasks; None if it was not measured."""
     known = [use.shares[layer][column] for use in uses.values() if layer < len(use.shares) and use.shares[layer]]
     return sum(known) / len(known) if known else None
 
 
 def entropy_at(uses: Mapping[str, ExpertUse], layer: int) -> float | None:
-    """The mean over tasks of a token's entropy over experts in a layer, in nats; None where that is not measured."""
+    """A token's entropy over the experts of a layer in nats, averaged over tasks; None if it was not measured."""
     known = [use.entropy[layer] for use in uses.values() if layer < len(use.entropy)]
     numbers = [number for number in known if number is not None]
     return sum(numbers) / len(numbers) if numbers else None
 
 
 def allocation_lines(recipe: RoutedRecipe, uses: Mapping[str, ExpertUse]) -> list[str]:
-    """A row for each layer with what every expert was given of it, then the means of each task.
+    """A row for each layer with the share of every expert, then the means of each task.
 
     Args:
-        uses: by task, as measured; experts that live in a layer are marked where nothing was.
+        uses: the measured use by task; without any, the experts of a layer are only marked.
     """
     columns = columns_of(recipe)
     names = [_short(name) for name in columns]

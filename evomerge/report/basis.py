@@ -1,4 +1,4 @@
-"""What the scores of a candidate rest on that nobody confirmed."""
+"""The basis of the scores of an unconfirmed candidate."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from evomerge.store import CandidateRow, Store
 
 
 def unconfirmed_text(store: Store, row: CandidateRow, status: SearchStatus) -> str:
-    """In a sentence, how many items each score of a candidate is of; empty where it has held-out scores."""
+    """A sentence about the number of items behind each score of a candidate; empty if it has held-out scores."""
     return "" if store.scores(row.number, "held_out") else basis_text(status.entry(row, store.search().record), status)
 
 
 def basis_text(shown: Entry, status: SearchStatus) -> str:
-    """The same of a candidate that has none, as it is on the search split."""
+    """The same for a candidate without held-out scores, from its entry on the search split."""
     values = {name: value for name in status.measures if (value := shown.value(name)) is not None}
     scores = [_score(name, value_text(value), value.n, status.wanted_of(name)) for name, value in values.items()]
     estimated = any(value.n < status.wanted_of(name) for name, value in values.items())
@@ -29,7 +29,7 @@ def _score(name: str, text: str, items: int, wanted: int) -> str:
 
 
 def _rest(status: SearchStatus) -> str:
-    """By what scores of the other items are estimated."""
+    """How scores of the other items are estimated."""
     by = "the best baseline's scores"
     if status.racing is not None and status.racing.estimate == "item_response":
         by = "item response"

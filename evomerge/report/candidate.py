@@ -1,4 +1,4 @@
-"""One candidate as people see it: what it scored on either split, and what became of it in its race."""
+"""One candidate as shown to people: its scores on either split, and the outcome of its race."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from evomerge.store import CandidateRow, SearchRecord
 
 
 def is_screened_out(row: CandidateRow, status: SearchStatus) -> bool:
-    """Whether the screen left a candidate out, so that it was never scored on the objectives."""
+    """Whether the screen rejected a candidate, so that it was never scored on the objectives."""
     return row.status == "eliminated" and not any(name in row.objectives for name in status.directions)
 
 
 def status_text(row: CandidateRow, status: SearchStatus) -> str:
-    """A candidate's status, and of an eliminated one by what."""
+    """A candidate's status, and what eliminated it if it was eliminated."""
     if row.status != "eliminated":
         return row.status
     return f"eliminated by {'screen' if is_screened_out(row, status) else 'race'}"
 
 
 def score_lines(row: CandidateRow, record: SearchRecord, status: SearchStatus) -> Iterator[str]:
-    """What became of a candidate, and its scores on either split, a line for each."""
+    """Lines about the outcome of a candidate and its scores on either split."""
     name = row.id
     if fate := _fate(row, status):
         yield fate
@@ -39,7 +39,7 @@ def score_lines(row: CandidateRow, record: SearchRecord, status: SearchStatus) -
 
 
 def _fate(row: CandidateRow, status: SearchStatus) -> str:
-    """Why a candidate was not scored on every item; nothing if it was."""
+    """Why a candidate was not scored on every item; empty if it was."""
     if is_screened_out(row, status) and status.screen is not None:
         value = row.objectives["screen"]
         return (

@@ -1,4 +1,4 @@
-"""The model card of an exported merge, and its lineage: what it was made of, how it scored, how to make it again."""
+"""The model card of an exported merge, and its lineage: its sources, its scores, and how to reproduce it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from evomerge.store import CandidateRow, SearchRow
 from evomerge.store.rows import Estimate, candidate_id
 
 _PLAIN_FOLDERS = ("stack", "staged", "mixture")
-"""Kinds of recipes that are written as folders that every engine and converter reads."""
+"""Kinds of recipes whose folders every engine and converter can read."""
 
 _PICTURE, _CURSE_PICTURE = "path.svg", "curse.svg"
 
@@ -44,9 +44,9 @@ class Provenance:
     """The search that a candidate comes from.
 
     Attributes:
-        curse: None where its scores were not looked up.
-        unconfirmed: what the scores of a candidate rest on that was never scored on held-out items.
-        team: that of which it is exported as a member.
+        curse: the winner's curse; None if its scores were not read.
+        unconfirmed: the basis of the scores of a candidate that was never scored on held-out items.
+        team: the team as a member of which it is exported.
     """
 
     search: SearchRow
@@ -66,13 +66,13 @@ def papers(
     stays: bool = True,
     unlike: str = "",
 ) -> dict[str, str]:
-    """The texts that go with an exported model, by file name, and its pictures.
+    """The texts and pictures that accompany an exported model, by file name.
 
-    Its path is drawn where it is more than its layers, and the winner's curse where candidates were confirmed.
+    Its path is drawn unless it is simply all layers in order, and the winner's curse if candidates were confirmed.
 
     Args:
-        stays: the model stays on this machine, so that its recipe can say where the sources' folders lie.
-        unlike: what it is where it is another model than was scored.
+        stays: whether the model stays on this machine, so that its recipe can contain the paths of source folders.
+        unlike: how the model differs from the scored one, if it does.
     """
     texts = {
         "recipe.yaml": dump_recipe(movable(recipe, stays=stays)),
@@ -88,7 +88,7 @@ def papers(
 
 
 def _drawn(provenance: Provenance) -> Curse | None:
-    """The winner's curse, if there is anything to draw of it."""
+    """The winner's curse, if there is anything to draw."""
     return provenance.curse if provenance.curse is not None and provenance.curse.candidates else None
 
 
@@ -97,11 +97,11 @@ def _depths(sources: Mapping[str, Source]) -> dict[str, int]:
 
 
 def verification(checked: Sequence[str], unlike: str = "", *, runs: bool = True) -> str:
-    """The last section of an export's card: how it was seen to be what was scored, or that it was not.
+    """The last section of an export's card: how it was verified, or that it was not.
 
     Args:
-        unlike: as of ``papers``.
-        runs: it is a model of transformers, and no table of tensors.
+        unlike: as in ``papers``.
+        runs: whether it is a transformers model, not a table of tensors.
     """
     if not checked:
         return "\n## Verification\n\n**Not verified**: it was exported without being scored again.\n"
@@ -113,10 +113,10 @@ def verification(checked: Sequence[str], unlike: str = "", *, runs: bool = True)
 
 
 def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenance | None) -> str:
-    """``lineage.json``: sources with their files, the recipe's hash, and the search.
+    """``lineage.json``: the sources with their files, the recipe's hash, and the search.
 
-    Files have the SHA-256 that the search recorded. A merge without a search gives their sizes in bytes alone: hashing
-    would take longer than merging.
+    Files have the SHA-256 that the search recorded. A merge without a search only gives their sizes in bytes, because
+    hashing would take longer than merging.
     """
     known = provenance.search.record.files if provenance else {}
     content: dict[str, Any] = {
@@ -156,7 +156,7 @@ def lineage(recipe: Recipe, sources: Mapping[str, Source], provenance: Provenanc
 def card(
     title: str, recipe: Recipe, sources: Mapping[str, Source], provenance: Provenance | None, unlike: str = ""
 ) -> str:
-    """``README.md`` of the exported folder."""
+    """The ``README.md`` of the exported folder."""
     used = sorted(recipe.used_sources() | {recipe.tokenizer})
     alone = unmerged_source(recipe, _depths(sources))
     licences = {name: licence_of(sources[name].folder) for name in used}
@@ -199,7 +199,7 @@ def card(
 
 
 def _merged(recipe: Recipe) -> str:
-    """What a recipe merges: the models that it mixes, of which the base that changes are taken against is none."""
+    """The models that a recipe mixes, which do not include the base that changes are relative to."""
     mixed = recipe.mixed_sources()
     what = "table" if recipe.kind == StateDictRecipe.kind else "language model"
     bases = sorted(recipe.used_sources() - mixed)
@@ -271,7 +271,7 @@ def _score_table(ours: Entry, status: SearchStatus) -> str:
 
 
 def _choice_section(provenance: Provenance) -> str:
-    """How many candidates there were, how the winner was chosen among them, and how much of its score that was."""
+    """How many candidates there were, how the winner was chosen, and how much the choice added to its score."""
     choice, row = provenance.status.choice, provenance.row
     parts = [" ".join([_counted(provenance), *_started(provenance.search), *_thrift(provenance.status)])]
     if provenance.status.unscored:
@@ -300,7 +300,7 @@ def _choice_section(provenance: Provenance) -> str:
 
 
 def _by(status: SearchStatus) -> str:
-    """By what candidates are the best, in words."""
+    """What makes candidates the best, in words."""
     if is_front(status):
         return "compromises between all objectives"
     name = next(iter(status.numbers))
@@ -308,7 +308,7 @@ def _by(status: SearchStatus) -> str:
 
 
 def _picked(provenance: Provenance) -> list[str]:
-    """What this model was chosen for, or that somebody picked it."""
+    """What this model was chosen for, or that a person picked it."""
     status, name = provenance.status, candidate_id(provenance.row.number)
     if roles := roles_of(status, name, "held_out"):
         return [f"This model is {name}: {', '.join(roles)} on held-out items."] if is_front(status) else []
@@ -319,7 +319,7 @@ def _picked(provenance: Provenance) -> list[str]:
 
 
 def _counted(provenance: Provenance) -> str:
-    """How many candidates there were, what became of them, and how many items that took."""
+    """The number of candidates, their outcomes, and the number of scored items."""
     status, counts, items = provenance.status, provenance.status.candidates, _items_each(provenance.search)
     rest = f"{counts.cached} had the recipe of one of these, and {counts.failed} failed."
     asked = f"The search asked for {counts.asked} candidates: {counts.done} were scored,"
@@ -332,14 +332,14 @@ def _counted(provenance: Provenance) -> str:
 
 
 def _started(search: SearchRow) -> list[str]:
-    """What the search took from earlier ones."""
+    """What the search took from earlier searches."""
     if not (start := search.record.start):
         return []
     return [f"It began with {len(start)} candidates of earlier searches ({'; '.join(point.label for point in start)})."]
 
 
 def _thrift(status: SearchStatus) -> list[str]:
-    """What spared items, a sentence for each."""
+    """Sentences about what saved items."""
     sentences = []
     if status.racing is not None:
         rungs = ", ".join(str(rung) for rung in status.racing.rungs)
@@ -356,7 +356,7 @@ def _thrift(status: SearchStatus) -> list[str]:
 
 
 def _constrained(provenance: Provenance) -> str:
-    """Which constraints there were, and whether this model keeps them on items that the search never saw."""
+    """The constraints, and whether this model satisfies them on items that the search never saw."""
     status, constraints = provenance.status, provenance.status.constraints
     if not constraints:
         return ""
@@ -372,7 +372,7 @@ def _constrained(provenance: Provenance) -> str:
 
 
 def _items_each(search: SearchRow) -> int:
-    """How many items of the search split a candidate is scored on at most, over all evaluators but the screen's."""
+    """The maximum number of search items per candidate, over all evaluators except the screen's."""
     most: dict[int, int] = {}
     for measure in search.record.measures:
         most[measure.evaluator] = max(measure.items, most.get(measure.evaluator, 0))
@@ -380,7 +380,7 @@ def _items_each(search: SearchRow) -> int:
 
 
 def _fall_of(row: CandidateRow, status: SearchStatus, curse: Curse | None) -> list[str]:
-    """What this model scores on search items, and on held-out ones: in what decides, and in each objective."""
+    """This model's scores on search and held-out items, in the number that decides and in each objective."""
     values = {name: (row.objectives[name], value) for name, value in status.confirmed_values(row.id).items()}
     if status.scalar is not None and curse is not None:
         point = next((point for point in curse.points if point.id == row.id), None)

@@ -1,4 +1,4 @@
-"""What to beware of when models are merged that were inspected."""
+"""Warnings about merging the inspected models."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from evomerge.report.inspection import Inspection, Pair, SourceDistance
 
 LARGE_CHANGE = 0.002
-"""Mean |d| from which on DARE is doubtful: the range of the fine-tunes that its paper (arXiv 2311.03099) finds it good
-for, and where continued pretraining, for which it fails, is beyond."""
+"""The mean |d| above which DARE is doubtful: the fine-tunes for which its paper (arXiv 2311.03099) finds it good are
+below it, and continued pretraining, for which it fails, is above."""
 
 UNRELATED = 1.0
-"""|d| / |b| from which on a source is no fine-tune: two models that know nothing of each other are at about 1.4."""
+"""The |d| / |b| above which a source is not a fine-tune: two unrelated models are at about 1.4."""
 
 DUPLICATE, OPPOSITE = 0.98, -0.05
-"""Cosines of task vectors above and below which one source adds nothing to the other, or works against it."""
+"""The cosines of task vectors above which a source adds nothing to the other, and below which they conflict."""
 
 
 def beware(inspection: Inspection, opened: Mapping[str, Source]) -> list[str]:
-    """Sentences on what was found of the models, which were ``opened`` by these names."""
+    """Sentences about the findings on the models, which were ``opened`` under these names."""
     of_sources = (sentence for source in inspection.sources for sentence in _of_source(source, inspection))
     return [
         *of_sources,
@@ -62,7 +62,7 @@ def _of_large(sources: Sequence[SourceDistance]) -> Iterable[str]:
 
 
 def _of_rounding(inspection: Inspection, opened: Mapping[str, Source]) -> Iterable[str]:
-    """Sources of whose task vectors a good part is rounded away, in the whole or somewhere."""
+    """Sources a large part of whose task vectors is rounded away, overall or in some part of the model."""
     base = opened[inspection.base or ""]
     sources = {name: opened[name] for name in (base.name, *(source.name for source in inspection.sources))}
     whole = {name: share for name, share in shares_lost(sources, base.name, base, None).items() if share >= LOSSY}

@@ -1,4 +1,4 @@
-"""An inspection as people see it: tables, a matrix and a heat map that fit a terminal of 80 columns."""
+"""An inspection as shown to people: tables, a matrix and a heat map that fit a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 from evomerge.report.entries import percent
 from evomerge.report.inspection import Closeness, Inspection, ModelFacts, Pair
 
-_COLUMN = 6  # of the heat map: a number of five characters, and a space
+_COLUMN = 6  # the column width of the heat map: five characters and a space
 _DARK, _WARM, _COLD, _AGAINST = (40, 40, 40), (255, 170, 40), (70, 170, 255), (240, 70, 60)
 
 Cell = tuple[str, Style]
@@ -119,7 +119,7 @@ def _overlaps(inspection: Inspection) -> Table:
 
 
 def _heat_maps(inspection: Inspection, width: int) -> Iterator[Table]:
-    """Parts of the model by sources (their relative norm) and pairs, in as many tables as the width asks for."""
+    """Parts of the model by sources (their relative norms) and pairs, in as many tables as the width requires."""
     letters = dict(zip((source.name for source in inspection.sources), _letters(inspection), strict=True))
     most = max((d.relative_norm or 0.0 for source in inspection.sources for d in source.parts), default=0.0)
     columns: list[tuple[str, Sequence[Cell]]] = [
@@ -158,7 +158,7 @@ def _letters(inspection: Inspection) -> list[str]:
 
 
 def _table(*titles: str, texts: int = 2) -> Table:
-    """A table whose first ``texts`` columns are words, and the others numbers."""
+    """A table whose first ``texts`` columns are texts, and the others numbers."""
     table = Table(box=None, pad_edge=False)
     for i, title in enumerate(titles):
         table.add_column(title, justify="left" if i < texts else "right", overflow="fold")
@@ -180,7 +180,7 @@ def _rank(value: float | None, most: float = 0.0) -> Cell:
 
 
 def _cosine(value: float | None) -> Cell:
-    """Blue for changes that go together, red for those that go against each other."""
+    """Blue for changes that agree, red for changes that conflict."""
     if value is None:
         return "·", Style()
     return f"{value:+.2f}" if abs(value) >= 0.005 else "0.00", _style(
@@ -211,12 +211,12 @@ def _listed(sentences: Sequence[str], style: str = "yellow") -> Table:
 
 
 def _size(count: int) -> str:
-    """A number of bytes as people say it: 14.5 GB, 2.8 MB."""
+    """A number of bytes for people: 14.5 GB, 2.8 MB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _count(count: int) -> str:
-    """A number of parameters as people say it: 7.24 B, 1.4 M, 33.9 k."""
+    """A number of parameters for people: 7.24 B, 1.4 M, 33.9 k."""
     if count >= 1e9:
         return f"{count / 1e9:,.2f} B"
     return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count / 1e3:,.1f} k"

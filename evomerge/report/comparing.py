@@ -27,13 +27,12 @@ _SPLITS: tuple[Split, ...] = ("search", "held_out")
 class Comparison(BaseModel):
     """Two candidates in one objective on one split; positive differences mean that the first is better.
 
-    The interval is that of one comparison: it is not corrected for others that were or will be made, and of one
-    item there is none, and no p. ``p`` is that of the two-sided sign test on the items where they differ: for
-    right-or-wrong scores, McNemar's exact test. ``n`` are the items that both were scored on, of ``wanted``; a race
-    may have left fewer of these.
+    The interval is that of a single comparison: it is not corrected for any others. A single item has no interval and
+    no p. ``p`` is that of the two-sided sign test on the items where they differ: for right-or-wrong scores, McNemar's
+    exact test. ``n`` is the number of items that both were scored on, of ``wanted``; it can be smaller after a race.
 
-    The number of a scalarisation is compared too, over the items of all objectives: no one item is won in it, so that
-    ``better_a``, ``better_b`` and ``p`` are None.
+    A scalarisation is compared too, over the items of all objectives. It is not scored item by item, so ``better_a``,
+    ``better_b`` and ``p`` are None.
     """
 
     objective: str
@@ -52,8 +51,8 @@ class Comparison(BaseModel):
 
 
 def compared(store: Store, a: int, b: int) -> list[Comparison]:
-    """Two candidates in every objective and constraint, and before these in the number of a scalarisation: on the items
-    of each split that both were scored on.
+    """Compare two candidates in the scalarisation, if there is one, and then in every objective and constraint, on the
+    items of each split that both were scored on.
     """
     search = store.search()
     confidence = search.record.confirm.confidence
@@ -79,11 +78,11 @@ def compared(store: Store, a: int, b: int) -> list[Comparison]:
 def _combined(
     store: Store, search: SearchRow, split: Split, pairs: Mapping[str, Matrix], own: Sequence[Comparison]
 ) -> Iterator[Comparison]:
-    """The comparison in the number of a scalarisation, where both were scored in every objective.
+    """The comparison in the scalarisation, if both were scored in every objective.
 
     Args:
-        pairs: by objective and constraint float64 [items, 2], more is better.
-        own: the comparisons in these.
+        pairs: by objective and constraint, float64 [items, 2], higher is better.
+        own: the comparisons in the objectives and constraints.
     """
     preference = Preference.of_search(search)
     if not preference.scalar or any(name not in pairs for name in preference.objectives):

@@ -1,4 +1,4 @@
-"""Tasks that need several skills at once, beside the tasks of each skill: what a merge makes of its sources' skills."""
+"""Tasks that need several skills at once, compared with the tasks of each skill: how a merge combines skills."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MAX_ROWS = 10
 
 
 class CompositionRow(BaseModel):
-    """A model at a composition and at its parts.
+    """The values of a model in a composition and in its parts.
 
-    ``product`` of the parts is what the composition would be were its skills at hand independently of each other; None
-    where these are no shares.
+    ``product`` is the product of the parts, the expected value of the composition if the skills were independent; None
+    if the parts are not shares.
     """
 
     id: str
@@ -30,7 +30,7 @@ class CompositionRow(BaseModel):
 
 
 class Composition(BaseModel):
-    """A composition with the models that are best at it or at a part, the best first, and what that says."""
+    """A composition with the models that are best at it or at a part, best first, and a conclusion."""
 
     name: str
     parts: list[str]
@@ -46,12 +46,12 @@ def compositions_of(
     *,
     held_out: bool,
 ) -> Iterator[Composition]:
-    """What is known of each composition.
+    """The results of each composition.
 
     Args:
-        wanted: the parts of each, by the names of objectives.
-        directions: of all objectives, which way is better.
-        entries: models by id, on the held-out split or on that of the search.
+        wanted: the names of the objectives that are its parts, by composition.
+        directions: the directions of all objectives.
+        entries: models by id, on the held-out split or on the search split.
     """
     for name, parts in wanted.items():
         rows = [row for entry in entries.values() if (row := _row(entry, name, parts, directions)) is not None]

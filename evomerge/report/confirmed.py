@@ -1,4 +1,4 @@
-"""What the held-out split says of the shortlist and the baseline_rows, and how the winner was chosen there."""
+"""The results of the shortlist and the baselines on the held-out split, and how the winner was chosen there."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from evomerge.store.record import Measure
 from evomerge.store.rows import candidate_id
 
 CHOSEN_EVENTS = ("winner", "confirmed")
-"""What is recorded when a choice is made: a winner, or that a front without one is confirmed."""
+"""The events that record a choice: a winner, or the confirmation of a front without one."""
 
-Items = dict[str, NDArray[np.float32]]  # for each measure a candidate's scores, float32 [items]
+Items = dict[str, NDArray[np.float32]]  # a candidate's scores by measure, float32 [items]
 
 
 class Choice(BaseModel):
     """How the winner is chosen on the held-out split.
 
     Attributes:
-        frozen_at: when the shortlist was first written down, in seconds since 1970.
-        shortlist: how many candidates are on it.
-        shortlists: how many different ones there were so far; from the second on, held-out scores were known already.
-        drawn: how many that are on none are scored as well, for the picture of the winner's curse.
-        comparisons: how many differences of each objective, and of the number of a scalarisation, the intervals are
-            corrected for.
-        confidence: with which all of them hold at once.
-        luck: by how much the best in what decides, the objective or the number of a scalarisation, looks better than it
-            is, because it was chosen there, among those that keep the constraints; 0 where nothing decides.
-        feasible: whether the winner keeps the constraints there. If not, no model does, and it misses them least.
-        made: whether the choice is made; not while what was written down is still being scored.
-        too_few: objectives whose one held-out item says nothing of how good a model is, so that none is chosen by them.
+        frozen_at: when the shortlist was first recorded, in seconds since 1970.
+        shortlist: the number of candidates on it.
+        shortlists: the number of different shortlists so far; from the second on, held-out scores were already known.
+        drawn: the number of candidates on no shortlist that are scored as well, for the plot of the winner's curse.
+        comparisons: the number of differences in each objective, and in the scalarisation, that intervals are corrected
+            for.
+        confidence: the confidence with which all intervals hold at once.
+        luck: how much better the best in the number that decides looks than it is, because it was chosen there among
+            those that satisfy the constraints; 0 if nothing decides.
+        feasible: whether the winner satisfies the constraints there. If not, no model does, and it misses them least.
+        made: whether the choice is made; False while the shortlist is still being scored.
+        too_few: objectives with a single held-out item, which says too little to choose by.
     """
 
     frozen_at: float
@@ -67,7 +67,7 @@ class Choice(BaseModel):
 
 
 class Effort(BaseModel):
-    """What the latest confirmation takes: models in all and those scored, items a model, and seconds at work on it."""
+    """The effort of the latest confirmation: all models and those scored, items per model, and seconds spent."""
 
     models: int
     models_done: int
@@ -76,9 +76,9 @@ class Effort(BaseModel):
 
 
 class Confirmed(NamedTuple):
-    """What is known from the held-out split: the shortlist with its differences, baselines, and how a choice is made.
+    """The results on the held-out split: the shortlist with its differences, the baselines, and the choice.
 
-    ``chosen`` has the candidate in each role of the search's preference, by id; none before the choice is made.
+    ``chosen`` has the id of the candidate in each role of the search's preference; empty before the choice is made.
     """
 
     entries: list[ConfirmedEntry]
@@ -88,12 +88,12 @@ class Confirmed(NamedTuple):
 
     @property
     def winner(self) -> str | None:
-        """The one that is best, where there is one."""
+        """The best one, if there is one."""
         return self.chosen.get(BEST)
 
 
 def confirmation(store: Store, search: SearchRow, baseline_rows: Sequence[CandidateRow]) -> Confirmed:
-    """What is known from the held-out split; nothing before a shortlist is frozen."""
+    """The results on the held-out split; empty before a shortlist is recorded."""
     events = store.events(kinds=("shortlist", *CHOSEN_EVENTS))
     frozen = [event for event in events if event.kind == "shortlist"]
     if not frozen:
@@ -118,7 +118,7 @@ def confirmation(store: Store, search: SearchRow, baseline_rows: Sequence[Candid
     shown = [*baselines, *entries]
     feasible = {entry.id for entry in shown if entry.feasible}
     contenders = {n: items for n, items in {**ours, **marks}.items() if candidate_id(n) in feasible}
-    # What an earlier shortlist chose does not count: this one has not been scored to its end.
+    # A choice from an earlier shortlist does not count while this one is not completely scored.
     made = [_chosen_event(e) for e in events if e.kind in CHOSEN_EVENTS and e.seq > frozen[-1].seq]
     too_few = [
         o.name
@@ -154,7 +154,7 @@ def _entry(row: CandidateRow, items: Items, record: SearchRecord) -> Entry:
 def _entry_with_gaps(
     row: CandidateRow, items: Items, record: SearchRecord, gaps: Mapping[str, Mapping[int, list[Gap]]]
 ) -> ConfirmedEntry:
-    """A candidate of the shortlist with its differences in each objective."""
+    """A candidate on the shortlist with its differences in each objective."""
     plain = _entry(row, items, record)
     values = {
         name: ConfirmedEstimate(**dict(value), difference=gaps[name][row.number])
@@ -168,9 +168,9 @@ def _chosen_event(event: EventRow) -> Winner | Chosen:
 
 
 def _chosen(preference: Preference, shown: Sequence[Entry], search: SearchRow, choice: Choice) -> dict[str, str]:
-    """The candidate in each role, by id, among those that keep the constraints or else miss them least.
+    """The id of the candidate in each role, among those that satisfy the constraints, or else miss them least.
 
-    Chosen anew from the scores, not read: an older program recorded the best in the first objective.
+    This is computed from the scores, not read, because an older program recorded the best in the first objective.
     """
     if not shown:
         return {}
@@ -186,7 +186,7 @@ def _chosen(preference: Preference, shown: Sequence[Entry], search: SearchRow, c
 def effort(
     store: Store, search: SearchRow, baseline_rows: Sequence[CandidateRow], held: Confirmed, *, is_driven: bool
 ) -> Effort | None:
-    """What the latest confirmation, of which ``held`` is known, takes; None before there is one."""
+    """The effort of the latest confirmation with the results ``held``; None before there is one."""
     events = store.events(kinds=("state", "lease", "shortlist", "confirm", "confirm failed", *CHOSEN_EVENTS))
     frozen = [event for event in events if event.kind == "shortlist"]
     if not frozen or held.choice is None:
@@ -204,7 +204,7 @@ def effort(
 
 
 def _confirming_s(events: Sequence[EventRow], now: float | None) -> float:
-    """Seconds in which a driver confirmed; one that was killed did so until the last that it wrote."""
+    """Seconds that drivers spent on the confirmation; a killed driver counts until its last event."""
     spent, since, last = 0.0, None, 0.0
     for event in events:
         if event.kind in ("state", "lease") and since is not None:
@@ -219,24 +219,24 @@ def _confirming_s(events: Sequence[EventRow], now: float | None) -> float:
 
 
 UNCONFIRMED = "interrupted"
-"""The state of a search whose candidates are done and whose confirmation began and did not end."""
+"""The state of a search whose candidates are done, and whose confirmation began but did not end."""
 
 UNCONFIRMED_WHY = "while its best were confirmed; `evomerge confirm` goes on with it"
 
 
 def is_left_unconfirmed(store: Store) -> bool:
-    """Whether a confirmation began and has not made its choice."""
+    """Whether a confirmation began but has not made its choice."""
     last = store.events(kinds=("shortlist", *CHOSEN_EVENTS), newest=1)
     return bool(last) and last[0].kind == "shortlist"
 
 
 def _is_compared(baseline: CandidateRow) -> bool:
-    """Whether candidates are compared to a baseline: what a person would use without any search."""
+    """Whether candidates are compared with a baseline, because a person would use it without a search."""
     return baseline.origin in ("source", "average")
 
 
 def held_out(store: Store, number: int, measures: Sequence[Measure]) -> Items:
-    """A candidate's held-out scores, float32 [items], for each measure; empty while it has none."""
+    """A candidate's held-out scores by measure, float32 [items]; empty if it has none."""
     by_version = {scores.evaluator: scores.metrics for scores in store.scores(number, "held_out")}
     if any(m.version not in by_version for m in measures):
         return {}
@@ -244,14 +244,14 @@ def held_out(store: Store, number: int, measures: Sequence[Measure]) -> Items:
 
 
 def better(measure: Measure, values: NDArray[np.float32]) -> Matrix:
-    """Scores of a measure in float64, so that more is better."""
+    """Scores of a measure in float64, with signs such that higher is better."""
     return values.astype(np.float64) * measure.sign
 
 
 def _gaps(
     objective: Measure, ours: Mapping[int, Items], others: Mapping[str, Items], confidence: float, seed: int
 ) -> dict[int, list[Gap]]:
-    """For each candidate its differences to the others in an objective, corrected together."""
+    """The differences of each candidate from the others in an objective, corrected together."""
     pairs = [(number, label) for number in ours for label in others]
     if not pairs:
         return {number: [] for number in ours}
@@ -265,14 +265,14 @@ def _gaps(
 
 
 def _luck(objectives: Sequence[Measure], contenders: Sequence[Items], seed: int) -> float:
-    """The luck of the choice by the one objective."""
+    """The luck of the choice if there is one objective."""
     (objective,) = objectives
     values = [better(objective, items[objective.name]) for items in contenders]
     return luck_of_choice([np.stack(values, axis=1)], seed) if values else 0.0
 
 
 class _Numbers:
-    """The number of a scalarisation of models on the held-out split."""
+    """The scalarisation of models on the held-out split."""
 
     def __init__(self, preference: Preference, combined: Combined, places: Mapping[int, int], items: int) -> None:
         self._preference, self._combined, self._places, self._items = preference, combined, places, items
@@ -281,7 +281,7 @@ class _Numbers:
     def of(
         cls, store: Store, search: SearchRow, preference: Preference, models: Mapping[int, Items]
     ) -> _Numbers | None:
-        """That of models by number; None where there is no scalarisation, or no model."""
+        """The scalarisation of these models; None if there is no scalarisation, or no model."""
         if preference.scalarisation is None or not models:
             return None
         objectives = search.record.objectives
@@ -301,7 +301,7 @@ class _Numbers:
     def confirmed(
         self, ours: Sequence[int], others: Mapping[str, int], confidence: float, seed: int
     ) -> list[ConfirmedScalar]:
-        """Candidates with their differences to others by label, corrected together."""
+        """Candidates with their differences from others by label, corrected together."""
         pairs = [(number, label) for number in ours for label in others]
         places = [(self._places[number], self._places[others[label]]) for number, label in pairs]
         corrected_differences = self._combined.differences(places, confidence, seed) if pairs else []
@@ -322,11 +322,11 @@ def combined_of(
     split: str,
     scale: Range | None = None,
 ) -> Combined:
-    """The number that decides among some models by a preference of one objective, or with a scalarisation.
+    """The number that decides between models, by a preference with one objective or a scalarisation.
 
     Args:
-        scores: by objective of the preference float64 [items, models], more is better.
-        scale: the range of objectives; that of these models unless it is given.
+        scores: by objective of the preference, float64 [items, models], higher is better.
+        scale: the ranges of objectives; by default those of these models.
     """
     objectives = [o for o in search.record.objectives if o.name in preference.objectives]
     sets = _sets_of_items(store, [o.version for o in objectives], split)
@@ -338,7 +338,7 @@ def combined_of(
 
 
 def _sets_of_items(store: Store, versions: Sequence[str], split: str) -> dict[str, int]:
-    """Which evaluators have the same items of a split: an equal number by version. Those that ask the same have."""
+    """Equal numbers for evaluator versions with the same items of a split."""
     if len(versions) == 1:
         return {versions[0]: 0}
     sets: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""A console that shows names of others as they are and does nothing that they say."""
+"""A console that shows foreign names literally and never interprets them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _LONGEST_ESCAPE = len("\\U0001d173")
 
 
 class PrintableConsole(Console):
-    """Writes what cannot be seen as an escape, but for what the console itself says to the terminal."""
+    """Escapes invisible characters, except for the console's own control codes."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """The segments of something printed; one that holds a control character is longer than it was.
+        """The segments to print; segments with control characters become longer.
 
-        Without a terminal lines end with what they say: tables pad them with blanks.
+        Without a terminal, trailing blanks, with which tables pad their lines, are removed.
         """
         segments = map(_shown, super().render(renderable, options))
         return segments if self.is_terminal else _unpadded(segments)
 
 
 def make_console() -> Console:
-    """The console of every command: wide enough for tables when it is no terminal, and names are never markup."""
+    """The console for all commands: wide enough for tables if it is not a terminal; names are never markup."""
     return PrintableConsole(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
 
 
@@ -39,8 +39,8 @@ def _shown(segment: Segment) -> Segment:
 
 
 def _unpadded(segments: Iterable[Segment]) -> Iterator[Segment]:
-    """The same without blanks at the end of lines."""
-    blanks: list[Segment] = []  # that something may follow on the line
+    """The segments without blanks at the ends of lines."""
+    blanks: list[Segment] = []  # held back, because something may follow on the line
     for segment in segments:
         if not segment.control and not segment.text.strip(" "):
             blanks.append(segment)

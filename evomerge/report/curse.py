@@ -1,7 +1,7 @@
-"""The winner's curse of a search: how far the best search scores fall on items that the search never saw.
+"""The winner's curse of a search: how far the best search scores drop on items that the search never saw.
 
-Whoever is chosen for a high score was also lucky, and luck does not come twice. So the best are shown with both scores,
-beside the baselines, which nobody chose: what these fall by is how much harder the held-out items are.
+A candidate that is chosen for a high score was also lucky, and luck does not repeat. So the best are shown with both
+scores, next to the baselines, which were not chosen: their drop shows how much harder the held-out items are.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from evomerge.store.events import Shortlist
 from evomerge.store.record import Measure
 from evomerge.store.rows import Estimate, NullableFloat
 
-_MIN_POINTS = 3  # of fewer no line and no rank correlation says anything
+_MIN_POINTS = 3  # with fewer points, a regression line and a rank correlation mean nothing
 
 
 class SplitScores(BaseModel):
-    """A candidate scored on both splits; ``confirmed`` when it could win, ``best`` when it is one of the best found."""
+    """A candidate scored on both splits; ``confirmed`` if it could win, ``best`` if it is among the best found."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
@@ -45,7 +45,7 @@ class SplitScores(BaseModel):
 
 
 class Fall(BaseModel):
-    """By how much a mean is better on search items than on held-out ones, with its interval, None of one item."""
+    """How much better a mean is on search items than on held-out ones, with its interval (None for a single item)."""
 
     mean: float
     low: NullableFloat
@@ -53,18 +53,18 @@ class Fall(BaseModel):
 
 
 class Curse(BaseModel):
-    """The winner's curse in the one objective, in the number of a scalarisation, or in an objective of a front.
+    """The winner's curse in the only objective, in a scalarisation, or in an objective of a front.
 
     Attributes:
-        objective: what it is of.
-        points: candidates with both scores, the best by search score first; then baselines.
-        best: how many of them are among the best by this objective that were to be scored on both splits.
-        fall: of these on average; None without any.
-        fall_of_baselines: the same of the baselines.
-        excess: by how much more the best fall than the baselines do; the interval is narrow, for items are the same.
+        objective: the name of the objective or the scalarisation.
+        points: candidates with both scores, best by search score first; then baselines.
+        best: how many of them are among the best by this objective that were selected for scoring on both splits.
+        fall: the average drop of the best; None if there are none.
+        fall_of_baselines: the average drop of the baselines.
+        excess: how much more the best drop than the baselines; the interval is narrow, because the items are the same.
         tau: Kendall's rank correlation of both scores over all candidates that the search found.
-        slope: of held-out over search score among them, by least squares: what remains of a difference.
-        others: of a front, the same in its other objectives.
+        slope: the least-squares slope of held-out over search score among them: what remains of a difference.
+        others: for a front, the same in its other objectives.
     """
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -94,19 +94,19 @@ class Curse(BaseModel):
 
     @property
     def baselines(self) -> list[SplitScores]:
-        """Those that it began with."""
+        """The baselines."""
         return [point for point in self.points if point.baseline]
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Candidates that have both scores of what a curse is about.
+    """Candidates with both scores.
 
     Attributes:
         rows: the candidates, [models].
-        splits: the number that decides, more is better, of these models on the search and on the held-out split.
-        sign: of what is shown: 1 where more is better.
-        items: of how many items the numbers are, by split.
+        splits: the number that decides, higher is better, for these models on the search and on the held-out split.
+        sign: the sign of displayed values: 1 if higher is better.
+        items: the number of items behind the numbers, by split.
     """
 
     rows: list[CandidateRow]
@@ -115,7 +115,7 @@ class _Measured:
     items: tuple[int, int]
 
     def values(self, at: int) -> tuple[Estimate, Estimate]:
-        """What a model is worth on both splits."""
+        """The values of a model on both splits."""
         before, after = (
             Estimate(mean=self.sign * float(split.means[at]) + 0.0, stderr=float(split.errors[at]), n=n)
             for split, n in zip(self.splits, self.items, strict=True)
@@ -123,7 +123,7 @@ class _Measured:
         return before, after
 
     def fall(self, group: Sequence[int], others: Sequence[int], confidence: float) -> Fall | None:
-        """By how much the mean of a group of models falls, beyond that of the others; the splits are independent."""
+        """How far the mean of a group of models drops, compared with that of the others; the splits are independent."""
         if not group:
             return None
         weights = np.zeros(len(self.rows))
@@ -137,7 +137,7 @@ class _Measured:
 
 
 def curse_of(store: Store) -> Curse:
-    """What is known of the winner's curse; it has no points before a search is confirmed."""
+    """The winner's curse of a search; it has no points before confirmation."""
     search, status = store.search(), status_of(store)
     preference = Preference.of_search(search)
     first, *others = (_curse(store, search, status, part) for part in preference.parts)
@@ -145,7 +145,7 @@ def curse_of(store: Store) -> Curse:
 
 
 def _curse(store: Store, search: SearchRow, status: SearchStatus, preference: Preference) -> Curse:
-    """The curse in the number that a preference goes by."""
+    """The curse in the number that a preference uses."""
     settings = search.record.confirm
     baselines = store.candidates(step=0)
     most = max(settings.top, settings.drawn)
@@ -196,7 +196,7 @@ def _curse(store: Store, search: SearchRow, status: SearchStatus, preference: Pr
 def _measured(
     store: Store, search: SearchRow, status: SearchStatus, preference: Preference, rows: Sequence[CandidateRow]
 ) -> _Measured:
-    """Those of some candidates that were scored whole on both splits."""
+    """Those of some candidates that were completely scored on both splits."""
     all_objectives: Sequence[Measure] = search.record.objectives
     objectives = [o for o in all_objectives if o.name in preference.objectives]
     whole: list[CandidateRow] = []
@@ -207,7 +207,7 @@ def _measured(
             whole.append(row)
             scores["search"].append(searched)
             scores["held_out"].append(confirmed)
-    scale = scale_of(status, "search")  # on both splits, to be set side by side
+    scale = scale_of(status, "search")  # used for both splits, so that they can be compared
 
     def number(split: Literal["search", "held_out"]) -> tuple[Combined, int]:
         values = [
@@ -223,7 +223,7 @@ def _measured(
 
 
 def _searched(store: Store, row: CandidateRow, objectives: Sequence[Measure]) -> Items:
-    """A candidate's search scores in each objective; nothing where it was not scored on all items of one."""
+    """A candidate's search scores in each objective; empty if it was not scored on all items of every objective."""
     known = {scores.evaluator: scores for scores in store.scores(row.number, "search")}
     by_objective: Items = {}
     for objective in objectives:
@@ -236,7 +236,7 @@ def _searched(store: Store, row: CandidateRow, objectives: Sequence[Measure]) ->
 
 
 def _association(x: Matrix, y: Matrix) -> tuple[float | None, float | None]:
-    """Kendall's tau and the slope of two numbers [n]; None where there is too little to tell."""
+    """Kendall's tau and the slope of two numbers [n]; None if there are too few points."""
     if len(x) < _MIN_POINTS:
         return None, None
     tau = kendall_tau(x, y)
@@ -246,7 +246,7 @@ def _association(x: Matrix, y: Matrix) -> tuple[float | None, float | None]:
 
 
 def curse_text(curse: Curse) -> list[str]:
-    """What the picture shows, in sentences."""
+    """The content of the plot in sentences."""
     if curse.fall is None:
         return ["No candidate of the best in search has both scores yet."]
     who = f"the {curse.best} best by {curse.objective}" if curse.best > 1 else f"the best by {curse.objective}"
@@ -270,7 +270,7 @@ def curse_text(curse: Curse) -> list[str]:
 
 
 def _size(fall: Fall) -> str:
-    """A fall or rise by its size, its interval turned with it."""
+    """The magnitude of a drop or rise, with its interval."""
     if fall.low is None or fall.high is None:
         return f"{abs(fall.mean):.3f}"
     if fall.mean >= 0:

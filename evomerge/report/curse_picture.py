@@ -1,4 +1,4 @@
-"""The winner's curse as a picture: search score from left to right, held-out score from below."""
+"""The winner's curse as an SVG plot: search score on the x axis, held-out score on the y axis."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from evomerge.report.entries import measure_text
 from evomerge.report.svg import COLOURS, DARK, LIGHT, bound, label, legible, shape, shortened
 
 _PLOT, _LEFT, _TOP, _RIGHT = 520.0, 66.0, 62.0, 24.0  # the square plot's side and its margins, in the picture's units
-_AXIS, _ROW = 44.0, 18.0  # room for numbers and name of an axis; a line of the legend and of the text
+_AXIS, _ROW = (
+    44.0,
+    18.0,
+)  # the room for an axis with ticks and title; the height of a line of text
 _DOT, _MARK, _HALO = 4.2, 5.0, 8.5  # radii of a candidate, a baseline and the ring around the winner
 _NEAR = 13.0  # from a mark to its name
 _LETTER = 6.1  # the usual width of a letter of the text
-_TICKS = 7  # about so many on an axis
-_ROOM = 1.0  # baselines may stretch the range of what was found by so much of it; others are told in words
+_TICKS = 7  # the approximate number on an axis
+_ROOM = 1.0  # how far baselines may extend the range of the candidates, relative to it; others are listed as text
 _KIND = "evomerge-curse"
 _FOUND, _BASELINE, _WINNER = (COLOURS[number] for number in (0, 1, 2))
 
 
 def curse_svg(curse: Curse) -> str:
-    """The winner's curse as a picture: one plot, or of a front one for each objective, below each other.
+    """The winner's curse as an SVG: one plot, or for a front one plot per objective, stacked vertically.
 
-    A dot for each candidate that has both scores, full where it could win and open where it was scored for the picture
-    alone; diamonds are baselines; bars are standard errors. On the diagonal a candidate is as good as it looked, below
-    it was lucky (above, where an objective is minimised). The line is the regression of held-out on search scores. All
-    dots say on hovering what they are; the whole says to screen readers what ``curse_text`` says.
+    There is a dot for each candidate with both scores, filled if it could win and open if it was scored only for the
+    plot; diamonds are baselines; bars are standard errors. A candidate on the diagonal is as good as it looked; one
+    below it was lucky (above it if an objective is minimised). The line is the regression of held-out on search scores.
+    Points have a description on hover; ``curse_text`` is the description for screen readers.
 
     Returns:
-        One SVG element that needs nothing else: no script and no font. It follows the reader's light or dark scheme.
+        A self-contained SVG element without scripts and fonts. It follows the reader's light or dark scheme.
     """
     plots = [_Picture(one).draw() for one in curse.all if one.candidates] or [_Picture(curse).draw()]
     if len(plots) == 1:
@@ -51,7 +54,7 @@ def curse_svg(curse: Curse) -> str:
 
 
 class _Picture:
-    """Where everything of the picture is, and the drawing of it."""
+    """The layout and the drawing of the picture."""
 
     def __init__(self, curse: Curse) -> None:
         self._curse = curse
@@ -119,7 +122,7 @@ class _Picture:
         upright.set("transform", f"translate(20 {_TOP + _PLOT / 2:g}) rotate(-90)")
 
     def _lines(self, svg: ET.Element) -> None:
-        """The diagonal, and the regression as far as there are candidates."""
+        """The diagonal, and the regression over the range of the candidates."""
         ends = {
             "x1": self._x(self._low),
             "y1": self._y(self._low),
@@ -151,7 +154,7 @@ class _Picture:
             shape(group, "circle", "ring", cx=x, cy=y, r=_HALO)
 
     def _names(self, svg: ET.Element) -> None:
-        """Baselines and the winner by name, one under the other where they are close, and within the plot."""
+        """The names of baselines and the winner, stacked if they are close, and kept inside the plot."""
         named = [point for point in [*self._curse.candidates, *self._near] if point.winner or point.baseline]
         taken = -math.inf
         for point in sorted(named, key=lambda point: self._y(point.held_out.mean)):
@@ -188,7 +191,7 @@ class _Picture:
             x += 36 + _LETTER * len(words)
 
     def _shows(self, kind: str) -> bool:
-        """Whether the picture has something of this kind."""
+        """Whether the picture has an element of this kind."""
         candidates = self._curse.candidates
         has = {"found drawn": any(not p.confirmed for p in candidates), "baseline": bool(self._near),
                "found winner": any(p.winner for p in candidates), "trend": self._curse.slope is not None}  # fmt: skip
@@ -205,7 +208,7 @@ def _dot(parent: ET.Element, x: float, y: float, *, baseline: bool) -> None:
 
 
 def _range(curse: Curse) -> tuple[float, float]:
-    """The range of both axes: all that was found with its errors, and the baselines that are not far from it."""
+    """The range of both axes: all candidates with their errors, and the baselines that are not far away."""
     ends = [
         value.mean + sign * (value.stderr or 0.0)
         for point in curse.candidates
@@ -223,13 +226,13 @@ def _range(curse: Curse) -> tuple[float, float]:
 
 
 def _step(span: float) -> float:
-    """A round distance of ticks: 1, 2 or 5 times a power of ten."""
+    """A round distance between ticks: 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(span / _TICKS))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power * _TICKS >= span)
 
 
 def _style() -> str:
-    """Colours for light and dark; every rule is bound to this kind of picture, for it may stand within a page."""
+    """Colours for light and dark; every rule is scoped to this kind of picture, which may be embedded in a page."""
     rules = [
         "text{font-family:system-ui,sans-serif;font-size:11px}",
         ".title{font-size:15px;font-weight:600}.axis{font-size:12px}.end{text-anchor:end}.middle{text-anchor:middle}",

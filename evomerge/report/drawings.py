@@ -1,4 +1,4 @@
-"""What candidates drew of the same items, side by side: the sources and other baselines, and what was chosen."""
+"""What candidates drew for the same items, side by side: sources and other baselines, and the chosen candidates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LONGEST_TITLE = 60
 
 @dataclass(frozen=True)
 class Drawing:
-    """A small copy of a picture that was made with a candidate.
+    """A thumbnail of a picture that was made with a candidate.
 
     Attributes:
         item: its position in the split.
@@ -37,12 +37,12 @@ class Drawing:
 
 
 Address = Callable[[Drawing], str]
-"""Where a page finds a drawing."""
+"""The URL of a drawing on a page."""
 
 
 @dataclass(frozen=True)
 class DrawnItem:
-    """A picture in the grid; ``address`` is empty where there is none."""
+    """A picture in the grid; ``address`` is empty if there is none."""
 
     address: str
     score: str
@@ -50,7 +50,7 @@ class DrawnItem:
 
 @dataclass(frozen=True)
 class DrawnRow:
-    """A candidate with what it drew of each of the items."""
+    """A candidate with its drawings for the items."""
 
     id: str
     label: str
@@ -63,9 +63,9 @@ class DrawingGrid:
     """Candidates by items.
 
     Attributes:
-        measure: the objective whose scores stand below the pictures.
-        held_out: the items are of the held-out split.
-        titles: what each item is, in a few words.
+        measure: the objective whose scores are below the pictures.
+        held_out: whether the items are from the held-out split.
+        titles: a short title of each item.
     """
 
     measure: str
@@ -75,9 +75,9 @@ class DrawingGrid:
 
 
 def drawing_grid(store: Store, status: SearchStatus, address: Address) -> DrawingGrid | None:
-    """The grid of the first objective of which anything was drawn: by held-out items where those are confirmed.
+    """The grid for the first objective with drawings, on held-out items if there is a confirmation.
 
-    None where nothing was drawn, as in most searches.
+    None if nothing was drawn, as in most searches.
     """
     rows = dict(_rows(status))
     for measure in store.search().record.objectives:
@@ -89,9 +89,9 @@ def drawing_grid(store: Store, status: SearchStatus, address: Address) -> Drawin
 
 
 def embedded(store: Store) -> Address:
-    """Drawings within a page that stands alone."""
+    """Drawings embedded in a self-contained page."""
 
-    images = cache(store.drawings)  # of a candidate all at once, and asked for item by item
+    images = cache(store.drawings)  # reads all drawings of a candidate at once, because they are requested item by item
 
     def address(drawing: Drawing) -> str:
         return data_url(images(drawing.candidate, drawing.split)[drawing.measure.version][drawing.item])
@@ -100,7 +100,7 @@ def embedded(store: Store) -> Address:
 
 
 def _rows(status: SearchStatus) -> Iterator[tuple[str, tuple[str, list[str]]]]:
-    """The label and the roles of the baselines, then of what was chosen, by id."""
+    """The labels and roles of the baselines, then of the chosen candidates, by id."""
     roles: dict[str, list[str]] = {}
     for pick in status.picks:
         roles.setdefault(pick.id, []).append(pick.role)
@@ -138,7 +138,7 @@ def _grid(
 
 
 def _title(item: int, text: str) -> str:
-    """The first field of an item, which is the likeliest to be what it asks for."""
+    """The first field of an item, which is most likely to be its question."""
     fields = fields_of(text)
     return textwrap.shorten(fields[0][1] if fields else text, _LONGEST_TITLE, placeholder=" …") or f"item {item}"
 

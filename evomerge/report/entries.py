@@ -1,4 +1,4 @@
-"""What people are told of one candidate: its objectives, constraints and features, with errors, on either split."""
+"""A candidate as shown to people: its objectives, constraints and features, with errors, on either split."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from evomerge.store.record import Measure
 from evomerge.store.rows import ListedCandidate, NullableFloat
 
 SOURCE = "source"
-"""The origin of a model that a search began with and did not merge."""
+"""The origin of an unmerged source model."""
 
 EARLIER_WINNER = "earlier winner"
-"""The origin of a merge that an earlier search found and that the paths of this one go through, beside its sources."""
+"""The origin of a merge from an earlier search that paths of this search may use like a source."""
 
 
 class Gap(BaseModel):
-    """The paired difference to another model on the same items; positive is better, whichever way the metric goes.
+    """The paired difference from another model on the same items; positive is better, whatever the metric's direction.
 
-    Interval and two-sided ``p`` are corrected for all comparisons of the confirmation in this objective. They are None
-    where there is one item.
+    The interval and the two-sided ``p`` are corrected for all comparisons of the confirmation in this objective. They
+    are None if there is a single item.
     """
 
     to: str
@@ -37,15 +37,15 @@ class Gap(BaseModel):
 
 
 class ConfirmedEstimate(Estimate):
-    """A value on the held-out split, with its differences to every source and the uniform average."""
+    """A value on the held-out split, with its differences from every source and the uniform average."""
 
     difference: list[Gap]
 
 
 class Scalar(Estimate):
-    """The number by which a scalarisation decides between several objectives, over ``n`` items of all of them.
+    """The value of a scalarisation of several objectives, over ``n`` items of all of them.
 
-    On the search split its error is not reckoned: it hangs on how objectives vary together there.
+    Its error is not computed on the search split, because it depends on how objectives vary together there.
     """
 
     name: str
@@ -58,7 +58,7 @@ class ConfirmedScalar(Scalar):
 
 
 class Constraint(BaseModel):
-    """What a candidate must keep: a mean of at least ``threshold`` where ``at_least``, of at most that otherwise."""
+    """A condition on candidates: a mean of at least ``threshold`` if ``at_least``, otherwise at most ``threshold``."""
 
     threshold: float
     at_least: bool
@@ -68,11 +68,11 @@ class Constraint(BaseModel):
         return f"{'≥' if self.at_least else '≤'} {self.threshold:g}"
 
     def violation(self, mean: float) -> float:
-        """By how much a mean misses the threshold, as a share of it; 0 where it is kept."""
+        """How far a mean misses the threshold, relative to it; 0 if the constraint is satisfied."""
         return violation(mean, self.threshold, at_least=self.at_least)
 
     def is_kept(self, value: Estimate) -> bool:
-        """Whether the mean keeps it; its error is not looked at."""
+        """Whether the mean satisfies the constraint; its error is ignored."""
         return value.mean >= self.threshold if self.at_least else value.mean <= self.threshold
 
 
@@ -89,18 +89,18 @@ class FeatureRange(BaseModel):
         return (self.high - self.low) / self.bins
 
     def text(self, mean: float) -> str:
-        """Which bin a value is in, for people who count from 1: bin 3 of 10."""
+        """The bin of a value, counted from 1 for people: bin 3 of 10."""
         return f"bin {Feature('', self.low, self.high, self.bins).bin(mean) + 1} of {self.bins}"
 
 
 class Entry(BaseModel):
-    """A candidate with its objectives, constraints and features on one split, as far as they are known.
+    """A candidate with its known objectives, constraints and features on one split.
 
-    On the search split, fewer items than the search wants of a measure make its value an estimate. ``feasible``: no
-    known value misses its constraint. ``origin`` says where it comes from: "source" is a model that was not merged.
-    ``scalar`` is the number of a scalarisation where the search has one and all objectives are known.
-    ``parameters`` are those of the search space by name, choices by theirs; empty where the space holds no such point.
-    ``change`` is how far its weights are from those of the search's base, as a share of their norm.
+    On the search split, a value is an estimate if it has fewer items than the search wants. ``feasible`` means that no
+    known value violates its constraint. ``origin`` says where it comes from; "source" is an unmerged model. ``scalar``
+    is the value of the scalarisation, if the search has one and all objectives are known. ``parameters`` are those of
+    the search space by name, with choices by name; empty if the candidate is not a point of the space. ``change`` is
+    the distance of its weights from those of the search's base, relative to the base's norm.
     """
 
     id: str
@@ -115,20 +115,20 @@ class Entry(BaseModel):
     change: float | None = None
 
     def value(self, name: str) -> Estimate | None:
-        """An objective, a constraint, a feature or the scalarisation's number by name; None where it is not known."""
+        """An objective, constraint, feature or the scalarisation by name; None if unknown."""
         if self.scalar is not None and self.scalar.name == name:
             return self.scalar
         return self.objectives.get(name) or self.constraints.get(name) or self.features.get(name)
 
 
 class ConfirmedEntry(Entry):
-    """A candidate of the shortlist, on the held-out split."""
+    """A candidate on the shortlist, on the held-out split."""
 
     objectives: dict[str, ConfirmedEstimate]
     scalar: ConfirmedScalar | None = None
 
     def gaps(self, name: str) -> list[Gap]:
-        """Its differences in an objective, or in the number of the scalarisation, by name."""
+        """Its differences in an objective, or in the scalarisation, by name."""
         value = self.value(name)
         return value.difference if isinstance(value, ConfirmedEstimate | ConfirmedScalar) else []
 
@@ -146,24 +146,24 @@ def features_of(record: SearchRecord) -> dict[str, FeatureRange]:
 
 
 def entry(row: CandidateRow, record: SearchRecord) -> Entry:
-    """A row of the store in the words of people."""
+    """The entry of a candidate's row on the search split."""
     return entry_of(row, row.objectives, record)
 
 
 def origin_of(row: ListedCandidate, sources: Collection[str]) -> str:
-    """Where a candidate comes from, in a search of these sources: the store has an earlier winner among them."""
+    """The origin of a candidate in a search over these sources; the store counts an earlier winner as a source."""
     return EARLIER_WINNER if row.origin == SOURCE and row.label not in sources else row.origin
 
 
 def kind_of(origin: str, label: str) -> str:
-    """What a baseline is, in words: source maths, uniform average; "" of a candidate without a name."""
+    """A baseline in words: source maths, uniform average; empty for a candidate without a name."""
     if origin == EARLIER_WINNER:
         return f"{label}, the {EARLIER_WINNER}"
     return f"{SOURCE} {label}" if origin == SOURCE else label
 
 
 def entry_of(row: CandidateRow, estimates: Mapping[str, Estimate], record: SearchRecord) -> Entry:
-    """A candidate with estimates of its measures by name; what is not a measure of the search is left out."""
+    """A candidate with estimates of its measures by name; others are left out."""
     constraints = constraints_of(record)
     kept = {name: estimates[name] for name in constraints if name in estimates}
     return Entry(
@@ -180,7 +180,7 @@ def entry_of(row: CandidateRow, estimates: Mapping[str, Estimate], record: Searc
 
 
 def percent(share: float | None) -> str:
-    """A share, of what is not known a dot, in at most five characters: 3.2%, 0.04%, <.01%."""
+    """A share in at most five characters: 3.2%, 0.04%, <.01%; a dot if it is unknown."""
     if not share:
         return "·" if share is None else "0%"
     if share < 0.01:
@@ -189,15 +189,15 @@ def percent(share: float | None) -> str:
 
 
 def measure_text(mean: float, stderr: float | None) -> str:
-    """A mean with its standard error: 0.620 ± 0.024. Of one item it is "-"; a count, such as of layers, has none."""
+    """A mean with its standard error: 0.620 ± 0.024. The error of a single item is "-"; a count has none."""
     if stderr is not None and not math.isnan(stderr):
         return f"{mean:.3f} ± {stderr:.3f}"
     return f"{mean:,.0f}" if mean > 1 and mean.is_integer() else f"{mean:.3f} ± -"
 
 
 def value_text(value: Estimate) -> str:
-    """A value with its standard error, as ``measure_text``; the number of a scalarisation alone where its error is not
-    known, and nothing where the mean is not.
+    """A value with its standard error, as in ``measure_text``. A scalarisation without a known error is shown alone; an
+    unknown mean is empty.
     """
     if math.isnan(value.mean):
         return ""
@@ -207,18 +207,18 @@ def value_text(value: Estimate) -> str:
 
 
 def interval_text(low: float | None, high: float | None) -> str:
-    """An interval: [+0.250, +0.390]; "-" where there is none."""
+    """An interval: [+0.250, +0.390]; "-" if there is none."""
     return "-" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]"
 
 
 def gap_text(gap: Gap) -> str:
-    """A difference with its interval: +0.320 [+0.250, +0.390]; alone where one item gives no interval."""
+    """A difference with its interval: +0.320 [+0.250, +0.390]; without one for a single item."""
     count = gap.low is None and abs(gap.mean) >= 1 and gap.mean.is_integer()
     mean = f"{gap.mean:+,.0f}" if count else f"{gap.mean:+.3f}"
     return mean if gap.low is None else f"{mean} {interval_text(gap.low, gap.high)}"
 
 
 def is_exact(measure: Measure, record: SearchRecord) -> bool:
-    """Whether a measure is counted and not sampled, such as layers: one item of it says all."""
+    """Whether a measure is counted and not sampled, such as layers, so that one item is enough."""
     name = record.evaluators[measure.evaluator].name
     return name == "change" or (name == "cost" and measure.metric in COUNTED)

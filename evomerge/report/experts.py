@@ -1,4 +1,4 @@
-"""How candidates that are experts used them, as it was measured while they were scored."""
+"""How candidates with experts used them, as measured during scoring."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from evomerge.store.rows import ListedCandidate
 
 
 def uses_of(store: Store, row: CandidateRow | ListedCandidate) -> dict[str, ExpertUse]:
-    """The use of experts by the evaluator's name, of all attempts at a candidate; empty of models without experts.
+    """The use of experts by evaluator name, over all attempts at a candidate; empty for models without experts.
 
-    Of a candidate whose scores are those of another it is that one's.
+    A candidate that reuses the scores of another has the use of that one.
     """
     number = row.number if row.same_as is None else row.same_as
     told = [event.read(ExpertsUsed).tasks for event in store.events(kinds=(ExpertsUsed.kind,), candidate=number)]

@@ -1,4 +1,4 @@
-"""What is said of a search whose candidates all failed."""
+"""The error of a search whose candidates all failed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from evomerge.store import Store, summaries
 
 
 def all_failed(store: Store) -> InputError | None:
-    """The error of a search whose candidates have all failed, baselines aside; None where one is scored or to come.
+    """The error of a search whose candidates, except baselines, have all failed; None if any is scored or pending.
 
     It names the most frequent reason, and the latest candidate that failed for it, with its log.
     """

@@ -1,4 +1,4 @@
-"""Whether a worker of several GPUs fits on them, said before anything is spent."""
+"""Checks that a worker with several GPUs fits on them, before anything is spent."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from evomerge.search.settings.search_file import SearchFile
 
 
 def check_fit(prepared: Prepared) -> None:
-    """Refuse a worker of several GPUs that is too large for them.
+    """Refuse a worker with several GPUs that is too large for them.
 
-    They are those of this machine where the workers are here, else the largest that are known.
+    The GPUs are those of this machine if the workers run here, otherwise the largest known ones.
 
     Raises:
-        InputError: with the arithmetic.
+        InputError: the worker does not fit; the message has the arithmetic.
     """
     file = prepared.file
     if file.cluster.devices > 1:
@@ -27,7 +27,7 @@ def check_fit(prepared: Prepared) -> None:
 
 
 def check_memory(file: SearchFile, shape: ModelShape, works: list[Work], memory: int, owner: str) -> None:
-    """Refuse a worker whose fullest GPU needs more than ``memory`` bytes, which ``owner`` has. Raises InputError."""
+    """Raise InputError if the fullest GPU of a worker needs more than the ``memory`` bytes that ``owner`` has."""
     devices = file.cluster.devices
     fullest = max(needs(shape, works, file.engine, devices), key=lambda need: need.total)
     sources = shape.sources * fullest.weights // shape.weights if file.cluster.residency == "device" else 0
@@ -45,7 +45,7 @@ def check_memory(file: SearchFile, shape: ModelShape, works: list[Work], memory:
 
 
 def _memory(file: SearchFile) -> tuple[int, str]:
-    """Bytes of the GPUs that a worker is given, and what has them."""
+    """The memory of each GPU of a worker in bytes, and what has it."""
     if is_here(file):
         here = [torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())]
         return min(here), "the smallest GPU of this machine"

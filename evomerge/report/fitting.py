@@ -1,4 +1,4 @@
-"""Tables that fit the screen: told as fully as it is wide."""
+"""Tables that fit the screen: they show as much as its width allows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-_ANY_WIDTH = 10_000  # wider than any table, so that a table says how wide it would like to be
-_MIN_TITLE = 8  # characters; narrower titles would be broken into syllables
-_MAX_NAME = 24  # characters of a candidate with what it is, before it takes a second line
+_ANY_WIDTH = 10_000  # wider than any table, to measure the natural width of a table
+_MIN_TITLE = 8  # characters; narrower titles would be broken within words
+_MAX_NAME = 24  # characters of a candidate's name and roles before they take a second line
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Column:
     """A column of a table: its title and a text for each row.
 
     Attributes:
-        right: whether texts end in line, as numbers do.
-        most: characters from which on a text takes another line.
+        right: whether texts are right-aligned, like numbers.
+        most: the maximum number of characters in a line.
     """
 
     title: str
@@ -33,16 +33,16 @@ class Column:
 
 Columns = Sequence[Column]
 Step = Callable[[Columns], Columns]
-"""What makes a table narrower."""
+"""A transformation that makes a table narrower."""
 
 
 def without(title: str) -> Step:
-    """Leave out the column of this title."""
+    """Drop the column with this title."""
     return lambda columns: [column for column in columns if column.title != title]
 
 
 def named(marks: Sequence[str]) -> Step:
-    """Put what candidates are into the first column, beside their ids, and leave out the second."""
+    """Move the roles of candidates into the first column, next to their ids, and drop the second."""
 
     def joined(columns: Columns) -> Columns:
         first, _, *rest = columns
@@ -53,18 +53,17 @@ def named(marks: Sequence[str]) -> Step:
 
 
 def terse(columns: Columns) -> Columns:
-    """Leave out standard errors: 0.620 ± 0.024 becomes 0.620."""
+    """Drop standard errors: 0.620 ± 0.024 becomes 0.620."""
     return [replace(column, texts=[re.sub(r" ± [\d.]+", "", text) for text in column.texts]) for column in columns]
 
 
 class FittedTable:
-    """A table that is told more tersely, step by step, until it is no wider than the screen.
+    """A table that is shortened step by step until it is no wider than the screen.
 
-    First of all titles are broken into lines; then each step is taken in turn. What columns were left out for want of
-    width is said below.
+    First, titles are broken into lines; then the steps are applied in turn. A line below lists the dropped columns.
 
     Args:
-        styles: one for each row; none for any when empty.
+        styles: the style of each row; empty for no styles.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class FittedTable:
         freely = options.update(max_width=_ANY_WIDTH)
         columns = self._columns
         table = self._table(columns, broken=False)
-        for step in (list, *self._steps):  # at first titles are broken, and nothing else
+        for step in (list, *self._steps):  # first, titles are broken and nothing else
             if Measurement.get(console, freely, table).maximum <= options.max_width:
                 break
             columns = step(columns)
@@ -98,7 +97,7 @@ class FittedTable:
 
 
 def heading(text: str, width: int) -> str:
-    """The title of a column in lines of at most ``width`` characters, broken after spaces and signs alone."""
+    """The title of a column in lines of at most ``width`` characters, broken only after spaces and punctuation."""
     lines = [""]
     for piece in re.findall(r"[^ _./:-]*[ _./:-]+|[^ _./:-]+", text):
         if lines[-1] and len((lines[-1] + piece).rstrip()) > width:

@@ -1,11 +1,11 @@
-"""What a search would need and take on GPUs that people have: arithmetic from data sheets, measured on none of them.
+"""Estimates of memory and time of a search on common GPUs: computed from data sheets, not measured.
 
-A roofline (Williams, Waterman & Patterson 2009): reading a prompt is bound by arithmetic, writing an answer by memory,
-for each new token reads all weights once. Times are of one worker alone on its GPUs, with every answer as long as it
-may be, to a factor of about two.
+A roofline model (Williams, Waterman & Patterson 2009): prefill is bound by arithmetic and decoding by memory bandwidth,
+because each new token reads all weights once. Times are for a single worker on its GPUs, with answers of maximum
+length, and accurate to a factor of about two.
 
 A worker may have several GPUs (``checkpoints.placement``, ``checkpoints.sharding``): transformers computes on one after
-the other, vLLM on all at once. What counts then is the fullest.
+the other, vLLM on all at once. The fullest GPU is then what counts.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Engine = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its data sheet has it.
+    """A GPU by its data sheet.
 
-    ``memory`` is in bytes, as nvidia-smi shows it; ``bandwidth`` of that memory and ``bus`` to the host are in bytes a
-    second, ``flops`` in bfloat16 operations a second without sparsity.
+    ``memory`` is in bytes, as shown by nvidia-smi; the memory's ``bandwidth`` and the ``bus`` to the host are in bytes
+    per second, and ``flops`` in bfloat16 operations per second without sparsity.
     """
 
     name: str
@@ -55,35 +55,35 @@ GPUS = (
     Gpu("B300-288", 275040 * _MIB, 8000e9, 2250e12, _PCIE_5),
 )
 
-# Shares of a data sheet's figures that programs usually see: large copies and matrix products.
+# The shares of a data sheet's figures that programs usually reach in large copies and matrix products.
 _OF_BANDWIDTH, _OF_FLOPS, _OF_BUS = 0.7, 0.5, 0.75
-_MAPPED = 0.5  # of the bus: the processor copies before it does
-# A step of decoding takes this long for each layer, however small the model: launching its kernels one by one from
+_MAPPED = 0.5  # of the bus, because the processor must copy first
+# The minimum time of a decoding step for each layer, however small the model: launching its kernels one by one from
 # Python, or replaying a recorded graph of them.
 _LAUNCH_S: Mapping[Engine, float] = {"transformers": 0.7e-3, "vllm": 0.05e-3}
-_CONTEXT = 1 << 30  # bytes of a process on a GPU: CUDA itself, its libraries, the allocator's slack
-_PEER = 500_000_000  # bytes of the same of each process of vLLM, all of which read the weights of every GPU
+_CONTEXT = 1 << 30  # bytes of a process on a GPU: CUDA, its libraries, and allocator overhead
+_PEER = 500_000_000  # the same for each process of vLLM, all of which read the weights of every GPU
 _PROCESS = 600_000_000  # bytes of a process that has imported torch, transformers and lm-eval
-_BATCH = 750_000_000  # bytes of a batch on a processor at most: logits of whole prompts are computed in parts
-_LOGIT = 6  # bytes of each logit where a whole prompt is scored: bfloat16, and the float32 of its log-softmax
-_TYPICAL_PROMPT, _TYPICAL_ANSWER = 256, 256  # tokens, where nothing says how many; the latter is lm-eval's own default
-AUTO_BATCH = 64  # prompts at once where the batch size is chosen by what fits
+_BATCH = 750_000_000  # the maximum bytes of a batch on a processor: logits of whole prompts are computed in chunks
+_LOGIT = 6  # bytes per logit if a whole prompt is scored: bfloat16, and the float32 of its log-softmax
+_TYPICAL_PROMPT, _TYPICAL_ANSWER = 256, 256  # tokens, if unknown; the latter is lm-eval's own default
+AUTO_BATCH = 64  # prompts per batch if the batch size is chosen automatically
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a merged model takes.
+    """The sizes of a merged model.
 
     Attributes:
         weights: bytes of the live model.
         sources: bytes of all sources together.
-        layers: most layers that a candidate may have.
-        cache: bytes of keys and values for each token.
-        vocabulary: tokens.
-        width: bytes of a weight, and of a key or value.
-        layer_weights: bytes of each layer of the model itself, those beyond it being like these in turn; equal shares
-            of the weights when empty.
-        config: the config.json that says how the model may be divided.
+        layers: the maximum number of layers of a candidate.
+        cache: bytes of keys and values per token.
+        vocabulary: the number of tokens.
+        width: bytes per weight, and per key or value.
+        layer_weights: bytes of each layer of the model itself, which further layers repeat in turn; equal shares of the
+            weights if empty.
+        config: the config.json, which determines how the model can be divided.
     """
 
     weights: int
@@ -110,14 +110,14 @@ class ModelShape:
         return [own[number % len(own)] for number in range(self.layers)]
 
     def placed(self, devices: int) -> list[int]:
-        """The device of each layer where several share them out."""
+        """The device of each layer if several share them."""
         own = self.layer_weights or tuple(self.sizes)
         return place_buffers(self.weights - sum(self.sizes), own, self.layers, devices)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one evaluator asks of a candidate: prompts of so many tokens, answers of at most so many; 0 answers none."""
+    """The work of one evaluator per candidate: prompts and their tokens, and the maximum tokens of answers (0: none)."""
 
     prompts: int
     prompt_tokens: int
@@ -127,9 +127,9 @@ class Work:
 
 @dataclass(frozen=True)
 class GpuEstimate:
-    """What a GPU would do: ``need`` in bytes of one worker, seconds for a candidate, how many workers it has room for.
+    """The estimate for a GPU: the ``need`` of one worker in bytes, seconds per candidate, and the workers that fit.
 
-    With no room for one, ``residency`` is None and ``seconds`` is infinite.
+    If not even one fits, ``residency`` is None and ``seconds`` is infinite.
     """
 
     gpu: str
@@ -142,12 +142,12 @@ class GpuEstimate:
 def model_shape(
     config: Mapping[str, Any], weights: int, sources: int, layers: int, width: int, layer_weights: Sequence[int] = ()
 ) -> ModelShape:
-    """From a model's config.json, with the bytes of the live model and of all sources.
+    """The shape of a model from its config.json, the bytes of the live model, and those of all sources.
 
     Args:
-        layers: as many as a candidate may have; a path may have more than the configuration says.
-        width: bytes of a weight, and of a key or value.
-        layer_weights: bytes of each layer of the model itself; equal shares of the weights when empty.
+        layers: the maximum number of layers of a candidate; a path may have more than the configuration says.
+        width: bytes per weight, and per key or value.
+        layer_weights: bytes of each layer of the model itself; equal shares of the weights if empty.
     """
     heads = heads_of(config)
     cache = 2 * layers * heads.keys * heads.size * width
@@ -156,10 +156,10 @@ def model_shape(
 
 
 def work_of(settings: Any, metrics: Sequence[str], items: int, prompt: int | None = None) -> Work:
-    """What an evaluator asks for, as far as its settings say; the rest is taken to be typical.
+    """The work of an evaluator by its settings, with typical values for what they do not say.
 
     Args:
-        prompt: how many tokens a prompt has, where that is known. Each beam of a search is a prompt of its own.
+        prompt: the number of tokens of a prompt, if known. Each beam of a beam search counts as a prompt.
     """
     answer = getattr(settings, "max_new_tokens", 0)
     if (generation := getattr(settings, "generation", None)) is not None and (
@@ -172,12 +172,12 @@ def work_of(settings: Any, metrics: Sequence[str], items: int, prompt: int | Non
 
 
 def scratch_bytes(shape: ModelShape, work: Work) -> int:
-    """Bytes beside the weights while a batch runs: keys and values, and logits of one token or of whole prompts."""
+    """Bytes besides the weights while a batch runs: keys and values, and logits of one token or of whole prompts."""
     return _scratch(shape, work, 1)
 
 
 def _scratch(shape: ModelShape, work: Work, share: float, has_head: bool = True) -> int:
-    """The same on a device that has a share of the keys and values, and the head or not."""
+    """The same on a device with a share of the keys and values, with or without the head."""
     batch = min(work.batch_size, work.prompts)
     cache = batch * (work.prompt_tokens + work.new_tokens) * round(shape.cache * share)
     positions = 1 if work.new_tokens else work.prompt_tokens
@@ -185,18 +185,18 @@ def _scratch(shape: ModelShape, work: Work, share: float, has_head: bool = True)
 
 
 def worker_bytes(shape: ModelShape, works: Sequence[Work], engine: Engine, devices: int = 1) -> int:
-    """Bytes that a worker cannot do without on the fullest of its devices; sources on the device come on top."""
+    """The minimum bytes of a worker on the fullest of its devices; sources on the device come in addition."""
     return max(need.total for need in needs(shape, works, engine, devices))
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a worker cannot do without on one of its devices.
+    """The minimum bytes of a worker on one of its devices.
 
     Attributes:
         weights: of the live model.
         scratch: keys, values and logits of a batch.
-        served: of vLLM, which takes half of what is free beside the live model for a copy of the weights and its cache.
+        served: of vLLM, which takes half of the remaining memory for a copy of the weights and its cache.
         context: of the process itself.
     """
 
@@ -211,7 +211,7 @@ class Need:
 
 
 def needs(shape: ModelShape, works: Sequence[Work], engine: Engine, devices: int) -> list[Need]:
-    """What a worker cannot do without on each of its devices."""
+    """The minimum bytes of a worker on each of its devices."""
     placed = shape.placed(devices)
     weights = device_bytes(shape.weights - sum(shape.sizes), shape.sizes, placed, devices)
     if _serves(works, engine):
@@ -220,7 +220,7 @@ def needs(shape: ModelShape, works: Sequence[Work], engine: Engine, devices: int
         context = _CONTEXT + (devices * _PEER if devices > 1 else 0)
         return [Need(held, served=2 * (shard + scratch), context=context) for held in weights]
     shares = [placed.count(device) / len(placed) for device in range(devices)]
-    heads = [device == 0 for device in range(devices)]  # what is outside the layers computes the logits
+    heads = [device == 0 for device in range(devices)]  # it also computes the logits
     scratch_of = [
         max((_scratch(shape, work, share, has_head) for work in works), default=0)
         for share, has_head in zip(shares, heads, strict=True)
@@ -229,37 +229,37 @@ def needs(shape: ModelShape, works: Sequence[Work], engine: Engine, devices: int
 
 
 def host_bytes(shape: ModelShape, works: Sequence[Work], mapped: int, descent: int = 0) -> int:
-    """Bytes that a worker on a processor takes at its peak: the process, the live model, a batch or a descent (of
-    ``descent_bytes``), and the pages of the sources' files that it has read (``mapped`` bytes, which the system takes
-    back when memory is short)."""
+    """The peak memory of a worker on a processor in bytes: the process, the live model, a batch or a descent (of
+    ``descent_bytes``), and the mapped pages of source files (``mapped`` bytes, which the system reclaims when memory is
+    short)."""
     scratch = max((descent, *(min(scratch_bytes(shape, work), _BATCH) for work in works)))
     return _PROCESS + mapped + shape.weights + scratch
 
 
 def descent_bytes(shape: ModelShape, items: int, free: int) -> int:
-    """Bytes that a step of a descent keeps of its forward pass, where so many are free; measured on SmolLM2-135M."""
+    """Bytes that a step of a descent keeps from its forward pass if ``free`` bytes are free; measured on SmolLM2-135M."""
     tokens = min(items * _TYPICAL_PROMPT, MAX_TOKENS)
     return min(kept_bytes(tokens, hidden_size(shape.config), shape.layers, shape.width), round(SHARE_OF_FREE * free))
 
 
 def _serves(works: Sequence[Work], engine: Engine) -> bool:
-    """Whether vLLM has anything to answer, and so takes half of what is free when it starts."""
+    """Whether vLLM has anything to answer, and therefore takes half of the free memory when it starts."""
     return engine == "vllm" and any(work.new_tokens for work in works)
 
 
 def merge_seconds(shape: ModelShape, gpu: Gpu, residency: Residency, devices: int = 1) -> float:
-    """Reading every source once from where it lies, and writing the model; several devices do so side by side."""
+    """The time to read every source once from where it is, and to write the model; several devices work in parallel."""
     reads = {"device": gpu.bandwidth * _OF_BANDWIDTH, "pinned": gpu.bus * _OF_BUS}
     reads["mapped"] = reads["pinned"] * _MAPPED
     return (shape.sources / reads[residency] + shape.weights / (gpu.bandwidth * _OF_BANDWIDTH)) / devices
 
 
 def work_seconds(shape: ModelShape, gpu: Gpu, work: Work, engine: Engine, devices: int = 1) -> float:
-    """Scoring the prompts of one evaluator.
+    """The time to score the prompts of one evaluator.
 
-    Two operations for each parameter and token of a prompt (attention itself, a few per cent at such lengths, is left
-    out); for each new token of a batch the weights once, and the keys and values so far, which are half an answer's on
-    average. vLLM divides both among its devices; with transformers one computes after the other.
+    Prefill takes two operations per parameter and prompt token (attention itself, a few per cent at such lengths, is
+    neglected). Each decoding step of a batch reads the weights once, and the keys and values so far, which are half an
+    answer's on average. vLLM divides both among its devices; with transformers one computes after the other.
     """
     at_once = devices if engine == "vllm" and work.new_tokens else 1
     flops, bandwidth = at_once * gpu.flops * _OF_FLOPS, at_once * gpu.bandwidth * _OF_BANDWIDTH
@@ -276,19 +276,19 @@ def work_seconds(shape: ModelShape, gpu: Gpu, work: Work, engine: Engine, device
 def estimate(
     gpu: Gpu, shape: ModelShape, works: Sequence[Work], engine: Engine, host_free: int, devices: int = 1
 ) -> GpuEstimate:
-    """Whether a worker fits on so many GPUs, where its sources would lie, and how long a candidate takes.
+    """Whether a worker fits on this many GPUs, where its sources would be, and how long a candidate takes.
 
     Args:
-        host_free: bytes of the host's memory that are available to each worker.
+        host_free: bytes of the host's memory available to each worker.
     """
     by_device = needs(shape, works, engine, devices)
     need = max(on_device.total for on_device in by_device)
     room = gpu.memory // need
     if devices > 1:
-        room = min(room, 1)  # whole GPUs are nobody else's
+        room = min(room, 1)  # whole GPUs are not shared
     if not room:
         return GpuEstimate(gpu.name, need, 0, None, math.inf)
-    fullest = max(on_device.weights for on_device in by_device)  # its layers' sources are the most
+    fullest = max(on_device.weights for on_device in by_device)  # it also has the largest share of the sources
     free = gpu.memory - fullest - _CONTEXT
     sources = shape.sources * fullest // shape.weights
     place = choose_place(sources, free // 2 if _serves(works, engine) else free, gpu.memory, host_free // devices)
@@ -298,7 +298,7 @@ def estimate(
 
 
 def lines(shape: ModelShape, works: Sequence[Work], engine: Engine, host_free: int, devices: int = 1) -> list[str]:
-    """One line for each kind of GPU, of a worker on so many of them, for people."""
+    """One line for people per kind of GPU, for a worker on this many of them."""
     return [_line(estimate(gpu, shape, works, engine, host_free, devices), devices) for gpu in GPUS]
 
 
@@ -312,14 +312,14 @@ def _line(estimated: GpuEstimate, devices: int) -> str:
 
 
 def layouts(shape: ModelShape, engine: Engine) -> tuple[int, ...]:
-    """On how many GPUs a worker can lay such a model, of the numbers that are usual."""
+    """The usual numbers of GPUs over which such a model can be distributed."""
     if engine == "vllm":
         return tuple(devices for devices in LAYOUTS if not sharding_problem(shape.config, devices))
     return tuple(devices for devices in LAYOUTS if devices <= shape.layers)
 
 
 def layout_lines(shape: ModelShape, works: Sequence[Work], host_free: int) -> list[str]:
-    """What each layout needs, and on which kinds of GPU it fits, with where the sources would lie, for people."""
+    """Lines for people: what each layout needs, on which kinds of GPU it fits, and where the sources would be."""
     engines: tuple[Engine, ...] = ("transformers", "vllm")
     needed = "; ".join(
         f"{engine} " + ", ".join(f"{worker_bytes(shape, works, engine, n) / 1e9:.1f} GB on {n}" for n in possible)

@@ -1,4 +1,4 @@
-"""How close models are, which tells what will merge: facts, task vectors compared, and what to beware of."""
+"""How close models are, which indicates what will merge: facts, comparisons of task vectors, and warnings."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from evomerge.report.cautions import beware
 _MAX_NAME = 100  # characters
 
 _MAX_WORK = 5e12
-"""Operations beyond which singular values are not looked for: they take a core a minute or two."""
+"""The number of operations above which singular values are not computed: a minute or two on one core."""
 
 
 class ModelFacts(BaseModel):
-    """What can be said of one model alone. ``tokens`` is None where its tokenizer cannot be loaded, ``prompt`` where it
-    has none: it says what was named with it that is no weights. ``seeing`` is how many of the parameters stand beside
-    the text model and read images; None of a model of texts alone.
+    """Facts about one model. ``tokens`` is None if its tokenizer cannot be loaded. ``prompt`` describes the soft prompt
+    or prefix that was named with it, if any. ``seeing`` is the number of parameters outside the text model that read
+    images; None for a text-only model.
     """
 
     name: str
@@ -65,12 +65,12 @@ class ModelFacts(BaseModel):
 
 
 class Distance(BaseModel):
-    """How far a source is from the base: in the whole, or in one part of the model.
+    """The distance of a source from the base: overall, or in one part of the model.
 
-    ``relative_norm`` is |d| / |b| (None where b is zero), ``mean_change`` the mean of |d| over all elements, and
-    ``changed`` the share of elements that differ. ``rounded_away`` is the share of |d| that is lost where a merge is
-    stored as the base is (None where d is zero); see ``rounding``. ``effective_rank`` says over how many directions the
-    changes of matrices spread (None where d is zero, or it would take too long); see ``directions``.
+    ``relative_norm`` is |d| / |b| (None if b is zero), ``mean_change`` the mean of |d| over all elements, and
+    ``changed`` the share of elements that differ. ``rounded_away`` is the share of |d| that is lost if a merge is
+    stored in the base's dtype (None if d is zero); see ``rounding``. ``effective_rank`` says over how many directions
+    the changes of matrices spread (None if d is zero, or if it would take too long); see ``directions``.
     """
 
     relative_norm: float | None
@@ -81,11 +81,11 @@ class Distance(BaseModel):
 
 
 class Closeness(BaseModel):
-    """How two task vectors lie to each other: in the whole, or in one part of the model.
+    """How two task vectors relate: overall, or in one part of the model.
 
-    ``cosine`` is None where one is zero; ``sign_agreement``, the share of equal signs among the elements that both
-    changed, where there is no such element. ``overlap`` says how far their matrices change the same directions, by
-    chance 0 (None where that is not known); see ``directions``.
+    ``cosine`` is None if one is zero. ``sign_agreement`` is the share of equal signs among the elements that both
+    changed, None if there are none. ``overlap`` says how far their matrices change the same directions, with 0 for
+    chance (None if unknown); see ``directions``.
     """
 
     cosine: float | None
@@ -94,7 +94,7 @@ class Closeness(BaseModel):
 
 
 class SourceDistance(BaseModel):
-    """A source against the base; ``parts`` in the order of ``Inspection.parts``."""
+    """A source compared with the base; ``parts`` are in the order of ``Inspection.parts``."""
 
     name: str
     whole: Distance
@@ -102,7 +102,7 @@ class SourceDistance(BaseModel):
 
 
 class Pair(BaseModel):
-    """Two sources against each other; ``parts`` in the order of ``Inspection.parts``."""
+    """Two sources compared with each other; ``parts`` are in the order of ``Inspection.parts``."""
 
     a: str
     b: str
@@ -111,17 +111,17 @@ class Pair(BaseModel):
 
 
 class Advice(BaseModel):
-    """What published evidence says of merging such sources, and where it stands."""
+    """Advice from published evidence about merging such sources, with its reference."""
 
     text: str
     source: str
 
 
 class Inspection(BaseModel):
-    """Models side by side. Of a single model there are ``models`` alone.
+    """Several models compared; a single model only has ``models``.
 
-    ``apart`` says of models that cannot be compared with the base why; ``left_out`` names tensors that not all of the
-    others have in one shape. ``dispersion`` is the largest of the sources' relative norms by the smallest.
+    ``apart`` says why models cannot be compared with the base; ``left_out`` names tensors that not all others have in
+    the same shape. ``dispersion`` is the largest of the sources' relative norms divided by the smallest.
     """
 
     models: list[ModelFacts]
@@ -151,11 +151,11 @@ def inspect_models(
 
     Args:
         references: folders, hub ids or ``model+adapter``.
-        base: another; the first of ``references`` when None and there are several.
-        called: names of references, where somebody has given them some; else the ends of the references.
+        base: another reference; if None and there are several, the first of ``references``.
+        called: names of references, if given; by default the ends of the references.
 
     Raises:
-        InputError: a model cannot be opened, or holds NaN or Inf.
+        InputError: a model cannot be opened, or contains NaN or Inf.
     """
     wanted = dict.fromkeys([*([base] if base is not None else []), *references])
     names = _names(list(wanted), called or {})
@@ -203,7 +203,7 @@ def _names(references: Sequence[str], called: Mapping[str, str]) -> list[str]:
 
 
 def short_names(references: Sequence[str]) -> list[str]:
-    """For each reference as much of its end as tells it from the others: maths for models/maths."""
+    """For each reference, the shortest end that distinguishes it from the others: maths for models/maths."""
     split = [[Path(part).parts or (part,) for part in split_reference(reference, None)] for reference in references]
     for depth in range(1, 1 + max(len(parts) for models in split for parts in models)):
         names = ["+".join("/".join(parts[-depth:]) for parts in models) for models in split]
@@ -239,15 +239,15 @@ def _facts(source: Source) -> ModelFacts:
 
 
 def _seeing(source: Source) -> int:
-    """Elements of what stands beside a source's text model."""
+    """The number of parameters outside a source's text model."""
     return sum(math.prod(source.tensors[name].shape) for name, role in source.roles.items() if role.kind == "vision")
 
 
 def _prompt_text(prompt: SourcePrompt) -> str:
-    """What a prompt is, and how it began: only prompts that began alike can be averaged.
+    """A prompt's description and initialisation, because only prompts with the same one can be averaged.
 
     Raises:
-        InputError: it holds NaN or Inf.
+        InputError: it contains NaN or Inf.
     """
     prompt.check_finite()
     if prompt.facts.form == "prefix":
@@ -260,7 +260,7 @@ def _prompt_text(prompt: SourcePrompt) -> str:
 
 
 def _incomparable(base: Source, other: Source) -> str:
-    """Why no layer of these two can be compared, or nothing. Embedding and head may differ: vocabularies do."""
+    """Why the layers of two models cannot be compared; empty if they can. Embedding and head may differ."""
     for one in (other, base):
         if one.prompt is not None:
             return f"{one.name} has {one.prompt.facts.text}, which changes no weights"
@@ -289,7 +289,7 @@ def _unmergeable(base: Source, other: Source) -> list[str]:
 
 
 def _shared_tensors(sources: Sequence[Source]) -> tuple[dict[str, Role], list[str]]:
-    """Roles of the tensors that all have in one shape, and the names of the others."""
+    """The roles of the tensors that all have in the same shape, and the names of the others."""
     roles = sources[0].roles
     every = dict.fromkeys(name for source in sources for name in source.tensors)
     shapes = {name: {s.tensors[name].shape if name in s.tensors else None for s in sources} for name in every}
@@ -304,11 +304,11 @@ class _Sums:
     """Sums over elements, for n task vectors.
 
     Attributes:
-        count: of elements.
+        count: the number of elements.
         products: float64 [n + 1, n + 1], inner products of b, d_1, ..., d_n.
         signs: float64 [3, n, n]; see ``scans.delta_signs``.
-        losses: float64 [n], squares of what of d_1, ..., d_n is rounded away.
-        directions: of the matrices among the tensors.
+        losses: float64 [n], squared norms of the rounded-away parts of d_1, ..., d_n.
+        directions: the directions of the matrices among the tensors.
     """
 
     count: int
@@ -337,7 +337,7 @@ class _Sums:
         )
 
     def closeness(self, k: int, m: int) -> Closeness:
-        """Of task vectors k < m."""
+        """The closeness of the task vectors k < m."""
         lengths = math.sqrt(self.products[k + 1, k + 1] * self.products[m + 1, m + 1])
         both, agreement = self.signs[:2, m, k]
         return Closeness(
@@ -351,12 +351,12 @@ def _measure(sources: Sequence[Source], tensors: Mapping[str, Role], progress: P
     """The sums of each part of the model, in the order of the forward pass.
 
     Args:
-        sources: the base first.
-        tensors: that all of them have, with their roles.
+        sources: the sources, starting with the base.
+        tensors: the tensors that all of them have, with their roles.
     """
     by_name = {source.name: source for source in sources}
     names = list(by_name)
-    held: dict[Ref, Tensor] = {}  # of one name: several readings follow, and adapters are folded for each
+    held: dict[Ref, Tensor] = {}  # of one name: read several times, and adapters are folded each time
 
     def read(ref: Ref) -> Tensor:
         if ref not in held:
@@ -386,7 +386,7 @@ def _measure(sources: Sequence[Source], tensors: Mapping[str, Role], progress: P
 
 
 def _has_time(sources: Sequence[Source], tensors: Mapping[str, Role]) -> bool:
-    """Whether all singular values are found in minutes: of adapters always, of whole models up to half a billion."""
+    """Whether singular values take only minutes: always for adapters, up to half a billion parameters for models."""
     base, *others = sources
     whole = [other for other in others if not is_low_rank(base, other)]
     shapes = [base.tensors[name].shape for name in tensors if len(base.tensors[name].shape) > 1]
@@ -394,7 +394,7 @@ def _has_time(sources: Sequence[Source], tensors: Mapping[str, Role]) -> bool:
 
 
 def _directions(sources: Sequence[Source], name: str, read: Callable[[Ref], Tensor]) -> Directions:
-    """Those of the task vectors of a tensor; none of a vector."""
+    """The directions of the task vectors of a tensor; none for a vector."""
     base, *others = sources
     shape = tuple(base.tensors[name].shape)
     if len(shape) < 2 or not math.prod(shape):
@@ -410,7 +410,7 @@ def _directions(sources: Sequence[Source], name: str, read: Callable[[Ref], Tens
 
 
 def _losses(facts: Facts, sources: Sequence[Source], name: str) -> NDArray[np.float64]:
-    """[n] the square of what each task vector of a tensor loses where a merge is stored as the base stores it."""
+    """[n] the squared loss of each task vector of a tensor if a merge is stored in the base's dtype."""
     base, *others = sources
     dtype = base.dtype_of(name, None, base.dtype)
     lossy = [not (is_exact(base, name, dtype) and is_exact(other, name, dtype)) for other in others]

@@ -1,4 +1,4 @@
-"""Items with what candidates wrote, item by item: what was asked, what is right, and what each says."""
+"""Items with the answers of candidates: the question, the right answer, and each candidate's answer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from evomerge.store import SearchRow, Store
 from evomerge.store.record import Measure
 
 _QUESTIONS = ("prompt", "question", "problem", "query", "instruction", "input", "text")
-"""What people call the field that a function asks, the likeliest first."""
+"""Common names of the field with the question, most likely first."""
 
 _LONGEST_TITLE = 24
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A candidate at one item: its score, its answer where answers were kept, and whether a drawing of it is."""
+    """One candidate on one item: its score, its answer if answers were kept, and whether a drawing was kept."""
 
     score: float
     answer: str | None
@@ -31,11 +31,11 @@ class ItemAnswers:
     """An item that candidates were scored on.
 
     Attributes:
-        number: its place in the split.
-        text: what it asks; None where that was not kept.
-        right: the right answer; None where there is none.
-        answered: by each of the candidates, in order.
-        pictures: the hashes of those that it shows.
+        number: its position in the split.
+        text: the question; None if it was not kept.
+        right: the right answer; None if there is none.
+        answered: the results of each candidate, in order.
+        pictures: the hashes of its pictures.
     """
 
     number: int
@@ -51,7 +51,7 @@ class ItemAnswers:
 
 
 def items_of(store: Store, candidates: Sequence[int], split: str, measure: Measure) -> list[ItemAnswers]:
-    """The items of a split that all the candidates were scored on in a measure, in order."""
+    """The items of a split on which all the candidates were scored in a measure, in order."""
     sides: list[dict[int, Answered]] = []
     for number in candidates:
         answers = store.answers(number, split).get(measure.version, {})
@@ -73,16 +73,14 @@ def items_of(store: Store, candidates: Sequence[int], split: str, measure: Measu
 
 
 def are_records(search: SearchRow, measure: str) -> bool:
-    """Whether the items of a measure are the fields of records, as those of a Python function: their text is JSON."""
+    """Whether the items of a measure are records, like those of a Python function, whose texts are JSON."""
     kinds = ("objectives", "constraints", "features")
     measures = {name: settings for kind in kinds for name, settings in (search.settings.get(kind) or {}).items()}
     return bool(measures.get(measure, {}).get("evaluator") == "python")
 
 
 def fields_of(text: str) -> list[tuple[str, str]]:
-    """The fields of an item whose text is a JSON object, what is likely to be its question first; nothing of other
-    text.
-    """
+    """The fields of an item whose text is a JSON object, starting with the likely question; empty for other texts."""
     try:
         content = json.loads(text) if text.startswith("{") else None
     except (ValueError, RecursionError):
@@ -101,8 +99,8 @@ def item_lines(item: ItemAnswers, names: Sequence[str], *, records: bool = False
     """An item for a terminal.
 
     Args:
-        names: those of the candidates.
-        records: the text of the item is that of a record, of which each field is shown.
+        names: the names of the candidates.
+        records: whether the text is a record, whose fields are shown separately.
     """
     scores = ", ".join(f"{name} {result.score:.3f}" for name, result in zip(names, item.answered, strict=True))
     yield f"item {item.number}: {scores}"

@@ -1,4 +1,4 @@
-"""The licence of a merged model: the most restrictive of its sources', as far as it can be told."""
+"""The licence of a merged model: the most restrictive of its sources', as far as it is known."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from evomerge.errors import InputError
 from evomerge.files import open_file
 
-# From free to bound, by the identifiers that model cards use. What is not listed is taken to be the most restrictive,
-# because a person has to read it.
+# From permissive to restrictive, by the identifiers that model cards use. Unlisted licences count as most restrictive,
+# because a person has to read them.
 _ORDER = (
     "unlicense", "cc0-1.0", "0bsd", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "apache-2.0", "cc-by-4.0", "mpl-2.0",
     "lgpl-2.1", "lgpl-3.0", "cc-by-sa-4.0", "gpl-2.0", "gpl-3.0", "agpl-3.0", "openrail", "bigscience-openrail-m",
@@ -21,16 +21,16 @@ _ORDER = (
 UNKNOWN = "unknown"
 
 CARD = "README.md"
-"""The card's file in a model's folder."""
+"""The name of the card in a model's folder."""
 
 _MAX_BYTES = 65_536
 _LINE = re.compile(r"""license:\s+(?P<quote>["']?)(?P<name>[\w.+-]{1,100})(?P=quote)\s*(#.*)?""", re.ASCII)
 
 
 def licence_of(folder: Path) -> str:
-    """The licence that a model folder's card names; "unknown" when it has none.
+    """The licence in a model folder's card; "unknown" if there is none.
 
-    Only the line with the key is read: the card is somebody else's, and parsing all of its YAML can take for ever.
+    Only the line with the key is read, because the card is not trusted, and parsing all of its YAML can take for ever.
     """
     try:
         with open_file(folder / CARD, str(folder)) as stream:
@@ -46,7 +46,7 @@ def licence_of(folder: Path) -> str:
 
 
 def most_restrictive(licences: Iterable[str]) -> str:
-    """The one that binds most; "other" when any of them is not known here, for then a person must decide."""
+    """The most restrictive licence; "other" if any of them is not listed here, because a person must then decide."""
     names = list(licences)
     if any(licence not in _ORDER for licence in names):
         return "other"

@@ -20,10 +20,10 @@ SPLITS = {"search": "search split", "held_out": "held-out split"}
 
 
 def top_table(rows: Sequence[CandidateRow], known: SearchStatus, record: SearchRecord, *, best: bool) -> FittedTable:
-    """Candidates with what they are worth on the search split, and on the held-out split where they were scored.
+    """Candidates with their scores on the search split, and on the held-out split if they were scored there.
 
     Args:
-        best: whether they are the best ones, whose gains matter more than what became of them.
+        best: whether they are the best ones, whose gains matter more than their status.
     """
     shown = [known.entry(row, record) for row in rows]
     ids = [entry.id for entry in shown]
@@ -53,7 +53,7 @@ def top_table(rows: Sequence[CandidateRow], known: SearchStatus, record: SearchR
 
 
 def _held_out_columns(ids: Sequence[str], known: SearchStatus) -> list[Column]:
-    """What candidates are worth on the held-out split, and what they gain there."""
+    """The scores of candidates on the held-out split, and their gains there."""
     columns = []
     for name in known.numbers:
         confirmed = [known.confirmed_entry(id_) for id_ in ids]
@@ -66,12 +66,12 @@ def _held_out_columns(ids: Sequence[str], known: SearchStatus) -> list[Column]:
 
 
 def origin_text(origin: str, label: str) -> str:
-    """Where a candidate comes from: "source maths"; a baseline whose name says it has no word more."""
+    """The origin of a candidate: "source maths"; only the name for a baseline whose name already says it."""
     return label if label and origin not in (SOURCE, EARLIER_WINNER) else f"{origin} {label}".strip()
 
 
 def comparison_table(comparisons: Sequence[Comparison], a: str, b: str) -> Table:
-    """Two candidates with each other: quantities below each other, and a column for each split."""
+    """Two candidates compared, with a row for each quantity and a column for each split."""
     splits = list(dict.fromkeys(row.split for row in comparisons))
     table = Table(box=None, pad_edge=False)
     table.add_column("")
@@ -90,7 +90,7 @@ def comparison_table(comparisons: Sequence[Comparison], a: str, b: str) -> Table
 
 
 def _texts(row: Comparison, a: str, b: str) -> dict[str, str]:
-    """A comparison as titles and texts."""
+    """A comparison as texts by title."""
     texts = {
         a: f"{row.a:.3f}",
         b: f"{row.b:.3f}",
@@ -108,10 +108,10 @@ def _texts(row: Comparison, a: str, b: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Listed:
-    """A search in a list: what it is called, where it stands, what the best and the best source are worth on the search
-    split, or once there is a winner what that is worth and gains on held-out items.
+    """A search in a list: its name, its status, the scores of the best and of the best source on the search split, or
+    once there is a winner its scores and gains on held-out items.
 
-    Values are texts; empty where there is none yet.
+    Values are texts, empty if there is none yet.
     """
 
     name: str
@@ -124,7 +124,7 @@ class Listed:
 
 
 def searches_table(searches: Sequence[Listed]) -> FittedTable:
-    """Searches with where each stands."""
+    """Searches with their status."""
     columns = [
         Column("search", [search.name for search in searches]),
         Column("state", [search.state for search in searches]),

@@ -1,4 +1,4 @@
-"""The screen of a search that runs: a live panel on a terminal, plain lines anywhere else."""
+"""The screen of a running search: a live panel on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,20 +16,27 @@ from evomerge.report.spending import seconds_affordable
 from evomerge.search.driving.progress import Progress
 from evomerge.search.work.jobs import PoolState
 
-_LIVE_ROWS = (8, 6, 4, 3, 2, 1)  # of baselines, and of others, in a table: as many as there is room for
+_LIVE_ROWS = (
+    8,
+    6,
+    4,
+    3,
+    2,
+    1,
+)  # of baselines, and of others, in a table: the largest number that fits
 
 _EVERY_LINE_S = 60.0
 
 
 class LiveScreen:
-    """Draws a status again and again, and never more often than is useful.
+    """Redraws a status at a limited rate.
 
-    On a terminal it takes no more lines than there are, and is gone in the end: whoever closes it prints it in full.
+    On a terminal it fits the height and disappears when closed; the caller then prints the complete status.
 
     Args:
-        read: gives the status of now.
-        workers: gives what the pool does, when this process has one.
-        progress: what it has scored.
+        read: returns the current status.
+        workers: returns the state of the pool, if this process has one.
+        progress: the progress of this process.
     """
 
     def __init__(
@@ -47,7 +54,7 @@ class LiveScreen:
         self._every_s = 1.0 if self._live else 10.0
         self._drawn_at = self._printed_at = float("-inf")
         self._printed: tuple[object, ...] = ()
-        self._first: tuple[float, int] | None = None  # when candidates began to come in, and how many had by then
+        self._first: tuple[float, int] | None = None  # when the first candidates finished, and how many had by then
 
     def __enter__(self) -> Self:
         if self._live:
@@ -75,7 +82,7 @@ class LiveScreen:
             self._print(status, eta, moment)
 
     def _print(self, status: SearchStatus, eta: float | None, moment: float) -> None:
-        """A line where a candidate has ended or the search does something else, and every minute."""
+        """Print a line when a candidate has ended or the state has changed, and every minute."""
         ended = 0 if self._progress is None else self._progress.models_done
         news = (status.state, finished(status), ended)
         if news != self._printed or moment - self._printed_at >= _EVERY_LINE_S:
@@ -91,13 +98,13 @@ class LiveScreen:
         return fitted
 
     def say(self, text: str) -> None:
-        """A line for the person, above the panel."""
+        """Print a line above the panel."""
         self._console.print(text, highlight=False)
 
     def _eta(self, status: SearchStatus) -> float | None:
         """Seconds to the end of the budget or of the confirmation, at the pace so far; None while unknown.
 
-        Who only watches counts candidates, which says nothing in a race.
+        A process that only watches counts candidates, which is meaningless in a race.
         """
         ends = []
         if self._progress is None:

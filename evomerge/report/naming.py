@@ -1,4 +1,4 @@
-"""Which candidate a person means: by an id, a source's name, or what it is chosen for."""
+"""Resolving the name of a candidate: an id, a source's name, or a role."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from evomerge.store.rows import candidate_id, number_of
 
 
 def candidate_number(text: str, store: Store, names: Collection[str] = ()) -> int:
-    """The number of the candidate that a person names by its id, its number, or the label of a baseline.
+    """The number of the candidate with this id, number, or baseline label.
 
     Args:
-        names: what else may be meant, and is looked up elsewhere.
+        names: other valid names, which are resolved elsewhere; used for suggestions.
 
     Raises:
-        InputError: there is none; says the nearest.
+        InputError: there is none; the message suggests the nearest name.
     """
     labels = {row.label: row.number for row in store.candidates(step=0)}
     if text in labels:
@@ -39,10 +39,10 @@ def candidate_number(text: str, store: Store, names: Collection[str] = ()) -> in
 
 
 def chosen(store: Store, candidate: str) -> int:
-    """The number of the candidate that a person names: by its id, a source's name, or what it is chosen for.
+    """The number of the candidate with this id, source name, or role.
 
-    "best" is the winner of the confirmation, or the best on the search split while there is none; of a front the knee,
-    the best compromise. "best at maths" is that in one of several objectives.
+    "best" is the winner of the confirmation, or the best on the search split while there is none; for a front, it is
+    the knee, the best compromise. "best at maths" is the best in one of several objectives.
 
     Raises:
         InputError: there is no such candidate, or none has been scored.
@@ -65,14 +65,14 @@ def chosen(store: Store, candidate: str) -> int:
 
 
 def exported(store: Store, candidate: str) -> int:
-    """As ``chosen``, for a model to be written: a source is written where a person names it, and not as the best.
+    """Like ``chosen``, for a model to be written: a source is written only if it is named as such, not as "best".
 
     Raises:
-        InputError: there is no such candidate, or what is chosen is a model that was never merged.
+        InputError: there is no such candidate, or the chosen one is an unmerged source.
     """
     number = chosen(store, candidate)
     status = status_of(store)
-    names = store.search().record.sources  # a path's earlier winner stands beside them, and is a merge
+    names = store.search().record.sources  # an earlier winner is not among them, because it is a merge
     source = next((e.label for e in status.baselines if e.id == candidate_id(number) and e.label in names), "")
     if not source or candidate not in {BEST, KNEE, *(pick.role for pick in status.picks)}:
         return number
@@ -86,6 +86,6 @@ def exported(store: Store, candidate: str) -> int:
 
 
 def _knee(store: Store) -> int:
-    """The best compromise on the front of the search split, whatever else decides."""
+    """The best compromise on the front of the search split, whatever the preference."""
     front = store.front()
     return front[knee(np.array([row.losses for row in front], dtype=np.float64))].number

@@ -1,7 +1,7 @@
-"""What a budget buys: how surely scores tell models apart, how many generations there are, and what these can learn.
+"""What a budget buys: how well scores distinguish models, how many generations there are, and what these can learn.
 
-Arithmetic on the search's own numbers, before anything is scored. How far scores spread is not known by then, so they
-are taken to lie from 0 to 1; and what CMA-ES learns from so many candidates is a rule of thumb, no law.
+It is computed from the search's own numbers, before anything is scored. The spread of scores is unknown then, so they
+are assumed to be from 0 to 1; and how much CMA-ES learns from a number of candidates is a rule of thumb.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ if TYPE_CHECKING:
     from evomerge.search.preparing.prepare import Prepared
 
 FROM_SOURCE, FROM_CANDIDATE = 0.4, 0.2
-"""The share of right-or-wrong items that a merge answers otherwise than a source, and than another candidate.
+"""The share of right-or-wrong items that a merge answers differently from a source, and from another candidate.
 
-On the miniatures 0.3 to 0.45 of the former, and 0.05 of candidates near the best to 0.4 of those far from it."""
+On the miniatures, the former is 0.3 to 0.45, and the latter from 0.05 near the best candidates to 0.4 far from them."""
 
 CANDIDATES_A_STEP = 10
-"""Candidates a parameter until CMA-ES has learnt a step size for each.
+"""Candidates per parameter until CMA-ES has learnt a step size for each.
 
-Covariances are learnt at a rate of mu_eff / n^2 a generation of lambda candidates (Hansen, arXiv:1604.00772), with
+Covariances are learnt at a rate of mu_eff / n^2 per generation of lambda candidates (Hansen, arXiv:1604.00772), with
 mu_eff about lambda / 4: in 4 n^2 candidates. A diagonal alone is learnt (n + 2) / 3 times as fast (Ros & Hansen, PPSN
-2008): in 12 n, for which 10 n is usually said."""
+2008): in 12 n, commonly rounded to 10 n."""
 
 CANDIDATES_A_COVARIANCE = 4
 """Times n^2: candidates until it has learnt the covariances of n parameters; see above."""
 
 MIN_RUNG = 25
-"""Items of a first rung: fewer tell only candidates apart that are very different (docs/scoring.md)."""
+"""Items of a first rung: fewer only distinguish very different candidates (docs/scoring.md)."""
 
 MIN_GENERATIONS = 10
-"""Generations from which on a population is not too large for the budget."""
+"""With fewer generations, a population is too large for the budget."""
 
-_GROWTH = 3  # from rung to rung, as rungs beyond the last grow
+_GROWTH = 3  # from rung to rung, like the rungs beyond the last one
 
 
 class Advice(BaseModel):
-    """A key of the search file, the value that it had better have, and why."""
+    """A key of the search file, a better value for it, and the reason."""
 
     key: str
     value: str
@@ -57,18 +57,18 @@ class Advice(BaseModel):
 
 
 class Outlook(BaseModel):
-    """What to expect of a search; what cannot be known of it is None.
+    """What to expect from a search; unknown values are None.
 
     Attributes:
-        search_error: the standard error of a candidate's score on the search split, at most.
-        luck: by how much the best of so many equal candidates looks better than it is, at most.
-        held_out_difference: the difference between a merge and a source that held-out items tell from none, at 95%.
-        candidates: those beyond baselines and start.
-        population: of a generation.
-        generations: so many of these.
-        learns_steps: parameters whose step sizes so many candidates can learn; None where the optimizer learns none.
-        learns_covariances: parameters whose covariances they can learn.
-        advice: what would make the search a better one.
+        search_error: the maximum standard error of a candidate's score on the search split.
+        luck: the maximum by which the best of this many equal candidates looks better than it is.
+        held_out_difference: the smallest difference between a merge and a source that held-out items detect, at 95%.
+        candidates: the number of candidates beyond baselines and start.
+        population: the size of a generation.
+        generations: the number of generations.
+        learns_steps: for how many parameters they suffice to learn step sizes; None if the optimizer has none.
+        learns_covariances: for how many parameters they suffice to learn covariances.
+        advice: how to improve the search.
     """
 
     search_error: float | None
@@ -86,38 +86,38 @@ class Outlook(BaseModel):
 
 
 def largest_error(items: int) -> float:
-    """The standard error of a mean of n scores from 0 to 1, at most: sqrt(p (1 - p) / n) for p = 1/2."""
+    """The maximum standard error of a mean of n scores from 0 to 1: sqrt(p (1 - p) / n) for p = 1/2."""
     return 0.5 / math.sqrt(items)
 
 
 def luck_of_the_best(candidates: int, error: float) -> float:
-    """By how much the best of N equally good candidates is above them, were their errors independent.
+    """How far the best of N equally good candidates is above their mean, if their errors are independent.
 
-    The expected largest of N normal numbers by Blom, Phi^-1((N - 3/8) / (N + 1/4)), times the standard error.
+    The expected maximum of N normal numbers by Blom, Phi^-1((N - 3/8) / (N + 1/4)), times the standard error.
     """
     return max(0.0, float(special.ndtri((candidates - 0.375) / (candidates + 0.25)))) * error
 
 
 def least_difference(items: int, differing: float, confidence: float) -> float:
-    """The least mean paired difference of n right-or-wrong items that a one-sided test tells from none.
+    """The smallest mean paired difference of n right-or-wrong items that a one-sided test detects.
 
-    Where a share q of the items is answered otherwise, a paired difference has a variance of at most q: z sqrt(q / n).
+    If a share q of the items is answered differently, a paired difference has a variance of at most q: z sqrt(q / n).
     """
     return float(special.ndtri(confidence)) * math.sqrt(differing / items)
 
 
 def learnable(candidates: int) -> tuple[int, int]:
-    """Of how many parameters CMA-ES learns step sizes, and of how many covariances, from so many candidates."""
+    """For how many parameters CMA-ES can learn step sizes, and for how many covariances, from this many candidates."""
     return candidates // CANDIDATES_A_STEP, math.isqrt(candidates // CANDIDATES_A_COVARIANCE)
 
 
 def parameters_by_granularity(layers: int, outside: int, each: int) -> dict[str, int]:
-    """How many parameters a space has at every granularity, the finest first.
+    """The number of parameters of a space at every granularity, finest first.
 
     Args:
-        layers: of the model.
-        outside: groups beside the layers: embedding, norm, head.
-        each: parameters of a group.
+        layers: the number of layers of the model.
+        outside: the number of groups outside of the layers: embedding, norm, head.
+        each: the number of parameters per group.
     """
     sizes = {"block": 2 * layers + outside, "layer": layers + outside}
     sizes |= {str(size): math.ceil(layers / size) + outside for size in range(2, layers // 2 + 1)}
@@ -125,8 +125,8 @@ def parameters_by_granularity(layers: int, outside: int, each: int) -> dict[str,
 
 
 def rungs_for(items: int) -> list[int]:
-    """Rungs of a race on so many items: a tenth of them but at least 25, then three times as many; none where that
-    spares little.
+    """Rungs of a race on this many items: a tenth but at least 25, then three times as many; empty if that saves
+    little.
     """
     first = max(MIN_RUNG, round(items / 10))
     return [rung for rung in (first, _GROWTH * first) if rung < items] if items >= 4 * MIN_RUNG else []
@@ -136,10 +136,10 @@ def rungs_for(items: int) -> list[int]:
 
 
 def outlook_of(prepared: Prepared, given: int) -> Outlook:
-    """What to expect of a search.
+    """What to expect from a search.
 
     Args:
-        given: how many candidates nobody searches for: baselines, and those of earlier searches.
+        given: the number of candidates that are not searched for: baselines, and those from earlier searches.
     """
     setup = prepared.setup
     budget = setup.budget.candidates
@@ -166,7 +166,7 @@ def outlook_of(prepared: Prepared, given: int) -> Outlook:
 
 
 def outlook_lines(setup: Setup, outlook: Outlook) -> Iterator[tuple[str, str]]:
-    """The same for people, as lines of a plan."""
+    """The outlook for people, as lines of a plan."""
     objective = _least_known(setup)
     if objective is not None and outlook.search_error is not None:
         text = f"a score of {objective.items} search items has a standard error of {outlook.search_error:.3f} at most"
@@ -192,7 +192,7 @@ def outlook_lines(setup: Setup, outlook: Outlook) -> Iterator[tuple[str, str]]:
 
 
 def _least_known(setup: Setup) -> ObjectiveInfo | None:
-    """The objective of the fewest items among those that are means of scores; None where all are counted."""
+    """The objective with the fewest items among those that are means of scores; None if all are counted."""
     scored = [
         o
         for o in setup.objectives
@@ -206,13 +206,13 @@ def _learns_steps(setup: Setup) -> bool:
 
 
 def _on_size(prepared: Prepared, searched: int, given: int, population: int) -> Iterator[Advice]:
-    """Whether parameters, candidates and population go together."""
+    """Whether the numbers of parameters, candidates and generations match."""
     setup = prepared.setup
-    if not _learns_steps(setup) or setup.proxy is not None:  # whose gradient says of all parameters at once
+    if not _learns_steps(setup) or setup.proxy is not None:  # its gradient covers all parameters at once
         return
     count, affordable = len(setup.space.parameters), searched // CANDIDATES_A_STEP
     sizes, now = _sizes(prepared)
-    if now == "adaptive":  # which frees as many parameters as candidates allow
+    if now == "adaptive":  # it frees as many parameters as candidates allow
         return
     if count > affordable:
         coarser = {name: n for name, n in sizes.items() if n < count}
@@ -237,7 +237,7 @@ def _on_size(prepared: Prepared, searched: int, given: int, population: int) -> 
 
 
 def _sizes(prepared: Prepared) -> tuple[Mapping[str, int], str]:
-    """How many parameters the space has at every granularity, and which it has; none where it has no such thing."""
+    """The number of parameters at every granularity, and the granularity of the space; empty if it has none."""
     space, setup = prepared.file.space, prepared.setup
     if not isinstance(space, ParameterSpaceSettings) or space.profile is not None:
         return {}, ""
@@ -248,14 +248,14 @@ def _sizes(prepared: Prepared) -> tuple[Mapping[str, int], str]:
 
 
 def _called(granularity: str) -> str:
-    """What has numbers of its own at a granularity, in words."""
+    """A granularity in words: what has its own numbers."""
     if granularity == "model":
         return "one group of all layers"
     return f"each {granularity} by itself" if granularity in ("block", "layer") else f"groups of {granularity} layers"
 
 
 def _on_rungs(setup: Setup) -> Iterator[Advice]:
-    """Whether a race would spare items, or its first rung is too short to tell anything."""
+    """Whether a race would save items, or its first rung is too small to be useful."""
     items = max(setup.counts().values())
     rungs = rungs_for(items)
     keeps = setup.build_optimizer().keeps

@@ -1,4 +1,4 @@
-"""The parameters of a search space as people read them: values by name, and a few columns of a table."""
+"""The parameters of a search space for people: values by name, and a few columns of a table."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 from evomerge.genome import Genome, Parameter
 
 MAX_COLUMNS = 6
-"""Of a table of candidates; more would push out what they are worth."""
+"""The maximum number of parameters in a table of candidates; more would leave no room for the scores."""
 
 
 @dataclass(frozen=True)
 class ParameterColumn:
-    """A parameter, or the mean of those that mean the same in other layer groups: ``places`` in the genome."""
+    """A parameter, or the mean of corresponding ones in all layer groups; ``places`` are positions in the genome."""
 
     title: str
     places: tuple[int, ...]
     parameters: tuple[Parameter, ...]
 
     def text(self, genome: Genome | None) -> str:
-        """Its value; nothing without a genome."""
+        """Its value; empty without a genome."""
         if genome is None:
             return ""
         if len(self.places) > 1:
@@ -32,7 +32,7 @@ class ParameterColumn:
 
 
 def columns_of(parameters: Sequence[Parameter]) -> list[ParameterColumn]:
-    """The parameters, or where they are many their means over layer groups; none where those are many too."""
+    """The parameters, or if there are many their means over layer groups; empty if those are too many as well."""
     if len(parameters) <= MAX_COLUMNS:
         return [ParameterColumn(p.name, (place,), (p,)) for place, p in enumerate(parameters)]
     columns = [
@@ -43,10 +43,10 @@ def columns_of(parameters: Sequence[Parameter]) -> list[ParameterColumn]:
 
 
 def alike(parameters: Sequence[Parameter]) -> dict[str, list[int]]:
-    """The places of parameters that may be averaged over layer groups, by what they are then called.
+    """The positions of parameters that can be averaged over layer groups, by the name of the mean.
 
-    Those have the same name without their group, and the same range. Of a choice among several a mean says nothing, so
-    it stays alone, as does whatever has no like.
+    Such parameters have the same name apart from the group, and the same range. Categorical parameters are not
+    averaged, nor are parameters without counterparts.
     """
     groups: dict[tuple[str, ...], list[int]] = {}
     for place, parameter in enumerate(parameters):
@@ -63,7 +63,7 @@ def _likeness(parameter: Parameter) -> tuple[str, ...]:
 
 
 def parameters_of(genome: Genome | None, parameters: Sequence[Parameter]) -> Iterator[tuple[str, float | int | str]]:
-    """The parameters of a genome, names with values: a choice by its name; nothing without a genome."""
+    """The parameters of a genome as names and values, with choices by name; empty without a genome."""
     if genome is not None:
         for parameter, number in zip(parameters, genome.tolist(), strict=False):
             yield parameter.name, _value(parameter, number)
@@ -76,5 +76,5 @@ def _value(parameter: Parameter, number: float) -> float | int | str:
 
 
 def parameter_text(value: float | int | str) -> str:
-    """A parameter as people read it."""
+    """The value of a parameter for people."""
     return f"{value:.4f}" if isinstance(value, float) else str(value)

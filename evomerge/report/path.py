@@ -1,7 +1,7 @@
-"""The path of a recipe, for people: runs of layers as text, and a picture of them as SVG.
+"""The path of a recipe for people: runs of layers as text, and a picture of them as SVG.
 
-What a hop takes of a source is its share of the weights in the blends of attention and mlp, whatever their signs. The
-base that task vectors are taken against is shown where nothing is added to it, and a source that weighs nothing is not.
+A source's share of a hop is its share of the absolute weights in the blends of attention and mlp. The base of task
+vectors is shown only if nothing is added to it, and a source without weight is not shown.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _GLUE = "\N{NO-BREAK SPACE}"  # textwrap does not break lines at it
 
 @dataclass(frozen=True)
 class _Step:
-    """A hop as it is shown: of each source in it, the layer and the share; shares sum to 1."""
+    """A hop as it is shown: the layer and the share of each of its sources; shares sum to 1."""
 
     number: int
     layers: Mapping[str, int]
@@ -38,7 +38,7 @@ class _Step:
 
     @property
     def main(self) -> str:
-        """The source with the largest share; the first of them if there are several."""
+        """The source with the largest share; the first one if there are several."""
         return max(self.shares, key=self.shares.__getitem__)
 
 
@@ -54,7 +54,7 @@ def _steps(recipe: StackRecipe) -> list[_Step]:
 
 
 def _shares(blend: Blend) -> dict[str, float]:
-    """What each source is of a blend, as parts that sum to 1; those that are nothing of it are left out."""
+    """The share of each source in a blend; shares sum to 1, and sources without a share are left out."""
     parts = {name: abs(share) for name, share in shares_of(blend).items()}
     total = sum(parts.values())
     if not total:  # nothing is added to the base
@@ -64,9 +64,9 @@ def _shares(blend: Blend) -> dict[str, float]:
 
 
 def _used(path: Sequence[_Step], depths: Mapping[str, int]) -> dict[str, int]:
-    """Depths of the sources that the path goes through, in the order of ``depths``.
+    """The depths of the sources that the path uses, in the order of ``depths``.
 
-    A source of unknown depth comes last, as deep as the path goes into it.
+    Sources of unknown depth come last, with the depth of the deepest layer that the path uses.
     """
     seen: dict[str, int] = {}
     for step in path:
@@ -81,7 +81,9 @@ def _used(path: Sequence[_Step], depths: Mapping[str, int]) -> dict[str, int]:
 
 
 def is_plain(recipe: Recipe, depths: Mapping[str, int]) -> bool:
-    """Hop i is layer i of the same sources, whole and unscaled, as in a merge of weights alone; or there is none."""
+    """Whether hop i is the complete, unscaled layer i of the same sources, as in a merge of weights alone, or there is
+    no path.
+    """
     if not isinstance(recipe, StackRecipe):
         return True
     path = _steps(recipe)
@@ -89,14 +91,14 @@ def is_plain(recipe: Recipe, depths: Mapping[str, int]) -> bool:
 
 
 def path_text(recipe: Recipe, depths: Mapping[str, int], width: int = 100) -> list[str]:
-    """The path in runs of layers, then what it skips and repeats of each source; nothing of a recipe without a path.
+    """The path in runs of layers, then what it skips and repeats of each source; empty for a recipe without a path.
 
-    One line where every hop takes its own layer of the same sources, as a merge of weights alone does.
+    A single line if every hop takes its own layer of the same sources, as in a merge of weights alone.
 
     Args:
-        recipe: whose path it is.
-        depths: how many layers each source has; the order of the lines.
-        width: most letters of a line, unless a single run has more.
+        recipe: the recipe.
+        depths: the number of layers of each source, in the order of the lines.
+        width: the maximum length of a line, unless a single run is longer.
     """
     if not isinstance(recipe, StackRecipe):
         return []
@@ -114,7 +116,7 @@ def path_text(recipe: Recipe, depths: Mapping[str, int], width: int = 100) -> li
 
 
 def _coverage(path: Sequence[_Step], name: str, depth: int) -> str:
-    """How much of a source the path takes: '20 of 24 layers; skips 6, 12-14; 2 times 3-5, 8'."""
+    """How much of a source the path uses: '20 of 24 layers; skips 6, 12-14; 2 times 3-5, 8'."""
     times = Counter(step.layers[name] for step in path if name in step.layers)
     parts = [f"{len(times)} of {depth} layers"]
     if skipped := [layer for layer in range(depth) if layer not in times]:
@@ -125,14 +127,14 @@ def _coverage(path: Sequence[_Step], name: str, depth: int) -> str:
 
 
 def _is_plain(path: Sequence[_Step], sources: Mapping[str, int]) -> bool:
-    """Hop i is layer i of the same sources, whole and unscaled."""
+    """Whether hop i is the complete, unscaled layer i of the same sources."""
     return all(depth == len(path) for depth in sources.values()) and all(
         step.scale == 1.0 and step.layers == dict.fromkeys(sources, step.number) for step in path
     )
 
 
 def _legs(path: Iterable[_Step]) -> list[str]:
-    """Stretches of the path within the same sources, in runs of layers: 'maths 0-5, 8' of hops through 0 to 5 and 8."""
+    """Stretches of the path in the same sources, as runs of layers: 'maths 0-5, 8' for hops through 0 to 5 and 8."""
     legs = []
     for _, hops in itertools.groupby(path, key=lambda step: list(step.layers)):
         runs: list[list[_Step]] = []
@@ -146,7 +148,7 @@ def _legs(path: Iterable[_Step]) -> list[str]:
 
 
 def _run(run: Sequence[_Step]) -> str:
-    """The layers of a run, '4-6', or '4-6+6-8' where its sources give different ones, and its scales."""
+    """The layers of a run, '4-6', or '4-6+6-8' if its sources have different ones, and its scales."""
     ends = [(first, run[-1].layers[name]) for name, first in run[0].layers.items()]
     text = "+".join(_span(*end) for end in (ends if len(set(ends)) > 1 else ends[:1]))
     scales = [step.scale for step in run]
@@ -194,22 +196,22 @@ def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
 
 
 def path_svg(recipe: Recipe, depths: Mapping[str, int], title: str) -> str:
-    """The path as a picture: a band for each source, hops from left to right, layers of a band from below.
+    """The path as a picture: a band for each source, hops from left to right, layers in a band from bottom to top.
 
-    A source alone is one rising line. A hop that mixes sources is a dot in each of their bands, joined by a line, as
-    large as the source's share. The line that leads to a hop is as thick as the hop's scale, broken where that is
-    negative. Every hop says on hovering what it is; the whole says to screen readers what ``path_text`` says.
+    A single source is one rising line. A hop that mixes sources has a dot in each of their bands, sized by the source's
+    share and joined by a line. The line that leads to a hop is as thick as the hop's scale, and dashed if the scale is
+    negative. Each hop has a description on hover; ``path_text`` is the description for screen readers.
 
     Args:
-        recipe: whose path it is.
-        depths: how many layers each source has; the order of the bands.
+        recipe: the recipe.
+        depths: the number of layers of each source, in the order of the bands.
         title: shown above, and the picture's name.
 
     Returns:
-        One SVG element that needs nothing else: no script and no font. It follows the reader's light or dark scheme.
+        A self-contained SVG element without scripts and fonts. It follows the reader's light or dark scheme.
 
     Raises:
-        InputError: it has no path.
+        InputError: the recipe has no path.
     """
     if not isinstance(recipe, StackRecipe):
         raise InputError("recipe", f"is of the kind {recipe.kind}, which has no path through layers to draw")
@@ -217,7 +219,7 @@ def path_svg(recipe: Recipe, depths: Mapping[str, int], title: str) -> str:
 
 
 class _Picture:
-    """Where everything of the picture is, and the drawing of it."""
+    """The layout and the drawing of the picture."""
 
     def __init__(self, recipe: StackRecipe, depths: Mapping[str, int]) -> None:
         self._recipe = recipe
@@ -247,7 +249,7 @@ class _Picture:
         return self._tops[name] + self._height(name) - 3.0 - self._step_y * (layer + 0.5)
 
     def _thickness(self, scale: float) -> float:
-        """From a hair to nearly a dot, over the range of this path's scales."""
+        """The line width for a scale, from hairline to almost a dot over the range of this path's scales."""
         if self._low == self._high:
             return 0.7 * self._radius
         return self._radius * (0.25 + (abs(scale) - self._low) / (self._high - self._low))
@@ -275,7 +277,7 @@ class _Picture:
         self._route(svg)
         for step in self._path:
             self._hop(svg, step)
-        for name in self._sources:  # over the lines that cross them
+        for name in self._sources:  # on top of the lines that cross them
             self._name(svg, name)
         for row, draw in enumerate(legend):
             draw(svg, self._bottom + 36.0 + _ROW * row)
@@ -305,7 +307,7 @@ class _Picture:
         label(svg, "layer", "tick end", _LEFT - 6, min(self._tops.values()) - 6)
 
     def _route(self, svg: ET.Element) -> None:
-        """The lines that lead to each hop: along each source that goes on, or else from one main source to the next."""
+        """The lines to each hop: along each source that continues, or else from one main source to the next."""
         for before, step in zip([None, *self._path], self._path, strict=False):
             if before is None:
                 ways = [(name, name) for name in step.layers]
@@ -359,7 +361,7 @@ class _Picture:
 
 
 def _hop_words(step: _Step) -> str:
-    """'hop 7: layer 12 of maths, scale 1.08'; with shares where sources are mixed."""
+    """'hop 7: layer 12 of maths, scale 1.08'; with shares if sources are mixed."""
     parts = []
     for name, layer in step.layers.items():
         share = f" ({step.shares[name]:.0%})" if len(step.layers) > 1 else ""
@@ -369,7 +371,7 @@ def _hop_words(step: _Step) -> str:
 
 
 def _style() -> str:
-    """Colours for light and dark; every rule is bound to this kind of picture, for it may stand within a page."""
+    """Colours for light and dark; every rule is scoped to this kind of picture, which may be embedded in a page."""
     rules = [
         "text{font-family:system-ui,sans-serif;font-size:11px}",
         ".title{font-size:15px;font-weight:600}",
@@ -395,5 +397,5 @@ def _scheme(tones: Mapping[str, str], column: int) -> str:
 
 
 def _dot(parent: ET.Element, colour: str, x: float, y: float, radius: float, share: float) -> None:
-    """A dot whose area is its share; a very small one can still be seen."""
+    """A dot whose area is its share, with a visible minimum."""
     shape(parent, "circle", f"dot {colour}", cx=x, cy=y, r=radius * max(0.3, share**0.5))

@@ -1,7 +1,7 @@
-"""What a search has chosen so far, with what that gains in every objective, and what is to be said of it.
+"""What a search has chosen so far, its gain in every objective, and the conclusions.
 
-With one objective, or several that a scalarisation makes one of, that is the best, which is called the winner once it
-is chosen on held-out items. A front has no winner: the best at each objective is chosen, and the knee.
+With one objective, or several that a scalarisation combines, the choice is the best, which is called the winner once it
+is chosen on held-out items. A front has no winner: the choices are the best at each objective, and the knee.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 class Pick(BaseModel):
-    """A candidate that is chosen for something.
+    """A candidate that is chosen for a role.
 
     Attributes:
-        role: "best", or of a front "best at" an objective or "knee"; ``--candidate`` takes these words.
-        id: of the candidate.
-        label: of a baseline, or of what an earlier search found good.
-        origin: "source" where it is a model that was not merged.
-        split: that it is chosen on and its values are of: "held_out" as soon as it is, before "search".
+        role: "best", or for a front "best at" an objective or "knee"; ``--candidate`` accepts these words.
+        id: the candidate's id.
+        label: the label of a baseline, or of a candidate from an earlier search.
+        origin: "source" for an unmerged model.
+        split: the split of the choice and of the values: "held_out" once chosen there, before that "search".
         objectives: its values.
-        scalar: the number of a scalarisation, where the search has one.
-        gains: by objective, over the source that is best in it; none of a baseline, nor on the search split.
-        scalar_gain: the same in the number of the scalarisation.
+        scalar: the value of the scalarisation, if the search has one.
+        gains: by objective, the gain over the source that is best in it; empty for baselines and on the search split.
+        scalar_gain: the same in the scalarisation.
     """
 
     role: str
@@ -48,39 +48,39 @@ class Pick(BaseModel):
 
     @property
     def values(self) -> dict[str, Estimate]:
-        """All that it is judged by: the number of a scalarisation, then the objectives."""
+        """All values that it is judged by: the scalarisation, then the objectives."""
         return self.objectives if self.scalar is None else {self.scalar.name: self.scalar, **self.objectives}
 
     @property
     def all_gains(self) -> dict[str, Gap]:
-        """The gains in all of these that are known."""
+        """The known gains in these values."""
         if self.scalar is None or self.scalar_gain is None:
             return self.gains
         return {self.scalar.name: self.scalar_gain, **self.gains}
 
     @property
     def called(self) -> str:
-        """Its id, and what it is where it has a name: c0001 (source maths)."""
+        """Its id, and its description if it has a name: c0001 (source maths)."""
         return f"{self.id} ({self.kind})" if self.label else self.id
 
     @property
     def kind(self) -> str:
-        """What it is, where it is a baseline: source maths, uniform average."""
+        """The description of a baseline: source maths, uniform average."""
         return kind_of(self.origin, self.label)
 
 
 def picks_of(
     on_search: Mapping[str, Entry], held: Confirmed, numbers: Mapping[str, str], sources: Sequence[str]
 ) -> list[Pick]:
-    """What is chosen: on held-out items where that is done, else on the search split.
+    """The choices on held-out items if they are made, otherwise those on the search split.
 
     Args:
-        on_search: what is chosen on the search split, by role.
-        held: what is known from the held-out split.
-        numbers: what candidates are judged by, and which way is better.
+        on_search: the choices on the search split, by role.
+        held: the results on the held-out split.
+        numbers: the numbers that candidates are judged by, and their directions.
     """
     if not held.chosen:
-        too_few = held.choice is not None and held.choice.made  # then nothing is chosen by the search split instead
+        too_few = held.choice is not None and held.choice.made  # then the search split must not decide instead
         return [] if too_few else [_pick(role, entry, "search", {}) for role, entry in on_search.items()]
     shown = {entry.id: entry for entry in [*held.baselines, *held.entries]}
     best = {name: best_source(held.baselines, sources, name, way) for name, way in numbers.items()}
@@ -103,16 +103,12 @@ def _gains(entry: Entry, best: Mapping[str, str]) -> dict[str, Gap]:
 
 
 def gain_in(entry: ConfirmedEntry, number: str, source: str) -> Gap | None:
-    """A confirmed candidate's difference to a source in an objective, or in the number of a scalarisation; None where
-    it was not compared.
-    """
+    """A confirmed candidate's difference from a source in an objective or the scalarisation; None if not compared."""
     return next((gap for gap in entry.gaps(number) if gap.to == source), None)
 
 
 def best_source(entries: Sequence[Entry], sources: Sequence[str], number: str, way: str) -> str:
-    """The label of the source that is best in an objective, or in the number of a scalarisation; empty while none is
-    known.
-    """
+    """The label of the source that is best in an objective or in the scalarisation; empty if unknown."""
     means = {
         entry.label: value.mean
         for entry in entries
@@ -122,13 +118,13 @@ def best_source(entries: Sequence[Entry], sources: Sequence[str], number: str, w
 
 
 def is_front(status: SearchStatus) -> bool:
-    """Whether several objectives are weighed against each other by nobody."""
+    """Whether there are several objectives without a scalarisation."""
     return len(status.directions) > 1 and status.scalarisation is None
 
 
 def conclusions(status: SearchStatus) -> list[str]:
-    """What was found, in sentences: which baselines could not be scored, what no merge is better at than a source,
-    what a front offers, and what merges make of several skills at once.
+    """The conclusions in sentences: baselines that could not be scored, objectives in which no merge beats a source,
+    the choices of a front, and how merges combine several skills.
     """
     return [
         *(baseline.text for baseline in status.unscored),
@@ -139,7 +135,7 @@ def conclusions(status: SearchStatus) -> list[str]:
 
 
 def _unsaid(status: SearchStatus) -> Iterator[str]:
-    """Why there is less to say than people expect."""
+    """Why there are fewer conclusions than people may expect."""
     choice = status.choice
     if choice is None:
         return
@@ -175,7 +171,7 @@ def _front(status: SearchStatus) -> Iterator[str]:
 
 
 def _offered(pick: Pick, status: SearchStatus) -> str:
-    """One candidate of a front: what it is, and its values or gains in every objective."""
+    """A candidate on a front: its description, and its values or gains in every objective."""
     if pick.origin == SOURCE and pick.role != KNEE:
         return f"{pick.called}; no merge is better at it"
     values = []
@@ -186,9 +182,9 @@ def _offered(pick: Pick, status: SearchStatus) -> str:
 
 
 def roles_of(status: SearchStatus, candidate: str, split: Literal["search", "held_out"]) -> list[str]:
-    """What a candidate is chosen for on a split, in the words of tables: the winner, the best, the knee.
+    """The roles of a candidate on a split, as named in tables: the winner, the best, the knee.
 
-    The best on the search split stays the best there, whatever held-out items choose.
+    The best on the search split stays the best there, whatever is chosen on held-out items.
     """
     if split == "held_out":
         if not is_front(status):

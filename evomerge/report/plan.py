@@ -1,4 +1,4 @@
-"""What a search is going to do and cost, before it does any of it."""
+"""The plan of a search: what it will do and cost."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ from evomerge.search.settings.sections import Workers
 from evomerge.search.settings.selecting import choices
 
 MIN_GAIN = 2
-"""A race whose first rung is more than one part in so many of all items cannot spare much."""
+"""A race saves little if its first rung is more than one over this number of all items."""
 
 FEW_ITEMS = 30
-"""Items below which a mean is so uncertain that people should know before they spend anything."""
+"""With fewer items, a mean is so uncertain that users should be warned before they spend anything."""
 
 SOUPS = 2
-"""Baselines by the losses of calibration texts, at most: the greedy soup may be a source alone."""
+"""The maximum number of baselines by losses on calibration texts; there is one less if the greedy soup is one source."""
 
 MAX_TOGETHER = 50
-"""Items of a candidate beyond which a processor takes as long for several candidates in one batch as one by one."""
+"""With more items per candidate, scoring several candidates in one batch on a processor is no faster than one by one."""
 
 MIN_ESTIMATED = 10**9
-"""Bytes of weights from which on it matters which GPU a worker has."""
+"""The bytes of weights above which it matters which GPU a worker has."""
 
 
 def plan(prepared: Prepared) -> Table:
-    """The plan of a search as a table of what and how much."""
+    """The plan of a search as a table."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -67,12 +67,12 @@ def plan(prepared: Prepared) -> Table:
 
 
 def expected(prepared: Prepared) -> Outlook:
-    """What to expect of a search."""
+    """What to expect from a search."""
     return outlook_of(prepared, _baselines(prepared) + len(prepared.setup.start))
 
 
 def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
-    """The plan, as lines of what and how much."""
+    """The plan as pairs of a title and a text."""
     file, setup = prepared.file, prepared.setup
     model = prepared.sources[file.tokenizer_source]
     yield "search", f"{file.name}, seed {file.seed}"
@@ -127,7 +127,7 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 
 def _select(prepared: Prepared) -> Iterator[tuple[str, str]]:
-    """Which of many sources will be searched, and what that takes at most."""
+    """The selection among many sources, and its maximum effort."""
     if (section := prepared.file.select) is None:
         return
     names, maximised = choices(prepared.file), [o for o in prepared.setup.objectives if o.maximise]
@@ -138,9 +138,9 @@ def _select(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 
 def _rounding(prepared: Prepared) -> Iterator[tuple[str, str]]:
-    """Sources of whose changes a good part is rounded away in every candidate."""
+    """Sources a large part of whose changes is rounded away in every candidate."""
     file, sources = prepared.file, prepared.sources
-    if file.together > 1:  # nothing is rounded into weights
+    if file.together > 1:  # weights are not rounded
         return
     model = sources[file.tokenizer_source]
     dtype = getattr(torch, file.dtype) if file.dtype is not None else None
@@ -151,7 +151,7 @@ def _rounding(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 
 def _optimizer(prepared: Prepared) -> str:
-    """What the search file says of the optimizer, and what it learns."""
+    """The optimizer's settings in the search file, and what it learns."""
     settings = prepared.file.optimizer
     said = _settings_text(settings.model_dump(exclude_none=True))
     learns = settings.learns(prepared.setup.space.parameters, prepared.file.budget.candidates)
@@ -172,7 +172,7 @@ def _settings_text(settings: Mapping[str, Any]) -> str:
 
 
 def _memory(prepared: Prepared) -> str:
-    """What a worker takes at its peak."""
+    """The peak memory of a worker."""
     if prepared.sources[prepared.file.tokenizer_source].is_table:
         return "one tensor of every source at a time; what the function that scores holds is its own"
     files = {file: file.stat().st_size for source in prepared.sources.values() for file in source.files}
@@ -187,7 +187,7 @@ def _memory(prepared: Prepared) -> str:
 
 
 def _hardware(prepared: Prepared) -> Iterator[tuple[str, str]]:
-    """A worker on the GPUs that people have, and other layouts of it: arithmetic, not measured."""
+    """A worker on common GPUs, and other layouts of it: estimated, not measured."""
     (shape, works), free = shape_and_works(prepared), psutil.virtual_memory().available
     file = prepared.file
     for line in lines(shape, works, file.engine, free, file.cluster.devices):
@@ -197,7 +197,7 @@ def _hardware(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 
 def shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
-    """What a merged model takes, and what every evaluator asks of it."""
+    """The shape of a merged model, and the work of every evaluator."""
     model = prepared.sources[prepared.file.tokenizer_source]
     settings, tasks = prepared.opened.settings, prepared.setup.tasks("search")
     works = []
@@ -214,7 +214,7 @@ def shape_and_works(prepared: Prepared) -> tuple[ModelShape, list[Work]]:
 
 
 def _tokens_with_images(prepared: Prepared, evaluator: Evaluator) -> int | None:
-    """Tokens of the first prompt of an evaluator that shows images, which are most of it; None of any other."""
+    """The tokens of the first prompt of an evaluator with images, which dominate it; None for other evaluators."""
     first = next((n for n, item in enumerate(evaluator.items("search")) if item.media), None)
     if first is None:
         return None
@@ -222,7 +222,7 @@ def _tokens_with_images(prepared: Prepared, evaluator: Evaluator) -> int | None:
 
 
 def layer_bytes(model: Source, layers: int) -> list[int]:
-    """Bytes of each of so many layer buffers of a live model; those beyond its layers are like these, in order."""
+    """Bytes of each of this many layer buffers of a live model; those beyond its layers repeat them in order."""
     own = [0] * model.layers
     for name, entry in model.tensors.items():
         if (layer := model.roles[name].layer) is not None:
@@ -231,7 +231,7 @@ def layer_bytes(model: Source, layers: int) -> list[int]:
 
 
 def _few_items(setup: Setup) -> Iterator[tuple[str, str]]:
-    """Objectives and constraints whose means say little, for they are of few items."""
+    """Warnings about objectives and constraints with uncertain means because of few items."""
     for measure in (*setup.objectives, *setup.constraints):
         evaluator = setup.evaluators[measure.evaluator]
         if evaluator.name == "change" or (evaluator.name == "cost" and measure.metric in COUNTED):
@@ -314,7 +314,7 @@ def _screen(setup: Setup) -> Iterator[tuple[str, str]]:
 
 
 def _racing(setup: Setup) -> Iterator[tuple[str, str]]:
-    """The rungs of a race in scores of items, and what would keep it from sparing any."""
+    """The rungs of a race in item scores, and warnings if it cannot save any."""
     if (racing := setup.racing) is None:
         return
     sizes = [sum(counts.values()) for counts in setup.rungs]
@@ -337,7 +337,7 @@ def _racing(setup: Setup) -> Iterator[tuple[str, str]]:
 
 
 def _together(prepared: Prepared) -> Iterator[tuple[str, str]]:
-    """How many candidates of adapters are scored in one batch, and where that spares nothing."""
+    """How many candidates of adapters are scored in one batch, and a warning if that saves nothing."""
     file = prepared.file
     if file.together == 1:
         return
@@ -368,7 +368,7 @@ def _budget(prepared: Prepared) -> str:
 
 
 def _cost(prepared: Prepared) -> Iterator[tuple[str, str]]:
-    """What the workers cost in an hour, and how far that is from the bounds of the budget."""
+    """The hourly cost of the workers, and what follows for the bounds of the budget."""
     cluster, budget = prepared.file.cluster, prepared.file.budget
     if (prices := cluster.prices) is None:
         return
@@ -390,13 +390,13 @@ def _cost(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 
 def _baselines(prepared: Prepared) -> int:
-    """How many models are scored before anything is searched."""
+    """The number of models that are scored before the search begins."""
     soups = SOUPS if plans_soups(prepared) else 0
     return len(list(prepared.setup.space.baselines())) + planned_baselines(prepared) + soups
 
 
 def _confirmation(prepared: Prepared) -> str:
-    """What is scored on held-out items at the end: up to 10 models x 350 items, 3,500 in all."""
+    """The scores on held-out items at the end: up to 10 models x 350 items, 3,500 in all."""
     setup = prepared.setup
     baselines = _baselines(prepared)
     drawn = setup.confirm.drawn * len(Preference.of_setup(setup).parts)
@@ -408,7 +408,7 @@ def _confirmation(prepared: Prepared) -> str:
 
 
 def _items_each(setup: Setup) -> tuple[int, str, int]:
-    """Scores of items a candidate needs at least, for most ("125 to 175"), and at most; the screen's are in them."""
+    """Item scores per candidate: the minimum, the usual number ("125 to 175") and the maximum, including the screen."""
     screen = sum(setup.all_counts().values()) - sum(setup.counts().values())
     rungs = [screen + sum(counts.values()) for counts in setup.rungs]
     ordinary = rungs[: setup.ordinary_rungs]
@@ -426,7 +426,7 @@ def _bytes(source: Source) -> int:
 
 
 def _live_bytes(prepared: Prepared) -> int:
-    """Of the live models: what is outside the layers, as many layers as a path may be made of, and of a mixture."""
+    """Bytes of the live models: tensors outside of the layers, the maximum number of layers of a path, and mixtures."""
     model = prepared.sources[prepared.file.tokenizer_source]
     outside = _bytes(model) - sum(layer_bytes(model, model.layers))
     buffers = layer_bytes(model, max(model.layers, prepared.setup.space.layer_buffers))
@@ -435,7 +435,7 @@ def _live_bytes(prepared: Prepared) -> int:
 
 
 def _widened(prepared: Prepared) -> float:
-    """How often as many bytes a model takes as its source, by the dtype that it is computed and written in."""
+    """The size of a model relative to its source, due to the dtype in which it is computed and written."""
     from evomerge.search.workers.building import computing_dtype
 
     stored = prepared.sources[prepared.file.tokenizer_source].dtype
@@ -443,7 +443,7 @@ def _widened(prepared: Prepared) -> float:
 
 
 def _store_bytes(prepared: Prepared) -> int:
-    """Per-item scores dominate: four bytes for the position and four for each metric."""
+    """Bytes of the store. Per-item scores dominate: four bytes for the position and four for each metric."""
     evaluators = prepared.evaluators
     per_candidate = sum(
         len(t.indices) * 4 * (1 + len(evaluators[t.evaluator].metrics)) for t in prepared.setup.tasks("search")
@@ -452,7 +452,7 @@ def _store_bytes(prepared: Prepared) -> int:
 
 
 def _evidence(prepared: Prepared) -> str:
-    """How much is kept of what methods follow from, where that is much."""
+    """The size of stored evidence, if it is large."""
     kept = evidence_bytes([mark.recipe for mark in prepared.setup.space.baselines()], prepared.sources)
     return f", about {_gigabytes(kept)} for evidence, made once" if kept else ""
 

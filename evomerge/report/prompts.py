@@ -1,4 +1,4 @@
-"""What a model is asked, as people read it: the rendered prompt and its tokens."""
+"""What a model is asked, for people: the rendered prompt and its tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.printable import printable
 
-if TYPE_CHECKING:  # which imports torch, and what is only read from a store needs none
+if TYPE_CHECKING:  # imports torch, which is not needed to read a store
     from evomerge.search.preparing.asking import Shown
 
 _MAX_LINE = 2000
@@ -25,7 +25,7 @@ def prompt_lines(shown: Shown) -> Iterator[str]:
 
 
 def text_lines(title: str, text: str) -> Iterator[str]:
-    """A text of several lines under a title, each line printable and marked by a bar."""
+    """A multi-line text under a title, with each line made printable and marked with a bar."""
     lines = text.split("\n")
     for number, line in enumerate(lines[:_MAX_LINES]):
         yield f"  {title if number == 0 else '':{max(6, len(title))}} | {printable(line, _MAX_LINE)}"
@@ -34,5 +34,5 @@ def text_lines(title: str, text: str) -> Iterator[str]:
 
 
 def token_text(shown: Shown) -> str:
-    """The tokens as numbers, each with what it says: 1 '<s>'."""
+    """The tokens as numbers, each with its text: 1 '<s>'."""
     return " ".join(f"{number} {printable(repr(text), 80)}" for number, text in shown.tokens)

@@ -1,4 +1,4 @@
-"""What models are called to others: hub ids where they are known, and of folders of this machine the name alone."""
+"""Public names of models: hub ids if known, and only the names of local folders."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[0-9a-f]+/?$")
 
 
 def public_name(source: Source) -> str:
-    """A source as a card names it: org/name@revision, or base+maths of two folders."""
+    """The name of a source in a card: org/name@revision, or base+maths for two folders."""
     return "+".join(_hub_id(part) or Path(part).name if _is_folder(part) else part for part in _parts(source))
 
 
 def hub_ids(source: Source) -> list[str]:
-    """The hub ids of a source and of its adapters, without revisions; none of a folder that does not say its own."""
+    """The hub ids of a source and its adapters, without revisions; none for a folder whose id is unknown."""
     return [id_ for part in _parts(source) if (id_ := _id_of(part))]
 
 
@@ -33,11 +33,11 @@ def is_public(source: Source) -> bool:
 
 
 def movable(recipe: Recipe, *, stays: bool) -> Recipe:
-    """The recipe as it goes with a model: of models in the hub's cache it names the ids.
+    """The recipe that accompanies a model; models in the hub's cache are named by id.
 
     Args:
-        stays: on this machine, where other folders and files are found by their absolute paths, wherever the model's is
-            moved to; elsewhere they have their names alone.
+        stays: whether it stays on this machine, so that other folders and files have absolute paths and are found even
+            if the model is moved; otherwise only their names are kept.
     """
 
     def movable_part(part: str) -> str:
@@ -59,7 +59,7 @@ def movable(recipe: Recipe, *, stays: bool) -> Recipe:
 
 
 def without_places(settings: Any) -> Any:
-    """Settings in which files and folders of this machine have their names alone, for they lie elsewhere on others."""
+    """Settings in which local files and folders are reduced to their names, because paths differ on other machines."""
     if isinstance(settings, Mapping):
         return {key: without_places(value) for key, value in settings.items()}
     if isinstance(settings, list | tuple):
@@ -70,7 +70,7 @@ def without_places(settings: Any) -> Any:
 
 
 def _parts(source: Source) -> list[str]:
-    """The model and its adapters, as they were given."""
+    """The model and its adapters as they were given."""
     return split_reference(source.reference, None)
 
 
@@ -83,6 +83,6 @@ def _is_folder(part: str) -> bool:
 
 
 def _hub_id(folder: str) -> str:
-    """The id of a folder that lies in the hub's cache."""
+    """The hub id of a folder in the hub's cache."""
     match = _SNAPSHOT.search(folder)
     return f"{match[1]}/{match[2]}" if match else ""

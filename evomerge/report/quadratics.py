@@ -1,4 +1,4 @@
-"""How far the quadratics of the optimizer ``map`` can be trusted, worked out anew from what it was told."""
+"""How far the quadratics of the optimizer ``map`` can be trusted, recomputed from what it was told."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from evomerge.store import SearchRow, Store, summaries
 
 
 class QuadraticState(BaseModel):
-    """The quadratics of the objectives, and whether candidates are looked for on them.
+    """The quadratics of the objectives, and whether they are used to propose candidates.
 
     Attributes:
-        explained: of each objective the share of its variance that is foretold, each candidate by the quadratic of the
-            others; None where nothing is known of it.
-        candidates: how many they are fitted to, of at least ``first_fit``.
-        least: the share of every objective that is asked for.
-        on: whether all have it.
+        explained: the share of the variance of each objective that is predicted (leave-one-out); None if unknown.
+        candidates: the number of candidates that they are fitted to; at least ``first_fit`` are needed.
+        least: the share that is required of every objective.
+        on: whether all objectives reach it.
     """
 
     explained: dict[str, float | None]
@@ -29,7 +28,7 @@ class QuadraticState(BaseModel):
 
 
 def quadratics_of(store: Store, search: SearchRow) -> QuadraticState | None:
-    """Those of a search by ``map``; None of any other."""
+    """The quadratics of a search with ``map``; None for other optimizers."""
     record = search.record
     if record.optimizer.name != "map":
         return None
