@@ -117,7 +117,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one evaluator per candidate: prompts and their tokens, and the maximum tokens of answers (0: none)."""
+    """The work of one evaluator per candidate: prompts, their tokens, and the maximum tokens of answers (0: none)."""
 
     prompts: int
     prompt_tokens: int
@@ -237,7 +237,7 @@ def host_bytes(shape: ModelShape, works: Sequence[Work], mapped: int, descent: i
 
 
 def descent_bytes(shape: ModelShape, items: int, free: int) -> int:
-    """Bytes that a step of a descent keeps from its forward pass if ``free`` bytes are free; measured on SmolLM2-135M."""
+    """Bytes that a step of a descent keeps of its forward pass if ``free`` bytes are free; measured on SmolLM2-135M."""
     tokens = min(items * _TYPICAL_PROMPT, MAX_TOKENS)
     return min(kept_bytes(tokens, hidden_size(shape.config), shape.layers, shape.width), round(SHARE_OF_FREE * free))
 

@@ -47,10 +47,10 @@ FEW_ITEMS = 30
 """With fewer items, a mean is so uncertain that users should be warned before they spend anything."""
 
 SOUPS = 2
-"""The maximum number of baselines by losses on calibration texts; there is one less if the greedy soup is one source."""
+"""The maximum number of baselines by losses on calibration texts: the greedy soup may be a single source."""
 
 MAX_TOGETHER = 50
-"""With more items per candidate, scoring several candidates in one batch on a processor is no faster than one by one."""
+"""With more items per candidate, a processor scores several candidates in one batch no faster than one by one."""
 
 MIN_ESTIMATED = 10**9
 """The bytes of weights above which it matters which GPU a worker has."""

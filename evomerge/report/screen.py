@@ -1,4 +1,4 @@
-"""What people are told of a search: as tables, as sentences, as one line."""
+"""The status of a search for people: as tables, as sentences, as one line."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from evomerge.store.events import ItemErrors
 from evomerge.store.rows import Estimate, candidate_id
 
 _NAMED = 2
-"""Candidates that are scored at once beyond which they are counted and not named."""
+"""If more candidates than this are being scored at once, they are counted instead of named."""
 
 _RESUMABLE = ("created", "interrupted", "paused", "stopped", "cancelled")
 CHANGE = "change"
-"""The title above how far candidates are from the base."""
+"""The title of the column with the distance of candidates from the base."""
 
 _FRONT_ROWS = 8  # more would push the rest off a small terminal
 
@@ -38,7 +38,7 @@ AnyEntry = TypeVar("AnyEntry", bound=Entry)
 def panel(
     status: SearchStatus, pool: PoolState | None = None, eta: float | None = None, *, rows: int | None = None
 ) -> RenderableType:
-    """The whole status as tables, each of at most ``rows`` baselines and as many others."""
+    """The complete status as tables, each with at most ``rows`` baselines and as many others."""
     parts: list[RenderableType] = [
         Text(headline(status, eta), style="bold"),
         Text(counts_line(status, pool)),
@@ -59,7 +59,7 @@ def panel(
 
 
 def resume_lines(status: SearchStatus, *where: str) -> list[str]:
-    """The command that goes on with a search that is not at work and not at its end, if it is so.
+    """The command to resume a search, if it is neither running nor finished.
 
     Args:
         where: the arguments that name the search.
@@ -77,13 +77,13 @@ def headline(status: SearchStatus, eta: float | None = None) -> str:
 
 
 def _cost_left(status: SearchStatus, eta: float | None) -> str:
-    """What was spent and is to come; ``eta`` is that of the process that drives the search."""
+    """The cost so far and to come; ``eta`` is that of the process that drives the search."""
     assert status.cost is not None
     return (status.cost if eta is None else status.cost.with_left(eta)).text
 
 
 def _confirmation(status: SearchStatus) -> str:
-    """What the confirmation took, or how far it is, after the time of the search itself."""
+    """The time or the progress of the confirmation, shown after the time of the search itself."""
     effort = status.confirmation
     if effort is None:
         return ""
@@ -93,7 +93,7 @@ def _confirmation(status: SearchStatus) -> str:
 
 
 def counts_line(status: SearchStatus, pool: PoolState | None = None) -> str:
-    """Candidates by what became of them, the time split, and the workers."""
+    """Candidates by outcome, the time by phase, and the workers."""
     c = status.candidates
     of = f" of {status.budget.candidates}" if status.budget.candidates else ""
     eliminated = f" {c.eliminated} eliminated," if c.eliminated else ""
@@ -109,7 +109,7 @@ def counts_line(status: SearchStatus, pool: PoolState | None = None) -> str:
 
 
 def thrift_lines(status: SearchStatus) -> list[str]:
-    """How it proceeds, a line each: coarse to fine, racing, screen, proxy and models of scores."""
+    """Lines about the methods that save items: coarse to fine, racing, screen, proxy and models of scores."""
     lines = [f"coarse to fine: {status.refined}"] if status.refined else []
     if status.racing is not None:
         rungs = ", ".join(str(rung) for rung in status.racing.rungs)
@@ -129,7 +129,7 @@ def thrift_lines(status: SearchStatus) -> list[str]:
 
 
 def screen_text(screen: ScreenState) -> str:
-    """Whether the screen is on, and why: m agrees with maths, tau 0.71 over 60 candidates: on, 33 left out."""
+    """Whether the screen is on, and why: "m agrees with maths, tau 0.71 over 60 candidates: on, 33 left out"."""
     left_out = f", {screen.left_out} left out" if screen.on or screen.left_out else ""
     if screen.tau is None:
         return f"{screen.metric} was not compared with {screen.objective} yet: off{left_out}"
@@ -147,7 +147,7 @@ def _item_response(name: str, fitted: ItemErrors) -> str:
 
 
 def slow_text(slow: Slow) -> str:
-    """Who is slow, and by how much: node gpu07-3fa2c1 takes 0.42 s an item, the others 0.21 s (medians of ...)."""
+    """What is slow, and how slow: "node gpu07-3fa2c1 takes 0.42 s an item, the others 0.21 s (medians of ...)"."""
     medians = f"medians of {slow.candidates} and {slow.others_candidates} candidates"
     seconds = f"{slow.seconds:.3g} s an item, the others {slow.others_seconds:.3g} s"
     return f"{slow.kind} {slow.name} takes {seconds} ({medians})"
@@ -175,7 +175,7 @@ def scores(status: SearchStatus, rows: int | None = None) -> RenderableType:
 
 
 def confirmed_table(status: SearchStatus, rows: int | None = None) -> RenderableType:
-    """What the held-out split says: every confirmed candidate, and how far it is from the best source."""
+    """The results on the held-out split: every confirmed candidate, and its difference from the best source."""
     few = ranked(status.confirmed, status)[:rows]
     baselines = _few(status.confirmed_baselines, status, rows)
     shown = [*baselines, *few]
@@ -190,73 +190,73 @@ def confirmed_table(status: SearchStatus, rows: int | None = None) -> Renderable
         if few and (title := gain_title(status, name))
     ]
     columns += gains
-    fewer = [without(column.title) for column in gains[:0:-1]]  # of what is chosen they stand below the table too
+    fewer = [without(column.title) for column in gains[:0:-1]]  # for the chosen ones they are also below the table
     below = _more(len(status.confirmed_baselines) - len(baselines), len(status.confirmed) - len(few), "confirmed")
     title = "held-out split (never seen by the search)"
     return Group(FittedTable(columns, [named(marks), terse, *fewer], title=title, styles=styles), *below)
 
 
 def _columns(shown: Sequence[Entry], marks: Sequence[str], titles: Sequence[str], rows: Rows) -> list[Column]:
-    """Who, what it is, and what it is worth: a column for each title, of which ``rows`` holds the texts by row."""
+    """The columns with ids, marks and values: one for each title, whose texts are in ``rows``."""
     values = [Column(title, [row[i] for row in rows], right=True) for i, title in enumerate(titles)]
     return [Column("candidate", [e.id for e in shown]), Column("", marks), *values]
 
 
 def change_column(shown: Sequence[Entry], status: SearchStatus) -> list[Column]:
-    """How far candidates are from the base; none where that is known of nobody, or a measure of that name says it."""
+    """The distance of candidates from the base; no column if it is unknown, or if there is a measure of that name."""
     if CHANGE in status.measures or all(entry.change is None for entry in shown):
         return []
     return [Column(CHANGE, [percent(entry.change) for entry in shown], right=True)]
 
 
 def ranked(entries: Sequence[AnyEntry], status: SearchStatus) -> list[AnyEntry]:
-    """The best first: by the one objective, by the scalarisation, or along a front by its first objective."""
+    """Entries with the best first: by the only objective, the scalarisation, or the first objective of a front."""
     first, way = next(iter(status.numbers.items()))
     known = [(value.mean, e) for e in entries if (value := e.value(first)) is not None]
     return [e for _, e in sorted(known, key=lambda pair: pair[0], reverse=way == "maximize")]
 
 
 def _few(baselines: Sequence[Entry], status: SearchStatus, rows: int | None) -> list[Entry]:
-    """All baselines as they were asked, or the best of them where only a few rows are wanted."""
+    """All baselines in the order asked, or the best of them if only a few rows are wanted."""
     return list(baselines) if rows is None or len(baselines) <= rows else ranked(baselines, status)[:rows]
 
 
 def _more(baselines: int, others: int, what: str) -> list[RenderableType]:
-    """What is said of those that are not shown."""
+    """A line about those that are not shown."""
     counts = [f"{others} more {what}"] * (others > 0) + [f"{_count(baselines, 'baseline')} more"] * (baselines > 0)
     return [Text(f"and {', '.join(counts)}", style="dim")] if counts else []
 
 
 def gain_text(entry: ConfirmedEntry, status: SearchStatus, number: str) -> str:
-    """The paired difference to the source that is best in an objective, or in the number of a scalarisation: +0.320
-    [0.250, 0.390] over japanese.
+    """The paired difference from the source that is best in an objective or in the scalarisation: "+0.320 [0.250,
+    0.390] over japanese".
     """
     best = best_confirmed_source(status, number)
     return f"{gain_cell(entry, status, number)} over {best}" if best else ""
 
 
 def gain_cell(entry: ConfirmedEntry, status: SearchStatus, number: str) -> str:
-    """The same where the source is named elsewhere."""
+    """The same without the source's name, if that is shown elsewhere."""
     gap = gain_in(entry, number, best_confirmed_source(status, number))
     return "" if gap is None else gap_text(gap)
 
 
 def gain_title(status: SearchStatus, number: str) -> str:
-    """What stands above gains: gain over japanese, in maths. The objective is named where there are several."""
+    """The title of gains: "gain over japanese in maths". The objective is named if there are several."""
     best = best_confirmed_source(status, number)
     inside = f" in {number}" if len(status.directions) > 1 else ""
     return f"gain over {best}{inside}" if best else ""
 
 
 def best_confirmed_source(status: SearchStatus, number: str) -> str:
-    """The label of the source that is best in an objective, or in the number of a scalarisation, on the held-out split;
-    empty while none is known.
+    """The label of the source that is best in an objective or in the scalarisation on the held-out split; empty if
+    unknown.
     """
     return best_source(status.confirmed_baselines, status.sources, number, status.numbers[number])
 
 
 def choice_text(status: SearchStatus) -> list[str]:
-    """What the numbers of the held-out split rest on, in sentences: what was corrected, and what the choice adds."""
+    """Sentences about the numbers of the held-out split: what was corrected, and what the choice adds."""
     choice = status.choice
     if choice is None or not choice.comparisons:
         return []
@@ -273,7 +273,7 @@ def choice_text(status: SearchStatus) -> list[str]:
 
 
 def _winner_text(winner: str | None, choice: Choice, status: SearchStatus) -> str:
-    """What the winner was chosen by, and how much of its value may be luck; nothing of a front that has none."""
+    """How the winner was chosen, and how much of its value may be luck; empty for a front without a winner."""
     limits = ", ".join(constraint_titles(status))
     who = "the winner is the one that misses" if winner is not None else "those that are named here miss"
     if not choice.feasible:
@@ -293,14 +293,14 @@ def _winner_text(winner: str | None, choice: Choice, status: SearchStatus) -> st
 
 
 def _luck(choice: Choice, status: SearchStatus) -> str:
-    """What the choice may have added to what decides: a distance of which less is better it makes smaller."""
+    """How much luck may have improved the number that decides; if lower is better, the number looks too small."""
     if next(iter(status.numbers.values())) == "maximize" or status.scalar is None:
         return f"about {choice.luck:.3f} may be luck of the choice"
     return f"which may be about {choice.luck:.3f} too small by luck of the choice"
 
 
 def _comparisons(choice: Choice, status: SearchStatus) -> str:
-    """How many comparisons there are, and of whom: 2 comparisons (1 candidate with base, uniform average)."""
+    """The number of comparisons and their participants: "2 comparisons (1 candidate with base, uniform average)"."""
     gaps = next(iter(status.confirmed[0].objectives.values())).difference
     who = f"{_count(len(status.confirmed), 'candidate')} with {', '.join(gap.to for gap in gaps)}"
     what = f"{_count(choice.comparisons, 'comparison')} ({who})"
@@ -347,11 +347,11 @@ def line(status: SearchStatus, eta: float | None = None, progress: Progress | No
 
 
 def _at_work(progress: Progress | None) -> str:
-    """Who is being scored, and how far that is."""
+    """What is being scored, and the progress."""
     numbers, items = ([], 0) if progress is None else progress.at_work()
     if progress is None or not numbers:
         return ""
-    if min(numbers) < 0:  # no candidate's
+    if min(numbers) < 0:  # not a candidate
         return f"; following the proxy: {_count(progress.answers, 'answer')} read"
     named = [candidate_id(number) for number in numbers]
     names = ", ".join(named) if len(named) <= _NAMED else f"{len(named)} candidates"
@@ -360,7 +360,7 @@ def _at_work(progress: Progress | None) -> str:
 
 
 def arrow(way: str) -> str:
-    """Which way is better, as a sign."""
+    """The direction of an objective as a symbol."""
     return "↑" if way == "maximize" else "↓"
 
 
@@ -370,14 +370,14 @@ def cell(value: Estimate) -> str:
 
 
 def p_text(p: float | None) -> str:
-    """A p as people read it; one that is drawn says no more below a thousandth, and one item has none."""
+    """A p-value for people: resampling cannot resolve values below 0.001, and a single item has none."""
     if p is None:
         return "-"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 45s, 3m20s, 2h05m, 1d4h."""
+    """A duration for people: 45s, 3m20s, 2h05m, 1d4h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -389,7 +389,7 @@ def duration(seconds: float) -> str:
 
 
 def finished(status: SearchStatus) -> int:
-    """How many candidates are over and done with."""
+    """The number of candidates that are finished."""
     c = status.candidates
     return c.done + c.eliminated + c.failed + c.cached
 
@@ -405,10 +405,9 @@ def further_titles(status: SearchStatus) -> list[str]:
 
 
 def cells(shown: Entry, status: SearchStatus, *, whole: bool = False) -> list[str]:
-    """The values of a candidate: the number of a scalarisation, its objectives, constraints and features; nothing for
-    what is not known.
+    """The values of a candidate: scalarisation, objectives, constraints and features; empty texts if unknown.
 
-    Values from fewer items than the search wants are marked as estimates, unless a split is always scored ``whole``.
+    Values from fewer items than the search wants are marked as estimates, unless the split is always scored ``whole``.
     """
     texts = []
     for name in status.measures:
@@ -423,5 +422,5 @@ def cells(shown: Entry, status: SearchStatus, *, whole: bool = False) -> list[st
 
 
 def estimate_cell(value: Estimate, wanted: int) -> str:
-    """A mean with its standard error; one that is estimated from fewer items than wanted as ~0.620 ± 0.024 (25)."""
+    """A mean with its standard error; if estimated from fewer items than wanted, it is shown as ~0.620 ± 0.024 (25)."""
     return cell(value) if value.n >= wanted else f"~{cell(value)} ({value.n})"

@@ -1,4 +1,4 @@
-"""What a search looks like at one moment: the models that `status --json` prints and every screen draws."""
+"""The status of a search: the models that `status --json` prints and every screen draws."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from evomerge.store.events import ItemErrors
 from evomerge.store.record import Racing
 from evomerge.store.rows import Status
 
-_MAX_MESSAGE = 300  # characters of what a failure says
+_MAX_MESSAGE = 300  # characters of a failure's message
 
 
 class Counts(BaseModel):
-    """Candidates by what became of them: asked = done + eliminated + failed + cached + running + those that wait.
+    """Candidates by outcome: asked = done + eliminated + failed + cached + running + waiting.
 
-    Eliminated are those that left their race early, as too poor, and those that the screen left out.
+    Eliminated candidates left their race early because they were too poor, or were rejected by the screen.
     """
 
     asked: int
@@ -41,17 +41,17 @@ class Counts(BaseModel):
 
     @classmethod
     def of(cls, by_status: Mapping[Status, int]) -> Self:
-        """Those of a store's counts."""
+        """The counts from those of a store."""
         return cls(asked=sum(by_status.values()), **{name: by_status[name] for name in by_status if name != "asked"})
 
     @property
     def finished(self) -> int:
-        """How many are known as well as they will be."""
+        """The number of candidates that will not be scored any further."""
         return self.done + self.eliminated + self.failed + self.cached
 
 
 class Budget(BaseModel):
-    """What the search may spend and what it has spent."""
+    """The bounds of the search, and what it has spent."""
 
     candidates: int | None
     hours: float | None
@@ -62,7 +62,7 @@ class Budget(BaseModel):
 class ScreenState(BaseModel):
     """The screen, and how far it can be trusted.
 
-    ``tau`` is Kendall's, over the latest ``pairs`` of candidates scored by both, None while there are too few;
+    ``tau`` is Kendall's tau over the latest ``pairs`` of candidates scored by both, None while there are too few;
     ``left_out`` counts the candidates that were never scored on the objectives.
     """
 
@@ -77,10 +77,10 @@ class ScreenState(BaseModel):
 
 
 class ProxyState(BaseModel):
-    """How the proxy was followed last: beside which generation, at which rate, and its value before and after.
+    """The latest descent of the proxy: its generation, its rate, and the value of the proxy before and after.
 
-    ``tau`` is Kendall's, of the proxy and the objectives over the latest ``points`` that it led to, None while there
-    are too few; ``on`` says whether it is followed on.
+    ``tau`` is Kendall's tau of the proxy and the objectives over the latest ``points`` from descents, None while there
+    are too few; ``on`` says whether the proxy is still followed.
     """
 
     step: int
@@ -93,15 +93,16 @@ class ProxyState(BaseModel):
 
     @property
     def agreement(self) -> str:
-        """How far it agrees, in words."""
+        """The agreement with the objective, in words."""
         known = "not known yet" if self.tau is None else f"tau {self.tau:.2f} over {self.points} points"
         return f"agreement with the objective {known}{'' if self.on else '; it rests'}"
 
 
 class Slow(BaseModel):
-    """A node, or a worker of an ordinary node, that takes far longer than the others.
+    """A node, or a worker on an ordinary node, that takes far longer than the others.
 
-    ``seconds`` of an item, merging included: the median over the ``candidates`` that it has scored lately on all items.
+    ``seconds`` is the time per item, including merging: the median over the latest ``candidates`` that it has scored on
+    all items.
     """
 
     kind: Literal["node", "worker"]
@@ -113,10 +114,10 @@ class Slow(BaseModel):
 
 
 class Scalarised(BaseModel):
-    """The number that a scalarisation makes of several objectives, of which ``direction`` says what is better.
+    """A scalarisation of several objectives, with its ``direction``.
 
-    ``best`` and ``worst`` are the losses that objectives are scaled by on the search split, where the scalarisation
-    scales any: those of the front and the baselines. None while nothing is scored.
+    ``best`` and ``worst`` are the losses by which objectives are scaled on the search split, if the scalarisation
+    scales them: those of the front and the baselines. None while nothing is scored.
     """
 
     name: str
@@ -137,7 +138,7 @@ class Unscored(BaseModel):
 
     @property
     def text(self) -> str:
-        """That as a sentence."""
+        """A sentence about it."""
         where = "" if self.split == "search" else " on held-out items"
         cause = textwrap.shorten(self.message, _MAX_MESSAGE, placeholder=" ...")
         problem = f"{self.id} ({kind_of(self.origin, self.label)}) could not be scored{where}"
@@ -145,16 +146,16 @@ class Unscored(BaseModel):
 
 
 class SearchStatus(BaseModel):
-    """A search at one moment.
+    """The status of a search.
 
-    ``picks`` is what it chose so far: the best where one objective or a ``scalarisation`` decides, else the best at
-    each objective and the knee. ``best`` is the best on the search split, the knee of a front, and ``best_by_role``
-    has all that is chosen there, by id. ``winner`` is the best on held-out items, None while there is none and where
-    nothing decides. ``conclusions`` say in words what was found, and which baselines are ``unscored``.
+    ``picks`` are the choices so far: the best if one objective or a ``scalarisation`` decides, otherwise the best at
+    each objective and the knee. ``best`` is the best on the search split, or the knee of a front, and ``best_by_role``
+    has the ids of all choices there. ``winner`` is the best on held-out items; None before confirmation and for a
+    front. ``conclusions`` are sentences about the results, and ``unscored`` has the baselines that could not be scored.
 
-    ``wanted`` says of how many items each of the ``measures`` is the mean, and ``items`` how many item scores
-    of them were measured in all, the screen's apart. ``item_response`` is empty before the first fit. ``refined`` says
-    what came apart last in a search from coarse to fine, nothing in others. ``quadratics`` are those of ``map``.
+    ``wanted`` is the number of items of each of the ``measures``, and ``items`` the total number of their item scores,
+    without the screen's. ``item_response`` is empty before the first fit. ``refined`` says which groups were split last
+    in a coarse-to-fine search, and is empty otherwise. ``quadratics`` are those of the optimizer ``map``.
     """
 
     name: str
@@ -200,44 +201,44 @@ class SearchStatus(BaseModel):
 
     @property
     def numbers(self) -> dict[str, str]:
-        """What candidates are judged by, and which way is better: the scalarisation's number, then the objectives."""
+        """The numbers that candidates are judged by, with directions: the scalarisation, then the objectives."""
         return self.directions if self.scalar is None else {self.scalar.name: self.scalar.direction, **self.directions}
 
     @property
     def measures(self) -> list[str]:
-        """The names of the numbers that candidates are judged by, the constraints and the features, in this order."""
+        """The names of the numbers that candidates are judged by, then the constraints, then the features."""
         return [*self.numbers, *self.constraints, *self.features]
 
     def wanted_of(self, name: str) -> int:
-        """Of how many search items one of the ``measures`` is."""
+        """The number of search items of one of the ``measures``."""
         if self.scalar is not None and name == self.scalar.name:
             return sum(self.wanted[objective] for objective in self.directions)
         return self.wanted[name]
 
     def entry(self, row: CandidateRow, record: SearchRecord) -> Entry:
-        """A candidate on the search split, with the number of the scalarisation."""
+        """A candidate on the search split, with the value of the scalarisation."""
         plain = entry(row, record)
         origin = next((mark.origin for mark in self.baselines if mark.id == plain.id), plain.origin)
         named = plain.model_copy(update={"origin": origin})
         return with_scalar(named, self.scalar, preference_of(self.directions, self.scalarisation))
 
     def confirmed_values(self, candidate: str) -> Mapping[str, Estimate]:
-        """A candidate's objectives on the held-out split, baselines included; empty when it has none."""
+        """A candidate's or baseline's objectives on the held-out split; empty if it has none."""
         confirmed = self.confirmed_entry(candidate)
         return {} if confirmed is None else confirmed.objectives
 
     def confirmed_entry(self, candidate: str) -> Entry | None:
-        """A candidate on the held-out split, baselines included; None when it was not scored there."""
+        """A candidate or baseline on the held-out split; None if it was not scored there."""
         return next((e for e in [*self.confirmed, *self.confirmed_baselines] if e.id == candidate), None)
 
 
 def preference_of(directions: Mapping[str, str], scalarisation: Mapping[str, object] | None) -> Preference:
-    """How a search chooses among models, in the words of a status."""
+    """The preference of a search, from the fields of a status."""
     return Preference.of({name: way == "maximize" for name, way in directions.items()}, scalarisation)
 
 
 def with_scalar(shown: Entry, scalar: Scalarised | None, preference: Preference) -> Entry:
-    """A candidate on the search split with the number of the scalarisation, where that is known."""
+    """A candidate on the search split with the value of the scalarisation, if known."""
     if scalar is None or scalar.best is None or scalar.worst is None:
         return shown
     if len(shown.objectives) < len(preference.objectives):
@@ -256,8 +257,8 @@ def with_scalar(shown: Entry, scalar: Scalarised | None, preference: Preference)
 
 
 def scale_of(status: SearchStatus, split: Literal["search", "held_out"]) -> Range | None:
-    """The range that a scalarisation scales objectives by on a split: of the front and the baselines, or of all models
-    with held-out scores. None while nothing is scored there.
+    """The ranges by which a scalarisation scales objectives on a split: those of the front and the baselines, or of all
+    models with held-out scores. None while nothing is scored there.
     """
     if split == "search":
         known = status.scalar

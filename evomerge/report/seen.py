@@ -1,4 +1,4 @@
-"""What a candidate answered about pictures, for a page that stands alone."""
+"""A candidate's answers about pictures, for a self-contained page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SeenItem(NamedTuple):
 
 
 def seen_items(store: Store, candidate: int) -> list[SeenItem]:
-    """The first items that show pictures, of the first objective that has any: held-out ones where it was confirmed."""
+    """The first items with pictures of the first objective that has any; held-out items if it was confirmed."""
     for measure in store.search().record.objectives:
         for split in ("held_out", "search"):
             items = [item for item in items_of(store, [candidate], split, measure) if item.pictures]

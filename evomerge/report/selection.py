@@ -1,4 +1,4 @@
-"""The choice among many sources as people see it: a table of all of them, and what their averages say."""
+"""The selection among many sources for people: a table of all sources, and conclusions from their averages."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _FATES = {
 
 
 class SelectionRow(BaseModel):
-    """A source as people see it: a mean and its error by objective, and what became of it, in words.
+    """A source for people: its mean and error by objective, and the outcome in words.
 
-    ``gain`` is what it solves more than those before it, ``change`` how long its change is, relative to the base.
+    ``gain`` is what it solves in addition to those before it, ``change`` the norm of its change, relative to the base.
     """
 
     name: str
@@ -38,7 +38,7 @@ class SelectionRow(BaseModel):
 
 
 class Selection(BaseModel):
-    """The choice among sources, and sentences of what is to be known beside it."""
+    """The selection among sources, with explanatory sentences."""
 
     objectives: list[str]
     rows: list[SelectionRow]
@@ -46,7 +46,7 @@ class Selection(BaseModel):
 
 
 def selection_of(store: Store) -> Selection | None:
-    """The choice that a search began with; None where there was none."""
+    """The selection at the beginning of a search; None if there was none."""
     events = store.events(kinds=(Selected.kind,), newest=1)
     if not events:
         return None
@@ -55,7 +55,7 @@ def selection_of(store: Store) -> Selection | None:
 
 
 def as_shown(selected: Selected, control: WinnerControlled | None = None) -> Selection:
-    """What was written down of a choice, and of the control of what a search made of it, for people."""
+    """A recorded selection, and the control of the search's winner, for people."""
     objectives = list(dict.fromkeys(name for source in selected.sources for name in source.estimates))
     rows = [
         SelectionRow(
@@ -90,7 +90,7 @@ def _sentences(selected: Selected) -> Iterator[str]:
 
 
 def uncontrolled_winner(store: Store) -> int | None:
-    """The winner of a search that chose its sources, or the knee of its front, while its control is not scored."""
+    """The winner, or the knee, of a search that selected its sources, while its control is not scored."""
     winners = store.events(kinds=(Winner.kind, Chosen.kind), newest=1)
     if not winners or not store.events(kinds=(Selected.kind,), newest=1):
         return None
@@ -101,7 +101,7 @@ def uncontrolled_winner(store: Store) -> int | None:
 
 
 def control_sentence(control: WinnerControlled) -> str:
-    """What the control at the winner's own weights says."""
+    """The result of the control at the winner's own weights."""
     if control.better is None:
         return f"Control of the winner: none, c{control.candidate:04d} is no mix of several of the sources."
     *some, last = control.replaced
@@ -130,7 +130,7 @@ def _signed(compared: Compared) -> str:
 
 
 def selection_tables(selection: Selection) -> Iterator[RenderableType]:
-    """The choice for a terminal."""
+    """The selection for a terminal."""
     table = Table("", "source", box=None, pad_edge=False)
     for name in selection.objectives:
         table.add_column(name, no_wrap=False)

@@ -1,4 +1,4 @@
-"""What can be done with an exported folder: the commands, and whether those who read it find what they look for."""
+"""What can be done with an exported folder: the commands, and whether other programs find what they need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 _KNOWN_TOKENIZERS = ("BPE", "Unigram", "WordPiece")
-"""Kinds of tokenizer.json that llama.cpp's converter knows."""
+"""The kinds of tokenizer.json that llama.cpp's converter supports."""
 
 _KNOWN_TOWERS = (
     "Gemma3ForConditionalGeneration", "Gemma4ForConditionalGeneration", "Idefics3ForConditionalGeneration",
@@ -20,15 +20,15 @@ _KNOWN_TOWERS = (
     "Qwen3VLMoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
 )  # fmt: skip
-"""Architectures that read images, can be merged, and have towers that llama.cpp's converter writes (``--mmproj``), as
-``scripts/parity/converter.py`` sees; so does LLaVA where its tower is Pixtral's."""
+"""Mergeable architectures with image towers that llama.cpp's converter supports (``--mmproj``), as checked by
+``scripts/parity/converter.py``. LLaVA is also supported if its tower is Pixtral's."""
 
 
 def commands(folder: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Commands of others on a plain model folder, by what they are for.
+    """Commands of other programs for a plain model folder, by purpose.
 
     Args:
-        config: what its config.json says. llama.cpp reads the tower of a model that reads images from a second file.
+        config: the content of its config.json. llama.cpp needs the image tower in a second file.
     """
     whole, small, tower = (quote(f"{folder}{end}.gguf") for end in ("", "-Q4_K_M", "-mmproj"))
     here, other = quote(folder), quote(f"{folder}-W4A16")
@@ -45,13 +45,13 @@ def commands(folder: str, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def section(folder: str, config: Mapping[str, Any]) -> str:
-    """The section of a model card that says so."""
+    """The section of a model card with these commands."""
     lines = [f"# {what}\n{command}" for what, command in commands(folder, config).items()]
     return "## Use\n\n```bash\n" + "\n".join(lines) + "\n```"
 
 
 def missing(folder: Path) -> list[str]:
-    """What llama.cpp's converter, vLLM or a quantiser reads and does not find, or not as they know it; in sentences."""
+    """Sentences about what llama.cpp's converter, vLLM or a quantiser needs and does not find or support."""
     found = []
     config = _json(folder / "config.json")
     found += [f"config.json says no {key}" for key in ("architectures", "model_type") if not config.get(key)]
@@ -91,7 +91,7 @@ def _has_tower(config: Mapping[str, Any]) -> bool:
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
-    """That by which llama.cpp's converter finds how to read a tower."""
+    """The architecture by which llama.cpp's converter selects how to read a tower."""
     named = config["vision_config"].get("architectures") or config.get("architectures") or ["an unnamed architecture"]
     return str(named[0])
 
@@ -103,7 +103,7 @@ def _is_known(config: Mapping[str, Any]) -> bool:
 
 
 def say(console: Console, folder: str | Path) -> None:
-    """Print both of a folder that was made; nothing of what others do not read."""
+    """Print the commands and the problems of a written folder; nothing if other programs do not read it."""
     if not (Path(folder) / "config.json").exists():  # in object storage, or an adapter
         return
     for sentence in missing(Path(folder)):

@@ -1,4 +1,4 @@
-"""What a search has spent in time and money, and what is to come."""
+"""The time and money that a search has spent, and will spend."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from evomerge.store import SearchRow
 
 
 class Cost(BaseModel):
-    """What workers have cost, by the prices of the search file.
+    """The cost of workers, by the prices in the search file.
 
     Attributes:
-        spent: so far, for as long as workers were held; since the last record by the mean of what was recorded.
-        to_come: until the budget is spent, at the pace so far; None where that is not known.
-        an_hour: the mean of the hours in which workers were held; None before anything was recorded.
-        budget: what may be spent, where that is bounded.
-        gpu_hours: of all GPUs that were held.
+        spent: so far, for the time that workers were used; since the last record, estimated by the recorded mean.
+        to_come: until the budget is spent, at the pace so far; None if unknown.
+        an_hour: the mean per hour in which workers were used; None before anything was recorded.
+        budget: the bound, if there is one.
+        gpu_hours: the hours of all GPUs that were used.
     """
 
     spent: float
@@ -29,12 +29,12 @@ class Cost(BaseModel):
     gpu_hours: float
 
     def with_left(self, seconds: float | None) -> Cost:
-        """The same with so many seconds to the end."""
+        """The same with the cost to come from this many remaining seconds."""
         return self.model_copy(update={"to_come": _to_come(self.an_hour, seconds, self.spent, self.budget)})
 
     @property
     def text(self) -> str:
-        """Spent and to come: 12.40 of 100.00 EUR, about 30.20 to come."""
+        """The cost so far and to come: "12.40 of 100.00 EUR, about 30.20 to come"."""
         spent = amount_text(self.spent, self.currency)
         if self.budget is not None:
             spent = f"{self.spent:,.2f} of {amount_text(self.budget, self.currency)}"
@@ -42,7 +42,7 @@ class Cost(BaseModel):
 
 
 def cost_of(search: SearchRow, spent_s: float) -> Cost | None:
-    """What a search has cost in ``spent_s`` seconds of its drivers; None where its file gives no prices."""
+    """The cost of a search after ``spent_s`` seconds of its drivers; None if its file has no prices."""
     prices = search.record.cluster.prices
     if prices is None:
         return None
@@ -60,7 +60,7 @@ def cost_of(search: SearchRow, spent_s: float) -> Cost | None:
 
 
 class Bounds(Protocol):
-    """The bounds of a budget that tell when it is spent."""
+    """The bounds of a budget that determine when it is spent."""
 
     @property
     def candidates(self) -> int | None: ...
@@ -70,7 +70,7 @@ class Bounds(Protocol):
 
 
 def seconds_left(budget: Bounds, finished: int, spent_s: float, cost: Cost | None) -> float | None:
-    """Seconds until the first bound of the budget is reached at the pace so far; that of patience is not foreseen."""
+    """Seconds until the first bound of the budget is reached at the pace so far; patience cannot be predicted."""
     left = []
     if budget.candidates is not None and finished:
         left.append(max(0, budget.candidates - finished) * spent_s / finished)
@@ -82,7 +82,7 @@ def seconds_left(budget: Bounds, finished: int, spent_s: float, cost: Cost | Non
 
 
 def seconds_affordable(cost: Cost | None) -> float | None:
-    """Seconds until the budget of money is spent, at what an hour has cost so far."""
+    """Seconds until the budget of money is spent, at the hourly cost so far."""
     if cost is None or cost.budget is None or not cost.an_hour:
         return None
     return max(0.0, cost.budget - cost.spent) / cost.an_hour * HOUR_S

@@ -1,4 +1,4 @@
-"""Where a search stands, read from its store by a few short queries."""
+"""The status of a search, read from its store with a few short queries."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ from evomerge.store.events import Agreed, ConfirmFailed, Descent, ItemErrors, It
 from evomerge.store.record import Measure, SearchRecord
 from evomerge.store.rows import AnyCandidate, ListedCandidate
 
-_SLOW = 1.5  # times the others' median: candidates of one cluster differ by less, their medians by far less
+_SLOW = 1.5  # times the others' median: candidates in one cluster differ by less, and medians by far less
 _MIN_SCORED = 5  # candidates that a node or worker has scored before it is compared
-_RECENT = 200  # candidates that the time split and the failures are taken from, so that a status costs the same always
+_RECENT = 200  # candidates from which times and failures are computed, so that the cost of a status is bounded
 
 
 def scalarised(preference: Preference, rows: Sequence[ListedCandidate]) -> Scalarised | None:
-    """What decides between several objectives; ``rows`` are the front and the baselines. None for a front."""
+    """The scalarisation of several objectives; ``rows`` are the front and the baselines. None without one."""
     if preference.scalarisation is None:
         return None
     scale = Range.of(preference.losses([row.objectives for row in rows]))
@@ -63,9 +63,9 @@ def scalarised(preference: Preference, rows: Sequence[ListedCandidate]) -> Scala
 
 
 def depths_of(store: Store) -> dict[str, int]:
-    """How many layers each source has, from the baselines, of which most spaces make each source alone one.
+    """The number of layers of each source, from its baseline, which most spaces have for each source.
 
-    A source that is none counts as deep as the deepest of the others.
+    A source without a baseline counts as deep as the deepest of the others.
     """
     sources = store.search().record.sources
     alone = {row.label: json.loads(row.recipe) for row in store.candidates(step=0)}
@@ -80,7 +80,7 @@ def read_status(folder: Path) -> SearchStatus:
 
 
 def status_of(store: Store) -> SearchStatus:
-    """The status of a search. Costs a few queries, however many candidates there are."""
+    """The status of a search. Takes a few queries, however many candidates there are."""
     search = store.search()
     record = search.record
     counts, driven = Counts.of(store.counts()), current_holder(store) is not None
@@ -143,19 +143,19 @@ def status_of(store: Store) -> SearchStatus:
 
 
 def _concluded(status: SearchStatus, record: SearchRecord) -> SearchStatus:
-    """With what follows from all else in it."""
+    """The status with everything that is derived from its other fields."""
     status = status.model_copy(update={"compositions": list(_compositions(record, status))})
     return status.model_copy(update={"conclusions": conclusions(status)})
 
 
 def _failures(store: Store) -> dict[str, int]:
-    """How many of the candidates that failed last, or could not be confirmed, failed of what."""
+    """The reasons of the latest failures, also in the confirmation, with their numbers."""
     failed = store.candidates(statuses=["failed"], newest=_RECENT)
     return dict(Counter([*(row.failure["reason"] for row in failed if row.failure), *_unconfirmed(store)]))
 
 
 def _compositions(record: SearchRecord, status: SearchStatus) -> Iterator[Composition]:
-    """Objectives that need several skills, on held-out items as soon as any model has scores there."""
+    """Objectives that need several skills, on held-out items once any model has scores there."""
     held = {entry.id: entry for entry in [*status.confirmed_baselines, *status.confirmed]}
     best = [] if status.best is None else [status.best]
     searched = {entry.id: entry for entry in [*status.baselines, *status.front_entries, *best]}
@@ -163,7 +163,7 @@ def _compositions(record: SearchRecord, status: SearchStatus) -> Iterator[Compos
 
 
 def _state(search: SearchRow, held: Confirmed, *, driven: bool) -> tuple[str, str]:
-    """What a search is doing, and why."""
+    """The state of a search, and the reason."""
     if search.state in ("running", "paused", "confirming") and not driven:
         return "interrupted", search.why
     if search.state == "finished" and not driven and held.choice is not None and not held.choice.made:
@@ -178,7 +178,7 @@ def _budget(store: Store, search: SearchRow, *, driven: bool) -> Budget:
 
 
 def _cost(search: SearchRow, counts: Counts, budget: Budget, *, runs: bool) -> Cost | None:
-    """What the search has cost, and while it runs what is to come."""
+    """The cost of the search, and while it is running the cost to come."""
     spent_s = budget.hours_spent * 3600
     if (cost := cost_of(search, spent_s)) is None or not runs:
         return cost
@@ -188,7 +188,7 @@ def _cost(search: SearchRow, counts: Counts, budget: Budget, *, runs: bool) -> C
 def best_on_search(
     store: Store, search: SearchRow, front: Sequence[CandidateRow], baselines: Sequence[CandidateRow]
 ) -> dict[str, CandidateRow]:
-    """What is chosen on the search split, by role."""
+    """The choices on the search split, by role."""
     preference = Preference.of_search(search)
     if len(preference.objectives) > 1:
         return chosen_of_front(preference, front, baselines)
@@ -200,19 +200,19 @@ def best_on_search(
 def chosen_of_front(
     preference: Preference, front: Sequence[AnyCandidate], baselines: Sequence[AnyCandidate]
 ) -> dict[str, AnyCandidate]:
-    """What is chosen among several objectives, by role. Whatever is best by any preference is on the front."""
+    """The choices among several objectives, by role. The best by any preference is always on the front."""
     losses, among = (preference.losses([row.objectives for row in rows]) for rows in (front, [*front, *baselines]))
     return {role: front[at] for role, at in preference.choose(losses, among).items()}
 
 
 def unrecorded_s(store: Store) -> float:
-    """Seconds that a driver at work has spent since it last wrote them down, with a tell; pauses are not spent."""
+    """Seconds that the running driver has spent since it last recorded them, with a tell; pauses do not count."""
     wanted = {"lease": 1, "tell": 1, "state": _RECENT}
     events = [event for kind, newest in wanted.items() for event in store.events(kinds=(kind,), newest=newest)]
-    spent, since = 0.0, math.nan  # since when it runs; NaN while it does not
+    spent, since = 0.0, math.nan  # the start of the running interval; NaN while it is not running
     for event in sorted(events, key=lambda event: event.seq):
         runs = not math.isnan(since)
-        if event.kind == "lease":  # whatever the driver before it left unrecorded is lost
+        if event.kind == "lease":  # unrecorded time of the previous driver is lost
             spent, since = 0.0, math.nan
         elif event.kind == "tell":
             spent, since = 0.0, event.time if runs else math.nan
@@ -225,16 +225,16 @@ def unrecorded_s(store: Store) -> float:
 
 
 def _items(store: Store, search: SearchRow, done: int) -> int:
-    """How many item scores of objectives and constraints were measured."""
+    """The number of measured item scores of objectives and constraints."""
     record = search.record
     measures = record.measures
     if record.racing is None and record.screen is None:
-        return done * _distinct_items(measures)  # and no row needs to be looked at
+        return done * _distinct_items(measures)  # without reading any rows
     return store.items_scored([measure.name for measure in _largest(measures)])
 
 
 def _largest(measures: Sequence[Measure]) -> list[Measure]:
-    """Of the measures on one evaluator the one with the most items, which holds those of all."""
+    """For each evaluator, the measure with the most items, which include those of its other measures."""
     most: dict[int, Measure] = {}
     for measure in measures:
         if measure.evaluator not in most or measure.items > most[measure.evaluator].items:
@@ -243,12 +243,12 @@ def _largest(measures: Sequence[Measure]) -> list[Measure]:
 
 
 def _distinct_items(measures: Sequence[Measure]) -> int:
-    """How many items a candidate is scored on for all of its measures."""
+    """The number of items that a candidate is scored on for all of its measures."""
     return sum(measure.items for measure in _largest(measures))
 
 
 def _screen(store: Store, search: SearchRow) -> ScreenState | None:
-    """The screen as the driver last spoke of it."""
+    """The screen as last recorded by the driver."""
     screen = search.record.screen
     if screen is None:
         return None
@@ -268,13 +268,13 @@ def _screen(store: Store, search: SearchRow) -> ScreenState | None:
 
 
 def _refined(store: Store) -> str:
-    """What came apart last in a search from coarse to fine."""
+    """The latest split of groups in a coarse-to-fine search."""
     events = store.events(kinds=("refined",), newest=1)
     return events[0].read(Refined).text if events else ""
 
 
 def _item_response(store: Store) -> dict[str, ItemErrors]:
-    """What the driver last said of item response, by measure."""
+    """The latest record of item response theory, by measure."""
     events = store.events(kinds=("item response",), newest=1)
     return events[0].read(ItemResponse).root if events else {}
 
@@ -288,7 +288,7 @@ def _unconfirmed(store: Store) -> list[str]:
 def _unscored(
     store: Store, baselines: Sequence[CandidateRow], sources: Collection[str], held: Confirmed
 ) -> Iterator[Unscored]:
-    """Baselines that have failed, on the search split or else on the held-out split."""
+    """Baselines that have failed on the search split, or otherwise on the held-out split."""
     events = store.events(kinds=("confirm failed",), newest=_RECENT)
     there = {failed.candidate: failed.payload for failed in (e.read(ConfirmFailed) for e in events) if failed.final}
     confirmed = {baseline.id for baseline in held.baselines}
@@ -307,15 +307,15 @@ def _unscored(
 
 
 def _mean_seconds(rows: Sequence[CandidateRow]) -> dict[str, float]:
-    """Mean seconds of each phase over these candidates."""
+    """The mean seconds of each phase over these candidates."""
     phases = dict.fromkeys(phase for row in rows for phase in row.timings)
     return {phase: float(np.mean([row.timings.get(phase, 0.0) for row in rows])) for phase in phases}
 
 
 def _paces(rows: Sequence[CandidateRow], measures: Sequence[Measure]) -> list[tuple[str, float]]:
-    """Worker and seconds an item of each candidate that was scored on all items, so that like is compared with like.
+    """The worker and the seconds per item of each candidate that was scored on all items, so that they are comparable.
 
-    What several workers have scored of a candidate, rung by rung, counts as the last one's: that had most of the items.
+    If several workers have scored a candidate, rung by rung, it counts for the last one, which had most of the items.
     """
     wanted = {m.name: m.items for m in measures}
     items = _distinct_items(measures)
@@ -327,7 +327,7 @@ def _paces(rows: Sequence[CandidateRow], measures: Sequence[Measure]) -> list[tu
 
 
 def slow_ones(paces: Sequence[tuple[str, float]]) -> list[Slow]:
-    """The nodes that are slow, by worker and seconds an item of candidates; and the slow workers of the other nodes."""
+    """Slow nodes, from workers and seconds per item of candidates, and slow workers on the other nodes."""
     nodes = _outliers("node", [(worker.partition("@")[2], pace) for worker, pace in paces if "@" in worker])
     known = {node.name for node in nodes}
     return nodes + _outliers(
@@ -350,7 +350,7 @@ def _outliers(kind: Literal["node", "worker"], paces: Sequence[tuple[str, float]
 
 
 def describe_space(space: Mapping[str, object]) -> str:
-    """The space in a few words: its kind unless it is a parameter space, how paths are encoded, method, and so on."""
+    """The space in a few words: its kind unless it is a parameter space, the encoding of paths, the method, etc."""
     said = [space.get(key) for key in ("encoding", "method", "basis", "granularity")]
     details = [
         " or ".join(value) if isinstance(value, list | tuple) else str(value) for value in said if value is not None
@@ -360,7 +360,7 @@ def describe_space(space: Mapping[str, object]) -> str:
 
 
 def _profile(profile: object) -> list[str]:
-    """A profile over depth in a few words, where there is one."""
+    """A profile over depth in a few words, if there is one."""
     match profile:
         case None:
             return []
@@ -371,7 +371,7 @@ def _profile(profile: object) -> list[str]:
 
 
 def _proxy(store: Store) -> ProxyState | None:
-    """How the proxy was followed last; None where it never was."""
+    """The latest descent of the proxy; None if there was none."""
     events = store.events(kinds=("descent",), newest=1)
     if not events:
         return None

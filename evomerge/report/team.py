@@ -1,4 +1,4 @@
-"""A team of candidates as people see it: who is in it, and what it covers beside its best member and the sources."""
+"""A team of candidates for people: its members, and its coverage compared with its best member and the sources."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from evomerge.store.record import Measure
 Matrix = NDArray[np.float64]
 
 MAX = 8
-"""Members of a team: of more, nobody would run all."""
+"""The maximum size of a team: nobody would run more models."""
 
 _CURVE_POINTS = 40
 
 
 class Share(BaseModel):
-    """A share of the held-out items, and how much the team's coverage is above it with its 95% interval."""
+    """A share of the held-out items, and how far the team's coverage is above it, with its 95% interval."""
 
     share: float
     difference: float
@@ -35,7 +35,7 @@ class Share(BaseModel):
 
 
 class Member(BaseModel):
-    """A candidate of a team, on the held-out items: its own mean, by objective too, what it alone solves of the team,
+    """A member of a team, on the held-out items: its mean, overall and by objective, the share that it alone solves,
     and the coverage of the team up to it.
     """
 
@@ -49,17 +49,17 @@ class Member(BaseModel):
 
 
 class Team(BaseModel):
-    """What a team does on the held-out items of all objectives that are maximised.
+    """The results of a team on the held-out items of all objectives that are maximised.
 
     Attributes:
-        items: how many there are.
-        objectives: how many of them are of each objective, in their order.
-        members: in the order in which they were chosen.
+        items: the number of items.
+        objectives: the number of items of each objective, in order.
+        members: the members in the order in which they were chosen.
         coverage: the share of items that at least one member solves.
-        majority: the share that more than half of them do.
-        against: by what stands beside it: its best member, the best source, the best team of as many sources, and all
-            sources together.
-        solved: for each member whether it solves each item, as a text of 0 and 1; by tenths in between.
+        majority: the share of items that more than half of the members solve.
+        against: comparisons by name: with its best member, the best source, the best team of equally many sources, and
+            all sources together.
+        solved: for each member whether it solves each item, as a text of 0 and 1, or tenths in between.
     """
 
     items: int
@@ -72,7 +72,7 @@ class Team(BaseModel):
 
 
 def search_scores(store: Store, rows: list[CandidateRow], measures: list[Measure]) -> tuple[list[int], Matrix]:
-    """The numbers of candidates that are scored on all items, and their scores: float64 [candidates, items]."""
+    """The numbers of candidates with scores on all items, and their scores: float64 [candidates, items]."""
     numbers, found = [], []
     for row in rows:
         by_version = {scores.evaluator: scores for scores in store.scores(row.number, "search")}
@@ -84,7 +84,7 @@ def search_scores(store: Store, rows: list[CandidateRow], measures: list[Measure
 
 
 def maximised(store: Store) -> list[Measure]:
-    """The objectives whose items can be covered. Raises InputError: none is maximised."""
+    """The objectives whose items can be covered. Raises InputError if none is maximised."""
     measures = [objective for objective in store.search().record.objectives if objective.sign > 0]
     if not measures:
         raise InputError("objectives", "none is maximised, and a team covers items that are solved")
@@ -92,7 +92,7 @@ def maximised(store: Store) -> list[Measure]:
 
 
 def choose_team(store: Store, count: int) -> TeamChosen:
-    """A team's members, by the search split, as they are recorded.
+    """Choose the members of a team on the search split, in the form in which they are recorded.
 
     Raises:
         InputError: too few candidates are scored on all items, or ``count`` is out of range.
@@ -111,12 +111,12 @@ def choose_team(store: Store, count: int) -> TeamChosen:
 
 
 def _offered(scores: Matrix, count: int) -> tuple[float, float]:
-    """What the best team of so many covers, and what the best candidate solves."""
+    """The coverage of the best team of this size, and what the best candidate solves."""
     return float(coverage(list(scores[greedy_team(scores, count)])).mean()), float(scores.mean(axis=1).max())
 
 
 def team_of(store: Store) -> Team | None:
-    """The team that was chosen last, as far as it is scored; None where there is none."""
+    """The latest team, as far as it is scored; None if there is none."""
     events = store.events(kinds=("team",))
     if not events:
         return None
@@ -157,7 +157,7 @@ def team_of(store: Store) -> Team | None:
 
 
 def _member(row: CandidateRow, place: int, known: Sequence[Matrix], objectives: Mapping[str, int]) -> Member:
-    """What the member at a place of a team does; ``known`` are the held-out scores of all members."""
+    """The results of the member at a position in a team; ``known`` are the held-out scores of all members."""
     own, others = known[place], [*known[:place], *known[place + 1 :]]
     parts = np.split(own, np.cumsum(list(objectives.values()))[:-1])
     return Member(
@@ -172,7 +172,7 @@ def _member(row: CandidateRow, place: int, known: Sequence[Matrix], objectives: 
 
 
 def _held_out(store: Store, row: CandidateRow, measures: list[Measure]) -> Matrix | None:
-    """A candidate's held-out scores of all measures, one after the other: float64 [items]; None while it has none."""
+    """A candidate's held-out scores of all measures, concatenated: float64 [items]; None while it has none."""
     items = held_out(store, row.number if row.same_as is None else row.same_as, measures)
     return np.concatenate([better(m, items[m.name]) for m in measures]) if items else None
 
@@ -183,7 +183,7 @@ def _share(covered: Matrix, other: Matrix) -> Share:
 
 
 def team_section(team: Team, number: int) -> str:
-    """What a member solves beside the others, for its card."""
+    """What a member solves compared with the others, for its card."""
     place = next(place for place, one in enumerate(team.members) if one.number == number)
     own = team.members[place]
     titles = ["member", *(f"{name} ({items} items)" for name, items in team.objectives.items()), "all", "it alone"]
@@ -201,7 +201,7 @@ def team_section(team: Team, number: int) -> str:
 
 
 def team_tables(team: Team) -> tuple[Table, Table]:
-    """Its members, and what stands beside it, for a terminal."""
+    """Tables of its members and of its comparisons, for a terminal."""
     members = Table("member", "held out", "covered so far", box=None, pad_edge=False)
     for one in team.members:
         members.add_row(f"{one.id} {one.label}".strip(), f"{one.mean:.3f}", f"{one.covered:.3f}")

@@ -10,7 +10,7 @@ from evomerge.recipes.stack import StackRecipe
 
 
 def unmerged_source(recipe: Recipe, depths: Mapping[str, int]) -> str:
-    """The source that a recipe is a plain copy of, all layers in order and unscaled; empty where it is a merge."""
+    """The source that a recipe copies, with all layers in order and unscaled; empty if it is a merge."""
     used = recipe.used_sources()
     if not isinstance(recipe, StackRecipe) or len(used) != 1 or recipe.is_scaled:
         return ""
