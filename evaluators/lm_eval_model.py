@@ -202,7 +202,7 @@ def _with_pictures(
         InputError: it asks for likelihoods, or for anything but plain greedy decoding; and as for ``Reader.prompt``.
     """
     if request.request_type != "generate_until":
-        problem = "asks for likelihoods with pictures, which lm-eval has of no model"
+        problem = "asks for likelihoods with pictures, which lm-eval supports for no model"
         raise InputError(place, problem, "Take an evaluator of the kind multiple_choice or likelihood.")
     wanted = normalize_gen_kwargs(request.args[1])
     tokens, until = int(wanted.pop("max_gen_toks")), wanted.pop("until")

@@ -107,7 +107,7 @@ class MgsmSettings(FewshotSettings, CountedSettings):
     @model_validator(mode="after")
     def _scores_its_language(self) -> Self:
         if self.scorer == "sakana" and self.language != "ja":
-            raise ValueError("the scorer sakana is for Japanese alone; take `scorer: exact`")
+            raise ValueError("the scorer sakana supports only Japanese; use `scorer: exact`")
         return self
 
     @property

@@ -235,10 +235,10 @@ def check_needs(part: Needing, place: str, *, has_texts: bool, has_fit: bool) ->
         InputError: naming ``place``.
     """
     if "fit" in part.needs and not has_fit:
-        problem = f"{part.name} is fitted to right answers, which there are none of"
+        problem = f"{part.name} is fitted to right answers, and there are none"
         raise InputError(place, problem, "Name items that nothing else is scored on: `fit:`.")
     if needs_texts(part.needs) and not has_texts:
-        problem = f"{part.name} needs calibration, which there is none of"
+        problem = f"{part.name} needs calibration texts, and there are none"
         raise InputError(place, problem, "Name some texts: `calibration:`.")
 
 

@@ -28,7 +28,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _TEXTS = {"bool": "true or false", "int": "a number", "float": "a number", "null": "nothing", "timestamp": "a date"}
 """The types that YAML may assume for an unquoted key, by the suffix of its tag."""
 
-_HALF = "holds half of a surrogate pair, which no file can be written with"
+_HALF = "holds half of a surrogate pair, which cannot be written to a file"
 _LOADERS: tuple[Any, ...] = (*([yaml.CSafeLoader] if yaml.__with_libyaml__ else []), yaml.SafeLoader)
 """For counting: the first is fast; the second may accept texts that the first rejects."""
 

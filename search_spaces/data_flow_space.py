@@ -67,7 +67,7 @@ def other_sources(
         if name in others[:number]:
             raise InputError("space.others", f"holds {name} twice", "Layers may be used again as it is.")
     if others and settings.encoding == "pruning":
-        raise InputError("space.others", "names sources, but pruning is of model A alone", "Leave it out.")
+        raise InputError("space.others", "names sources, but pruning uses only model A", "Leave it out.")
     return tuple(others)
 
 

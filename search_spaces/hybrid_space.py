@@ -76,7 +76,7 @@ class HybridSpaceSettings(PathSettings):
         if self.others is not None:
             raise InputError("space.others", "is for paths beside a winner; a joint search merges all", "Leave it out.")
         if "merged_inputs" in context.method(self.method).needs:
-            problem = f"{self.method} makes each layer from what the merged layers before give it, each in its place"
+            problem = f"{self.method} computes each layer from the outputs of the merged layers before it"
             raise InputError("space.method", problem, "Search over weights alone: `kind: parameter_space`.")
         baselines = list(ParameterSpaceSettings(method=self.method, steps=self.steps).build(context).baselines())
         return JointSpace(self, context, self.method, baselines)
@@ -108,7 +108,7 @@ def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
     except InputError as error:
         raise InputError(f"{place}: {error.place}", error.problem, error.hint) from error
     if not isinstance(recipe, StackRecipe):
-        raise InputError(place, f"is a recipe of the kind {recipe.kind}, which has no layers to lay in another order")
+        raise InputError(place, f"is a recipe of the kind {recipe.kind}, which has no layers to reorder")
     if recipe.is_scaled or recipe.tensors:
         what = "scales hops" if recipe.is_scaled else "makes single tensors otherwise than their layer"
         raise InputError(place, f"{what}, which its layers cannot keep on another path", "Give a merge of weights.")
@@ -151,7 +151,7 @@ def _check_makable(recipe: StackRecipe, context: SpaceContext, place: str) -> No
             has_fit=recipe.fit is not None,
         )
         if "merged_inputs" in context.method(blend.method).needs:
-            problem = f"{blend.method} makes each layer for its place, and there are other places on a path"
+            problem = f"{blend.method} computes each layer for its position, and a path changes positions"
             raise InputError(f"{place}: blends[{number}]", problem, "Export the winner, and name that as a source.")
     for number, hop in enumerate(recipe.hops):
         blends = [recipe.blends[index] for index in (hop.attention, hop.mlp, hop.norm)]

@@ -76,7 +76,7 @@ class PromptsSpaceSettings(SpaceSettings):
 def _check_names(prompts: Mapping[str, PromptFacts]) -> None:
     for name in (NONE, MIXED):
         if name in prompts:
-            raise InputError(f"sources.{name}", f"is called {name}, which stands for something else here", "Rename it.")
+            raise InputError(f"sources.{name}", f"is called {name}, which has another meaning here", "Rename it.")
 
 
 def _check_starts(prompts: Mapping[str, PromptFacts]) -> None:

@@ -179,7 +179,7 @@ def _check_router(settings: RoutedSpaceSettings, context: SpaceContext, kinds: S
         problem = "fitted routers learn from right answers, and there are none to fit to"
         raise InputError("fit", problem, "Give a file of them, `fit:`, or take `router: arrow`.")
     if kind in _FROM_TEXTS and context.calibration is None:
-        problem = f"is {kind}, which is made of texts of each expert's own, and there are none"
+        problem = f"is {kind}, which needs separate texts for each expert, and there are none"
         raise InputError("space.router", problem, "Give them: `calibration:` with `sources:`.")
     if context.fit is None and context.calibration is None:
         problem = "how much experts are used is measured on texts, and there are none"
@@ -194,9 +194,9 @@ def _check_router(settings: RoutedSpaceSettings, context: SpaceContext, kinds: S
     vectors = [kind == "IA3" for kind in kinds]
     if settings.heads and not all(vectors):
         hint = "Take (IA)3 adapters, or `like: molora` for LoRA."
-        raise InputError("space.like" if settings.like else "space.heads", "is of (IA)3 vectors alone", hint)
+        raise InputError("space.like" if settings.like else "space.heads", "applies only to (IA)3 vectors", hint)
     if any(vectors) and kind in ("arrow", "spectral", "stored"):
-        problem = f"is {kind}, which goes by the factors of LoRA, and (IA)3 vectors have none"
+        problem = f"is {kind}, which uses the factors of LoRA, and (IA)3 vectors have none"
         raise InputError("space.router", problem, "Take `router: fitted` or `router: prototypes`.")
 
 
@@ -297,7 +297,7 @@ class RoutedSpace:
         if self._context.fit is None:
             yield f"no routers that are fitted, for there is no `fit:`; those of baselines are {self._settings.router}"
         if not self._has_factors:
-            yield "not Arrow, which goes by the factors of LoRA"
+            yield "not Arrow, which uses the factors of LoRA"
         if self._context.layers < len(MOLA_SHAPES[0]):
             yield f"not the shapes of MoLA, which are of {len(MOLA_SHAPES[0])} layers or more"
 

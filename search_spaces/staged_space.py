@@ -165,7 +165,7 @@ class StagedSpace:
     def _fixed(self, path: Path, takes: Mapping[str, str], place: str) -> StackRecipe:
         recipe = load_recipe_file(path, no_mergekit)
         if not isinstance(recipe, StackRecipe):
-            raise InputError(place, f"is a recipe of the kind {recipe.kind}, which no stage is")
+            raise InputError(place, f"is a recipe of the kind {recipe.kind}, which cannot be a stage")
         recipe = recipe.model_copy(update={"sources": {n: r for n, r in recipe.sources.items() if n in _used(recipe)}})
         if missing := sorted(recipe.sources.keys() - takes.keys()):
             problem = f"merges {missing[0]!r}, which is not among this stage's sources"

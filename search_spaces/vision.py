@@ -47,7 +47,7 @@ class VisionSettings(BaseModel):
     def check(self, sources: Collection[str], tokenizer: str) -> None:
         """Reject unknown sources, or a list without the one whose settings the merged model has. InputError."""
         if unknown := [name for name in self.sources if name not in sources]:
-            raise InputError("space.vision", f"names {unknown[0]}, which is no source")
+            raise InputError("space.vision", f"names {unknown[0]}, which is not a source")
         if tokenizer not in self.sources:
             problem = f"leaves out {tokenizer}, whose configuration says how images are read"
             raise InputError("space.vision", problem, "Name it too, or another one by `tokenizer: NAME`.")

@@ -333,7 +333,7 @@ def test_recipes_say_it_and_others_are_as_before(llama: dict[str, Source]) -> No
     assert core.hash != plain.hash
     assert read_recipe(core.canonical(), core.sources) == core
     assert core.lines() == [line.replace(" on base", " on base in core space") for line in plain.lines()]
-    with pytest.raises(InputError, match="in core space, which mergekit cannot say"):
+    with pytest.raises(InputError, match="in core space, which mergekit cannot express"):
         to_mergekit(core, lambda reference: llama["base"].roles)
 
 

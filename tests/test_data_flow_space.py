@@ -404,7 +404,7 @@ def test_models_too_small_for_a_path_by_hand_have_it_not_twice() -> None:
         ({"others": ("bb",)}, "space.others", "Did you mean 'b'?"),
         ({"others": ("b", "b")}, "space.others", "twice"),
         ({"others": ("a",)}, "space.others", "is model A"),
-        ({"encoding": "pruning", "others": ("b",)}, "space.others", "model A alone"),
+        ({"encoding": "pruning", "others": ("b",)}, "space.others", "only model A"),
         ({"encoding": "pruning", "max_hops": 6}, "space.max_hops", "5 layers of a"),
         ({"max_hops": 4}, "space.max_hops", "a alone is 5 hops"),
         ({"max_hops": 6}, "space.max_hops", "c alone is 7 hops"),

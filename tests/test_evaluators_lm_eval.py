@@ -639,5 +639,7 @@ def test_likelihoods_about_pictures_are_refused() -> None:
     asked = Instance("loglikelihood", instance.doc, ("Q:<image>", " 3", instance.args[2]), 0)
     media = task.items("search")[0].media
     reader = Reader(None, 256)
-    with pytest.raises(InputError, match="row 0: asks for likelihoods with pictures, which lm-eval has of no model"):
+    with pytest.raises(
+        InputError, match="row 0: asks for likelihoods with pictures, which lm-eval supports for no model"
+    ):
         request_of(asked, reader, LmEvalSettings(task="mini_picture_en"), "row 0", media)

@@ -285,7 +285,7 @@ def test_items_of_a_task_that_candidates_are_scored_on_are_refused(
 
 def test_a_method_that_is_fitted_wants_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evomerge("validate", short_search_file(tmp_path, space={"method": "fitted"})) == 2
-    assert "fitted is fitted to right answers, which there are none of" in " ".join(capsys.readouterr().err.split())
+    assert "fitted is fitted to right answers, and there are none" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.nightly

@@ -17,8 +17,8 @@ from helpers_miniature import evomerge, search_file
 from evaluators.base import Evaluator, EvaluatorSettings, Graded, Item, Outcome, Split, texts
 from evomerge.checkpoints.live import LiveModel, NotFiniteError
 from evomerge.errors import InputError
-from evomerge.inference.answering import listening
 from evomerge.inference.media import Media
+from evomerge.inference.progress import progress_listener
 from evomerge.inference.reading import Prompt, Reader
 from evomerge.inference.requests import (
     Batch,
@@ -91,7 +91,7 @@ def test_who_listens_hears_of_every_prompt(shaped: bool) -> None:
     live, heard = tiny_live(), list[int]()
     live.model.generation_config.min_new_tokens = 3 if shaped else None
     asked = [*answers(live, WORDS, batch_size=3), *likelihoods(live, WORDS[:5], 40)]
-    with listening(heard.append):
+    with progress_listener(heard.append):
         respond_to(TransformersEngine(live), asked)
     assert sum(heard) == len(asked)
     assert len(heard) > 4
@@ -116,7 +116,7 @@ def test_pictures_are_refused_by_engines_for_text(answered: bool) -> None:
     live, shown = tiny_live(), (Media("image", Path("kite.png")),)
     seen = Prompt("what?", "" if answered else " 1", [5, 6, 7], 0 if answered else 1, None, "line 3", shown)
     request = Generate(seen, 4) if answered else Likelihood(seen)
-    with pytest.raises(InputError, match="line 3: shows the model an image, and this model reads text alone"):
+    with pytest.raises(InputError, match="line 3: shows the model an image, and this model reads only text"):
         respond_to(TransformersEngine(live), [*answers(live, WORDS[:2]), request])
     with pytest.raises(InputError, match="the engine vllm"):
         refuse_media([Batch([request])], "the engine vllm gives models")

@@ -877,7 +877,7 @@ def test_names_that_no_filter_tells_apart_are_refused() -> None:
         norm=mixes[0],
         head=mixes[0],
     )
-    with pytest.raises(InputError, match=r"no filter of mergekit's gives l.0.attn.w alone its weight 2"):
+    with pytest.raises(InputError, match=r"no mergekit filter gives only l.0.attn.w its weight 2"):
         to_mergekit(recipe, lambda reference: roles)
 
 
@@ -947,7 +947,7 @@ def test_sources_of_tokenizers(keys: dict[str, Any], tokenizer: str, vocabulary:
 @pytest.mark.parametrize(
     ("keys", "place", "problem"),
     [
-        ({"tokenizer": {}, "tokenizer_source": "union"}, "tokenizer", "beside tokenizer_source"),
+        ({"tokenizer": {}, "tokenizer_source": "union"}, "tokenizer", "combined with tokenizer_source"),
         ({"tokenizer": {"sorce": "union"}}, "tokenizer", "no key 'sorce'"),
         ({"tokenizer": {"tokens": ["x"]}}, "tokenizer.tokens", "keys with values"),
         ({"tokenizer": {"tokens": {"x": {"source": "org/z"}}}}, "tokenizer.tokens.x.source", "not among the merged"),

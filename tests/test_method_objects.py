@@ -168,7 +168,7 @@ def test_a_method_that_needs_what_is_not_there_is_refused() -> None:
         check_needs(needy, "m", has_texts=False, has_fit=True)
     check_needs(needy, "m", has_texts=True, has_fit=False)
     fitted = Method("wants", _plan, needs=("fit",))
-    with pytest.raises(InputError, match=r"^m: wants is fitted to right answers, which there are none of"):
+    with pytest.raises(InputError, match=r"^m: wants is fitted to right answers, and there are none"):
         check_needs(fitted, "m", has_texts=True, has_fit=False)
     check_needs(fitted, "m", has_texts=False, has_fit=True)
 

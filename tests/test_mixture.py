@@ -369,7 +369,7 @@ def test_a_recipe_is_read_back(llamas: dict[str, Source]) -> None:
         ({"groups": [{"layers": 2, "slots": {"maths": 0, "japanese": 1}, "bias": {"maths": 1.0}}]}, "have none"),
         ({"rest": 7}, "uses blend 7, but there are 3"),
         ({"router": {"kind": "fitted", "rest": 2, "slots": {"maths": 0, "japanese": 1}}}, "does not say on what"),
-        ({"router": {"kind": "prototypes", "rest": 2, "slots": {"maths": 0, "japanese": 1}}}, "not say of which texts"),
+        ({"router": {"kind": "prototypes", "rest": 2, "slots": {"maths": 0, "japanese": 1}}}, "not name the texts"),
     ],
 )
 def test_recipes_that_mean_nothing(llamas: dict[str, Source], changes: dict[str, Any], said: str) -> None:
@@ -399,7 +399,7 @@ def test_mixtures_that_cannot_be_made(
     ("config", "architecture", "said"),
     [
         (DENSE["mistral of a window"], "glm4_moe", "attends to a sliding window"),
-        (type(DENSE["llama"])(**{**DENSE["llama"].to_dict(), "mlp_bias": True}), "mixtral", "mlp.*bias, for which"),
+        (type(DENSE["llama"])(**{**DENSE["llama"].to_dict(), "mlp_bias": True}), "mixtral", "mlp.*bias, which"),
         (type(DENSE["llama"])(**{**DENSE["llama"].to_dict(), "attention_bias": True}), "glm4_moe", "o_proj.bias, for"),
     ],
 )

@@ -97,7 +97,7 @@ def test_one_expert_of_each_token_is_a_slot(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"where": "all"}, "a mixture routes mlps alone"),
+        ({"where": "all"}, "a mixture routes only mlps"),
         ({"router": Router(kind="fitted")}, "one for each layer"),
         ({"router": Router(kind="fitted", per="block", gate="sigmoid")}, "gates that are not 1"),
         ({"groups": (LayerGroup(layers=2, experts=EVERY, top_k=2),)}, "module by module, not mlp by mlp"),

@@ -111,7 +111,7 @@ def one_expert(**changes: Any) -> list[dict[str, Any]]:
         ({"experts": one_expert(positive_prompts=[])}, "experts.0.positive_prompts: is empty"),
         ({"shared_experts": [{"source_model": "code"}] * 2}, "shared_experts: are 2"),
         ({"shared_experts": [{"source_model": "code", "positive_prompts": ["x"]}]}, "computes every token alike"),
-        ({"architecture": "deepseek"}, "deepseek is none that is made here"),
+        ({"architecture": "deepseek"}, "deepseek is not supported here"),
     ],
 )
 def test_configurations_that_cannot_be_made(changes: dict[str, Any], said: str) -> None:

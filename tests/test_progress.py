@@ -11,7 +11,7 @@ from helpers_search import drive, make_setup, scores_of
 from test_deadlines import Notes
 from test_generation import RACE, setup_of, simulate
 
-from evomerge.inference.answering import answered
+from evomerge.inference.progress import report_answered
 from evomerge.optimizers import CmaSettings
 from evomerge.search.driving import dispatch
 from evomerge.search.driving.control import Control
@@ -87,7 +87,7 @@ def in_process(idle: Callable[[], None], progress: Progress) -> Notes:
         def run(self, job: Job) -> Finished:
             try:
                 for _ in range(3):
-                    answered(1)
+                    report_answered(1)
             except Exception as error:
                 return Finished(job.candidate, job.attempt, "local", Failed("error", str(error)))
             return Finished(job.candidate, job.attempt, "local", scores_of(job))

@@ -109,7 +109,7 @@ BAD: dict[str, tuple[dict[str, PromptFacts], dict[str, Any], dict[str, Any], str
     "no prompts": ({}, {}, {}, "sources", "are no prompts"),
     "weights": (SOFT, {}, {"sources": {"base": "b", "one": "b+one", "lora": "b+l"}}, "sources.lora", "has no prompt"),
     "base with a prompt": (SOFT, {}, {"base": "one", "tokenizer": "one"}, "sources.base", "has no prompt"),
-    "bad name": ({"none": SOFT["one"]}, {}, {}, "sources.none", "stands for something else"),
+    "bad name": ({"none": SOFT["one"]}, {}, {}, "sources.none", "has another meaning"),
     "fewer than a block": (SOFT, {"tokens": 2}, {}, "space.tokens", "less than a block of 4"),
 }  # fmt: skip
 

@@ -164,7 +164,7 @@ def test_a_prompt_stands_beside_no_adapter(base: Path, folders: dict[str, Path],
     prompt = folders["PROMPT_TUNING"]
     for names in ((tmp_path / "lora", prompt), (prompt, tmp_path / "lora"), (prompt, prompt)):
         reference = "+".join(map(str, (base, *names)))
-        with pytest.raises(InputError, match=r"stands beside it.*Name one prompt a source"):
+        with pytest.raises(InputError, match=r"is given with it.*Name one prompt a source"):
             open_source("maths", reference, place="sources.maths", prompts=True)
 
 

@@ -84,7 +84,7 @@ def test_a_processor_that_is_missing_is_named_before_anything_is_scored(example:
 
 
 def test_a_model_of_texts_that_is_asked_about_images_is_named(example: Path) -> None:
-    with pytest.raises(InputError, match="what reads images in llava would be dropped"):
+    with pytest.raises(InputError, match="the vision parts of llava would be dropped"):
         prepared(example, "tokenizer=japanese")
     with pytest.raises(InputError, match=r"image|picture"):
         prepared(example, "sources={base: base, japanese: japanese}", "tokenizer=base")

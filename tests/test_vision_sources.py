@@ -151,7 +151,7 @@ def test_another_shape_of_text_model_is_refused(folder: Path, tmp_path: Path) ->
 
 def test_a_merge_that_would_drop_what_reads_images_is_refused(folder: Path) -> None:
     sources = with_plain(folder)
-    with pytest.raises(InputError, match="what reads images in sees would be dropped") as refused:
+    with pytest.raises(InputError, match="the vision parts of sees would be dropped") as refused:
         check_keeps_vision(sources, "plain")
     assert "`tokenizer: sees`" in refused.value.hint
     check_keeps_vision(sources, "sees")
@@ -201,7 +201,7 @@ def test_stages_and_other_kinds_of_recipe_are_for_models_of_texts(folder: Path, 
 
 def test_a_processor_that_is_missing_or_not_wanted_is_named(folder: Path) -> None:
     sources = with_plain(folder)
-    with pytest.raises(InputError, match="a model of texts alone, and is asked about images"):
+    with pytest.raises(InputError, match="a text model, and is asked about images"):
         check_processor(sources["plain"])
     with pytest.raises(InputError, match="has no processor for images"):
         check_processor(sources["sees"])
@@ -232,7 +232,7 @@ def test_what_a_recipe_says_of_what_reads_images_is_told(folder: Path, tmp_path:
     assert [line.partition(":")[0] for line in recipe.lines()][-1] == "what reads images"
     assert read_recipe(recipe.canonical(), recipe.sources) == recipe
     assert "vision" not in recipe_of(sources, Blend.copy_of("other"), vision=Blend.copy_of("sees")).canonical()
-    with pytest.raises(InputError, match="mergekit cannot say"):
+    with pytest.raises(InputError, match="mergekit cannot express"):
         to_mergekit(recipe, lambda reference: sources["sees"].roles)
 
 

@@ -78,7 +78,7 @@ class AdapterSettings:
         if self.kind == "LORA":
             self._check_start()
         if self.kind == "BOFT" and self.config.get("boft_n_butterfly_factor", 1) != 1:
-            raise self.fault("boft_n_butterfly_factor is above 1, which peft folds on a GPU alone")
+            raise self.fault("boft_n_butterfly_factor is above 1, which peft folds only on a GPU")
         if self.kind == "VERA" and self.config.get("save_projection") is False:
             problem = "save_projection is false, so that its shared matrices hang on the version of torch"
             raise self.fault(problem, "Save it again with `save_projection` true where it was trained.")
@@ -142,7 +142,7 @@ class AdapterSettings:
                     raise TimeoutError
             except (TimeoutError, regex.error, RecursionError):
                 shown = printable(repr(pattern), 100)
-                raise self.fault(f"{key} has the pattern {shown}, which cannot be looked for in time") from None
+                raise self.fault(f"{key} has the pattern {shown}, which takes too long to match") from None
         return self.config[otherwise]
 
     def tokens_of(self, module: str) -> tuple[int, ...]:

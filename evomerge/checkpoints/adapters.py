@@ -271,7 +271,7 @@ class _Reader:
                 raise self._misfit(name, (max(change.tokens, default=0) + 1, *change.by.shape[1:]))
             return
         if turned:
-            raise InputError(self.place, f"turns the inputs of {name}, which is stored as inputs by outputs", _FOLD)
+            raise InputError(self.place, f"rotates the inputs of {name}, which is stored as inputs by outputs", _FOLD)
         inputs = change.block * change.blocks if change.blocks > 1 else wanted[1]
         outputs = wanted[0] if change.outputs is None else math.prod(change.outputs.shape)
         if (outputs, inputs) != wanted or wanted[1] % change.block:

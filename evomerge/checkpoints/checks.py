@@ -154,7 +154,7 @@ def check_keeps_vision(sources: Mapping[str, Source], tokenizer: str) -> None:
     """
     seeing = [name for name, source in sources.items() if source.takes_images]
     if seeing and not sources[tokenizer].takes_images:
-        problem = f"is {tokenizer}, a model of texts alone, and what reads images in {seeing[0]} would be dropped"
+        problem = f"is {tokenizer}, a text model, and the vision parts of {seeing[0]} would be dropped"
         hint = f"Say so: `tokenizer: {seeing[0]}`; in a mergekit configuration, `tokenizer_source`."
         raise InputError("tokenizer", problem, hint)
 
@@ -176,8 +176,8 @@ def check_vision(sources: Mapping[str, Source], recipe: StackRecipe) -> None:
     for name in sorted(_mixed(recipe.seen) | {recipe.tokenizer}):
         other = sources[name]
         if not other.takes_images:
-            problem = f"{name} is a model of texts alone, and what reads images is to be made of it"
-            raise InputError(other.place, problem, "Take it from sources that read images alone.")
+            problem = f"{name} is a text model, and the vision parts are to be made from it"
+            raise InputError(other.place, problem, "Make them only from sources that read images.")
         _same(model, other, "model_type", model.config["model_type"], other.config["model_type"], _SAME_TOWER)
         for tensor in sorted((model.tensors.keys() - texts(model)) | (other.tensors.keys() - texts(other))):
             _same(model, other, f"shape of {tensor}", _shape(model, tensor), _shape(other, tensor), _SAME_TOWER)

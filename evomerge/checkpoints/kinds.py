@@ -38,7 +38,7 @@ def check_kind(config: Mapping[str, Any], place: str) -> None:
     elif _MASKED.search(name):
         problem = f"is a {what}, which fills in words that are masked; such models are not supported"
     elif _MANY_INPUTS.search(name) and not sees:
-        problem = f"is a {what}, which takes more in than a text to go on with; such models are not supported"
+        problem = f"is a {what}, which takes other input than a text to continue; such models are not supported"
     else:
         return
     raise InputError(place, problem, _HINT)

@@ -22,8 +22,8 @@ def check_processor(source: Source) -> None:
     """
     if not source.takes_images:
         kind = source.config["model_type"]
-        problem = f"is a {kind}, a model of texts alone, and is asked about images"
-        raise InputError(source.place, problem, "Name a model that reads images, and have it give the tokenizer.")
+        problem = f"is a {kind}, a text model, and is asked about images"
+        raise InputError(source.place, problem, "Name a model that reads images, and let it provide the tokenizer.")
     files = processor_files(source.folder)
     if not any(file.name in IMAGE_PROCESSORS for file in files):
         raise InputError(source.place, f"has no processor for images in {source.folder}", _NONE)

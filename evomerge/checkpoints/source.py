@@ -325,7 +325,7 @@ def _check_explained(extra: Mapping[str, TensorEntry], plan: Blueprint, place: s
         problem = f"the files hold tensors that are no part of the model of config.json: {_few(unknown)}"
         raise InputError(place, problem, "See that config.json belongs to these weights; remove what is not the model.")
     if strange := sorted(name for name, entry in extra.items() if entry.dtype not in STORED_DTYPES):
-        problem = f"{strange[0]}, which transformers passes over, is stored as {extra[strange[0]].dtype}"
+        problem = f"{strange[0]}, which transformers ignores, is stored as {extra[strange[0]].dtype}"
         raise InputError(place, problem, f"It can be taken along as one of {', '.join(STORED_DTYPES)}.")
 
 
@@ -337,7 +337,7 @@ def _prompted(source: Source, adapters: Sequence[Path]) -> Source | None:
         return None
     if len(adapters) > 1:
         other = next((folder for folder in adapters if folder != prompts[0].folder), adapters[0])
-        problem = f"{prompts[0].folder} is {prompts[0].facts.text}, and {other} stands beside it"
+        problem = f"{prompts[0].folder} is {prompts[0].facts.text}, and {other} is given with it"
         hint = "Name one prompt a source, on the model that it was trained on; a search puts several together."
         raise InputError(source.place, problem, hint)
     (prompt,) = prompts

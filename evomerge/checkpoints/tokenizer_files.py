@@ -147,7 +147,7 @@ def _extend(
     if plain and model["type"] == "WordPiece":  # it uses the longest matching piece, so known texts would change
         raise InputError(
             place,
-            f"its tokenizer is a WordPiece, which cannot take {plain[0]!r} and be the same for other texts",
+            f"its tokenizer is a WordPiece, to which {plain[0]!r} cannot be added without changing other texts",
             "Keep its vocabulary: `vocabulary: {kind: tokenizer}`.",
         )
     # Added tokens become pieces as well: only the ids of pieces are preserved when the file is read.

@@ -289,7 +289,7 @@ def _aligned(source: Source, model: Source, table: _Table, texts: Mapping[str, s
             config[key] = None if beyond else value
     config = with_text_settings(config, {"vocab_size": table.size})
     if text_config(parse_config(config, source.place)).vocab_size != table.size:
-        raise InputError(source.place, "config.json: vocab_size is not what says how many tokens this model knows")
+        raise InputError(source.place, "config.json: vocab_size does not give this model's number of tokens")
     tensors = {
         name: replace(entry, shape=(table.size, *entry.shape[1:])) if name in table.names else entry
         for name, entry in source.tensors.items()

@@ -128,7 +128,7 @@ def _match(
             )
         held[name] = (holder, part, shape)
     if missing := [name for name in parts if name not in held]:
-        raise InputError(place, f"has no {missing[0]}, which {model} asks for", "Name the model that was trained.")
+        raise InputError(place, f"has no {missing[0]}, which {model} requires", "Name the model that was trained.")
     return held
 
 
@@ -246,7 +246,7 @@ def _files(step: Path, kind: str, place: str) -> list[Path]:
         if (match := _SHARD.fullmatch(file.name)) is None or match["kind"] != kind:
             continue
         if int(match["split"]):
-            raise InputError(place, f"{file.name} shows tensor parallelism, which cannot be put together here")
+            raise InputError(place, f"{file.name} shows tensor parallelism, which is not supported here")
         if (rank := int(match["rank"])) in by_rank:
             raise InputError(place, f"has rank {rank} twice: {by_rank[rank].name} and {file.name}", _AGAIN)
         by_rank[rank] = file

@@ -45,7 +45,7 @@ def processed(processor: Any, text: str, media: Sequence[Media], start: Sequence
         InputError: the model cannot read pictures, ``IMAGE`` does not occur once per picture, or one cannot be read.
     """
     if processor is None:
-        problem = "shows the model a picture, and this model reads text alone"
+        problem = "shows the model a picture, and this model reads only text"
         raise InputError(place, problem, "Take the tokenizer of a source that has a vision tower (`tokenizer:`).")
     own = placeholder(processor)
     text = text.replace(IMAGE, own)

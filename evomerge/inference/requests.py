@@ -130,7 +130,7 @@ def refuse_media(batches: Sequence[Batch], reads_text: str) -> None:
     """Reject prompts with pictures; ``reads_text`` names what restricts the model to text."""
     for prompt in (request.prompt for batch in batches for request in batch.requests):
         if prompt.media:
-            problem = f"shows the model an {prompt.media[0].kind}, and {reads_text} text alone"
+            problem = f"shows the model an {prompt.media[0].kind}, and {reads_text} only text"
             raise InputError(prompt.place, problem, "Ask by text, or leave the item out.")
 
 
@@ -138,5 +138,5 @@ def refuse_shaping(batches: Sequence[Batch], engine: str) -> None:
     """Reject requests other than plain greedy decoding, for an engine that supports nothing else."""
     for request in (request for batch in batches for request in batch.requests):
         if isinstance(request, Generate) and request.shaping:
-            problem = f"the engine {engine} gives plainly greedy answers alone, and {request.shaping[0][0]} is set"
+            problem = f"the engine {engine} supports only plain greedy decoding, and {request.shaping[0][0]} is set"
             raise InputError(request.prompt.place, problem, "Leave it out, or `engine`.")

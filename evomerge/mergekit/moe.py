@@ -159,11 +159,11 @@ def _architecture(file: MoeFile, kind: str, place: str) -> Architecture:
         known = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
         said = file.architecture.lower().replace("-", "_").removesuffix("moe").rstrip("_")
         if said not in known:
-            problem = f"{file.architecture} is none that is made here"
+            problem = f"{file.architecture} is not supported here"
             raise InputError(f"{place}: architecture", problem, f"One of: {', '.join(known)}; or leave it out.")
         return known[said]  # type: ignore[return-value]
     if kind not in _GUESSED:
-        raise InputError(f"{place}: base_model", f"is a {kind}, of which no mixture can be made")
+        raise InputError(f"{place}: base_model", f"is a {kind}, from which no mixture can be made")
     return "qwen2_moe" if kind == "llama" and file.shared_experts else _GUESSED[kind]
 
 

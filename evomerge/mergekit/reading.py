@@ -243,7 +243,7 @@ def _slices(
         raise InputError(f"{place}: slices", "take no layers at all")
     for number, piece in enumerate(slices[1:-1], start=1):
         if not piece.length:
-            problem = "takes no layers, which says something of the first slice or the last one alone"
+            problem = "takes no layers, which is meaningful only for the first slice or the last"
             raise InputError(f"{place}: slices[{number}]", problem, "Remove it, or give it layers.")
     return slices
 

@@ -88,7 +88,7 @@ def _source(config: Mapping[str, Any], place: str) -> tuple[Any, str]:
         return config.get("tokenizer_source"), f"{place}: tokenizer_source"
     where = f"{place}: tokenizer"
     if config.get("tokenizer_source") is not None:
-        raise InputError(where, "stands beside tokenizer_source", "Keep one of the two.")
+        raise InputError(where, "cannot be combined with tokenizer_source", "Keep one of the two.")
     check_keys(config["tokenizer"], ("source", "tokens", "pad_to_multiple_of"), where)
     return config["tokenizer"].get("source", "union"), f"{where}.source"
 

@@ -40,7 +40,7 @@ def to_mergekit(recipe: StackRecipe, look: Callable[[str], Roles]) -> dict[str, 
     _check_vision(recipe)
     methods = sorted({blend.method for blend in recipe.blends})
     if len(methods) > 1:
-        raise InputError("recipe.blends", f"differ in method, which mergekit cannot say ({', '.join(methods)})")
+        raise InputError("recipe.blends", f"differ in method, which mergekit cannot express ({', '.join(methods)})")
     grammar = find_grammar(methods[0], "recipe.blends", "merge method of mergekit's")
     _check_references(recipe)
     for number, blend in enumerate(recipe.blends):
@@ -76,14 +76,14 @@ def _check_references(recipe: StackRecipe) -> None:
 def _check_vision(recipe: StackRecipe) -> None:
     """Reject vision parts made from several models, for which mergekit has another format."""
     if recipe.seen is not None:
-        problem = "makes what reads images of several models, which mergekit cannot say beside layers"
+        problem = "makes the vision parts from several models, which mergekit cannot express beside layers"
         raise InputError("recipe.vision", problem, "Merge it here, with `evomerge merge`.")
 
 
 def _check_numbers(blend: Blend, grammar: Grammar, place: str) -> None:
     """Reject numbers that mergekit has no setting for."""
     if blend.basis is not None:
-        raise InputError(f"{place}.basis", "merges adapters in core space, which mergekit cannot say")
+        raise InputError(f"{place}.basis", "merges adapters in core space, which mergekit cannot express")
     if blend.steps:
         names = ", ".join(step.name for step in blend.steps)
         problem = f"change what {blend.method} made ({names}), which mergekit cannot do"
@@ -214,7 +214,7 @@ def _setting(values: Mapping[str, Value], setting: Setting) -> Value | list[dict
     while odd := next((name for name, value in left.items() if value != common), None):
         part = _filter(odd, left)
         if part is None:
-            problem = f"no filter of mergekit's gives {odd} alone its {setting.name} {left[odd]:g}"
+            problem = f"no mergekit filter gives only {odd} its {setting.name} {left[odd]:g}"
             raise InputError("recipe", problem, "Its name is a part of another tensor's name.")
         rules.append({"filter": part, "value": left[odd]})
         left = {name: value for name, value in left.items() if part not in name}

@@ -89,9 +89,9 @@ def check_architecture(architecture: Architecture, source: Source) -> None:
     biases = [name for name in source.tensors if name.endswith(".bias")]
     bias = next((name for name in biases if ".o_proj." in name or ".mlp." in name), None)
     if bias is not None and not (architecture == "qwen3_moe" and ".o_proj." in bias):
-        raise InputError(place, f"{source.name} has {bias}, for which a {architecture} has no place")
+        raise InputError(place, f"{source.name} has {bias}, which a {architecture} cannot represent")
     if architecture == "mixtral" and any(name.endswith("q_proj.bias") for name in biases):
-        raise InputError(place, f"{source.name} has biases in attention, for which a mixtral has no place")
+        raise InputError(place, f"{source.name} has biases in attention, which a mixtral cannot represent")
 
 
 def mixture_config(

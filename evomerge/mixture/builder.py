@@ -51,7 +51,7 @@ class MixtureBuilder:
             dense = recipe.dense(slot)
             check_stack(dense, sources)
             if is_made_in_order(dense):
-                problem = "has a method that makes layers one after another, which those of a mixture are not"
+                problem = "has a method that computes layers in order, which a mixture does not support"
                 raise InputError("recipe.blends", problem, "Choose a method that needs no merged inputs.")
 
     def start(self) -> None:

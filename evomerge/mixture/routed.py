@@ -44,7 +44,7 @@ def check_convertible(recipe: RoutedRecipe) -> None:
     """
     place, hint = "recipe", "Export it otherwise; its flattened merge is always plain."
     if recipe.where != "mlp":
-        problem = f"routes {recipe.where} blocks, and a mixture routes mlps alone"
+        problem = f"routes {recipe.where} blocks, and a mixture routes only mlps"
         raise InputError(f"{place}.where", problem, hint)
     if recipe.router.per != "block":
         problem = "has a router for each module, and a mixture one for each layer"

@@ -58,7 +58,7 @@ class PromptsBuilder(BuilderBase):
     def start(self) -> None:
         """Build the base."""
         if self._context.engine is not None:
-            problem = "answers with a model's own weights alone, and prompts are put before those of transformers"
+            problem = "answers only with a model's own weights, and prompts need transformers"
             raise InputError("engine", f"vllm {problem}", "Take `engine: transformers`; an exported prompt it serves.")
         _ = self._live
 
@@ -169,7 +169,7 @@ def _check_rows(name: str, rows: int, recipe: PromptsRecipe, sources: Mapping[st
         raise InputError(place, f"is of {recipe.form}, and {name} is {facts.text}", hint)
     if source.folder != base.folder or base.adapters:
         problem = f"{name} is a prompt of {source.folder}, and the base {recipe.base} is {base.reference}"
-        raise InputError(place, problem, "A prompt works before the model that it was trained on alone.")
+        raise InputError(place, problem, "A prompt works only with the model that it was trained on.")
     if rows > facts.rows:
         raise InputError(place, f"takes {rows} rows of {name}, which has {facts.rows}")
 

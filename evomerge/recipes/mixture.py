@@ -126,7 +126,7 @@ class MixtureRecipe(Recipe):
         if self.router.kind == "fitted" and self.fit is None:
             raise ValueError("its routers are fitted, and it does not say on what")
         if self.router.kind == "prototypes" and self.calibration is None:
-            raise ValueError("its routers are prototypes, and it does not say of which texts")
+            raise ValueError("its routers are prototypes, and it does not name the texts")
         for number, group in enumerate(self.groups):
             self._check_group(number, group)
         return self

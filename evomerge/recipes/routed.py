@@ -129,7 +129,7 @@ class RoutedRecipe(Recipe):
     def _refers_to_what_exists(self) -> RoutedRecipe:
         for number, group in enumerate(self.groups):
             if unknown := sorted(set(group.experts) - set(self.experts)):
-                raise ValueError(f"group {number} has the expert {unknown[0]!r}, which is none of the recipe's")
+                raise ValueError(f"group {number} has the expert {unknown[0]!r}, which is not one of the recipe's")
         self.refuse_unknown_sources()
         if self.router.kind == "fitted" and self.fit is None:
             raise ValueError("its routers are fitted, and it does not say on what")

@@ -90,7 +90,7 @@ def sites_of(recipe: RoutedRecipe, sources: Mapping[str, Source]) -> list[Site]:
             continue
         if role.layer is None or role.kind not in ("attention", "mlp") or base.parts[weight].cuts:
             owner = next(name for name in recipe.experts if weight in sources[name].changes)
-            problem = f"{owner} changes {weight}, which is no linear layer in attention or mlp of its own"
+            problem = f"{owner} changes {weight}, which is not a separate linear layer in attention or mlp"
             raise InputError("recipe.experts", problem, "Only those can be routed.")
         module = base.parts[weight].tensor.removesuffix(".weight")
         changes = tuple(tuple(sources[name].changes.get(weight, ())) for name in recipe.experts)
