@@ -24,7 +24,7 @@ from evaluators.tasks import miniatures
 from evomerge.checkpoints.live import LiveModel, live_model, load_weights
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
-from evomerge.inference import showing
+from evomerge.inference import image_tokens as image_token_module
 from evomerge.inference.generation import GREEDY
 from evomerge.inference.image_tokens import ImageTokens, image_tokens
 from evomerge.inference.media import Media
@@ -246,15 +246,15 @@ def test_what_memory_has_no_room_for_goes_to_the_evidence(tmp_path: Path, monkey
     live = miniature()
     asked = tasks("en").requests(Reader.of(live), "search", range(4))
     wanted = respond_to(TransformersEngine(live), asked)
-    monkeypatch.setattr(showing, "MAX_BYTES", 1)
-    monkeypatch.setattr(showing, "_tokens", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(image_token_module, "MAX_BYTES", 1)
+    monkeypatch.setattr(image_token_module, "_tokens", weakref.WeakKeyDictionary())
     evidence = Evidence(tmp_path, {"vision": "1"})
     engine, tokens = TransformersEngine(live, kept=evidence), image_tokens(live, evidence)
     for _ in range(3):
         assert respond_to(engine, asked) == wanted
     assert tokens.computed == 4
     assert len(list(tmp_path.glob("*.safetensors"))) == 3  # the first fits into what there is
-    monkeypatch.setattr(showing, "_tokens", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(image_token_module, "_tokens", weakref.WeakKeyDictionary())
     others = Evidence(tmp_path, {"vision": "1"})
     image_tokens(live, others)
     assert respond_to(TransformersEngine(live, kept=others), asked) == wanted
