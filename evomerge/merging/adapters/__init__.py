@@ -1,1 +1,1 @@
-"""Weighted sums of adapters, beside the weights of their base."""
+"""Weighted sums of adapters, computed beside the weights of their base."""

@@ -1,8 +1,8 @@
-"""Recipes of low-rank adapters on one model that can be computed beside its weights: what tells them apart.
+"""Recipes of low-rank adapters on one model that can be computed beside its weights: the numbers that distinguish them.
 
-Where every source is the base or an adapter of it (LoRA), and every tensor is a linear combination of the sources whose
-coefficients sum to 1, the merged weight is W0 + sum_k c_k s_k B_k A_k: nothing but the few numbers c_k tells candidates
-apart. Merged in core space by any method, it is W0 + Q M P, and a small matrix M for each weight tells them apart. In
+If every source is the base or an adapter of it (LoRA), and every tensor is a linear combination of the sources whose
+coefficients sum to 1, the merged weight is W0 + sum_k c_k s_k B_k A_k, and candidates differ only in the few numbers
+c_k. Merged in core space by any method, it is W0 + Q M P, and they differ in a small matrix M for each weight. In
 either case several candidates can be computed in one forward pass (``checkpoints.low_rank_rows``).
 """
 
@@ -29,7 +29,7 @@ from evomerge.recipes.stack import Blend, StackRecipe
 from evomerge.vocabulary import Vocabulary
 
 _ROUNDING = 1e-6
-"""By how much coefficients may miss a sum of 1, beside the sum of their sizes: float32 tells no more of a weight."""
+"""The relative tolerance for coefficients that sum to 1: float32 weights have no more precision."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Family:
     Attributes:
         base: the source that is the model itself.
         adapted: the sources that are not.
-        weights: what any of them changes, in the order of the model.
+        weights: the weights that any of them changes, in the order of the model.
     """
 
     base: str
@@ -48,11 +48,11 @@ class Family:
 
 
 class _WeightsReadError(Exception):
-    """A method asks for statistics of the weights."""
+    """A method needs statistics of the weights."""
 
 
 def low_rank_problem(recipe: Recipe, sources: Mapping[str, Source]) -> str | None:
-    """Why a recipe of these sources cannot be computed beside weights; None where it can. Opens no tensor.
+    """Why a recipe of these sources cannot be computed beside the weights; None if it can. Opens no tensor.
 
     Raises:
         InputError: the recipe cannot be made of these sources at all.
@@ -69,7 +69,7 @@ def low_rank_problem(recipe: Recipe, sources: Mapping[str, Source]) -> str | Non
 
 
 def are_adapters(sources: Mapping[str, Source]) -> bool:
-    """Whether sources are a family."""
+    """Whether the sources are one model and low-rank adapters of it."""
     try:
         family_of(sources)
     except NotLowRankError:
@@ -78,7 +78,7 @@ def are_adapters(sources: Mapping[str, Source]) -> bool:
 
 
 def family_of(sources: Mapping[str, Source]) -> Family:
-    """What sources have in common, if they are one model and low-rank adapters of it.
+    """The family of sources, if they are one model and low-rank adapters of it.
 
     Raises:
         NotLowRankError: they are not.
@@ -97,7 +97,7 @@ def family_of(sources: Mapping[str, Source]) -> Family:
 
 
 def _check_rows(name: str, source: Source) -> None:
-    """Refuse an adapter of what cannot be computed beside the weights."""
+    """Refuse an adapter that cannot be computed beside the weights."""
     for tensor in source.changes:
         if source.roles[tensor].kind == "embedding":
             raise NotLowRankError(f"the adapter of {name} changes the embedding, {tensor}")
@@ -123,7 +123,7 @@ def base_recipe(recipe: Recipe, sources: Mapping[str, Source], family: Family) -
 
 
 class _Ones:
-    """Stands for a fit where it is only asked whether recipes that are made by one can be computed."""
+    """Stands for a fit when only checking whether recipes that need one can be computed."""
 
     def of(self, base: str, sources: Sequence[str], tensor: str) -> list[float]:
         return [1.0] * len(sources)
@@ -132,13 +132,13 @@ class _Ones:
 def coefficients(
     recipe: Recipe, sources: Mapping[str, Source], family: Family, fitted: FittedTo | None = None
 ) -> Tensor:
-    """What a recipe multiplies each adapted source's change of each weight by: float32 [weights, adapted sources].
+    """The coefficient of each adapted source's change to each weight in a recipe: float32 [weights, adapted sources].
 
     Args:
-        fitted: what is fitted to right answers, for a recipe that is made by it.
+        fitted: the numbers fitted to right answers, for a recipe that needs them.
 
     Raises:
-        NotLowRankError: the recipe is no weighted sum of the family.
+        NotLowRankError: the recipe is not a weighted sum of the family.
         InputError: it cannot be made of these sources at all.
     """
     recipe = _plain_stack(recipe, sources, family)
@@ -169,7 +169,7 @@ def _combined(
     weights: Weights,
     fitted: FittedTo | None,
 ) -> Mapping[str, float]:
-    """The coefficients of a tensor by source: a linear combination that leaves what sources share as it is."""
+    """The coefficients of a tensor by source: a linear combination that preserves what the sources share."""
     blend = recipe.blend_for(merged.role, merged.name)
     if blend.basis is not None:
         raise NotLowRankError(f"{blend.method} merges it in core space")
@@ -218,7 +218,7 @@ class CoreMerges:
 
     Args:
         space: of the sources.
-        family: what the sources are.
+        family: the sources' base and adapters.
 
     Raises:
         InputError: an adapter has NaN or Inf.
@@ -235,15 +235,15 @@ class CoreMerges:
 
     @property
     def bases(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Of every weight that any of the sources changes: its name in the transformers model, Q and P."""
+        """For every weight that any source changes: its name in the transformers model, Q and P."""
         parts = self._sources[self._family.base].parts
         return [(parts[merged.stored].tensor, core.left, core.right) for merged, core in self._cores]
 
     def matrices(self, recipe: Recipe) -> list[Tensor]:
-        """What a recipe makes of these weights' changes, in the order of ``bases``: float32 [p, q] each.
+        """A recipe's merge of these weights' changes, in the order of ``bases``: float32 [p, q] each.
 
         Raises:
-            NotLowRankError: it is not merged in core space, all of it and from the whole family.
+            NotLowRankError: it is not merged entirely in the core space of the whole family.
             InputError: it cannot be made of these sources at all.
         """
         stack = _check_core_recipe(recipe, self._sources, self._family)

@@ -1,8 +1,8 @@
-"""How far weighted sums of adapters are from a base, from their factors: no weight of theirs is ever made.
+"""The distance of weighted sums of adapters from a base, computed from their factors: no weight is ever made.
 
 With Delta_w = sum_k c_k tau_k for each weight w, norm(Delta_w)^2 = sum_kl c_k c_l <tau_k, tau_l>, and of low-rank task
 vectors tau_k = s_k B_k A_k the inner products are those of small matrices: <B_k A_k, B_l A_l> = <B_k^T B_l, A_k A_l^T>.
-So a candidate costs a few numbers a weight, and its change is exact, as nothing of it is rounded.
+So a candidate costs a few numbers per weight, and its change is exact, because nothing is rounded.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from evomerge.merging.adapters.low_rank import Family
 
 
 class LowRankChange:
-    """The change (``merging.measured.change``) of weighted sums of a family.
+    """Computes the change (``merging.measured.change``) of weighted sums of a family.
 
     Args:
-        base: what they are measured from, one of the family.
+        base: the source that changes are measured from, one of the family.
     """
 
     def __init__(self, sources: Mapping[str, Source], family: Family, base: str) -> None:
         adapted = [sources[name] for name in family.adapted]
         self._products = torch.stack([_products(adapted, weight) for weight in family.weights])
         self._size = _squared_norm(sources[base])
-        # Measured from an adapted source, a sum has one part less of it.
+        # Measured from an adapted source, its coefficient is reduced by one.
         self._origin = torch.tensor([float(name == base) for name in family.adapted], dtype=torch.float64)
 
     def of(self, coefficients: Tensor) -> float | None:
@@ -41,7 +41,7 @@ class LowRankChange:
         """
         parts = coefficients.double() - self._origin
         shares = parts[:, :, None] * parts[:, None, :]
-        # A sum that leaves an adapter out is sound, whatever that holds.
+        # A sum without an adapter is valid even if that contains NaN.
         square = float(torch.where(shares == 0, 0.0, shares * self._products).sum())
         return math.sqrt(max(square, 0.0) / self._size) if self._size else None
 
@@ -67,7 +67,7 @@ class CoreChange:
 
 
 def _products(sources: Sequence[Source], weight: str) -> Tensor:
-    """Inner products of what sources change of a weight: float64 [sources, sources]."""
+    """The inner products of the sources' changes to a weight: float64 [sources, sources]."""
     factors = [low_rank_factors(source, weight) for source in sources]
     products = torch.zeros(len(sources), len(sources), dtype=torch.float64)
     for k, ours in enumerate(factors):
@@ -78,16 +78,16 @@ def _products(sources: Sequence[Source], weight: str) -> Tensor:
 
 
 def is_low_rank(base: Source, other: Source) -> bool:
-    """Whether a source is the base with low-rank adapters alone, whose factors say all of its change."""
+    """Whether a source is the base with only low-rank adapters, so that their factors are its whole change."""
     changes = [change for each in other.changes.values() for change in each]
     low_rank = all(isinstance(change, LowRank) and change.magnitude is None for change in changes)
     return bool(changes) and low_rank and other.folder == base.folder and other.tensors == base.tensors
 
 
 def low_rank_factors(source: Source, weight: str) -> tuple[Tensor, Tensor] | None:
-    """L [rows, ranks] and R [ranks, columns], with L R all that a source's adapters change of a weight; None for none.
+    """L [rows, ranks] and R [ranks, columns], whose product is the change of a source's adapters to a weight; or None.
 
-    float64, with the scalings in L; a weight that is stored as inputs by outputs has L from A.
+    float64, with the scalings in L; for a weight stored as inputs by outputs, L comes from A.
     """
     pairs = []
     for change in source.changes.get(weight, ()):

@@ -1,4 +1,4 @@
-"""Which layers are like in how far their changes can be trusted: LARV's measure, from weights alone.
+"""Tiers of layers whose changes can be trusted equally: LARV's measure, from weights alone.
 
 Wang et al., "LARV: Data-Free Layer-wise Adaptive Rescaling Veneer for Model Merging" (arXiv 2602.09413), section 3.2:
 
@@ -6,10 +6,10 @@ Wang et al., "LARV: Data-Free Layer-wise Adaptive Rescaling Veneer for Model Mer
     k_l = (||W0 tau^T - tau W0^T|| + ||W0^T tau - tau^T W0||) / (2 ||W0|| ||tau||)     how far the two do not commute
     s_l = e_l^eta ((l + 1) / L)^rho / (1 + softplus(z_l)),          z_l: k_l standardised over the layers
 
-with eta 1 and rho 1/2. A concentrated change of a layer with a broad spectrum scores high, one that is at odds with the
-base's weights low. The scores' thirds are tiers, each of which a search gives a factor of its own. Where the paper has
-one matrix a layer and one task, e_l is of all matrices of a layer as blocks of one, k_l the mean over them, and both
-are means over the sources; a source that leaves a layer as it is says nothing of it.
+with eta 1 and rho 1/2. A concentrated change to a layer with a broad spectrum scores high, one that conflicts with the
+base's weights low. The thirds of the scores are tiers, and a search gives each tier its own factor. The paper has one
+matrix per layer and one task; here e_l is of all matrices of a layer as blocks of one, k_l is their mean, and both are
+means over the sources that change the layer.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from evomerge.merging.measured.directions import Directions, Factors, of_matrice
 from evomerge.merging.measured.evidence import Evidence
 
 COUNT = 3
-"""Tiers: the lowest scores, those between, and the highest. The paper finds two or three the most robust."""
+"""The number of tiers: low, middle and high scores. The paper finds two or three the most robust."""
 
 _ETA, _RHO = 1.0, 0.5
 
 
 def tiers_of(sources: Mapping[str, Source], base: str, evidence: Evidence) -> tuple[int, ...]:
-    """The tier of each layer, 0 for the lowest scores: measured once for a search.
+    """The tier of each layer, 0 for the lowest scores: measured once per search.
 
     Args:
-        sources: laid out for one vocabulary, with equally many layers.
+        sources: aligned to one vocabulary, with equal numbers of layers.
     """
     names = [name for name in sources if name != base]
     contents = tuple(evidence.content_of(name) for name in (base, *names))
@@ -61,10 +61,10 @@ def scores(contrasts: NDArray[np.float64], conflicts: NDArray[np.float64]) -> ND
 
 
 def conflict(base: Tensor, change: Tensor | Factors) -> float:
-    """k of one matrix [rows, columns] and a change to it; 0 where one of them is zero.
+    """k of one matrix [rows, columns] and a change to it; 0 if either is zero.
 
-    On the short side alone: with X = W0 tau^T, or its like for a tall matrix, the norms are ||X - X^T|| and, squared,
-    2 <W0 W0^T, tau tau^T> - 2 tr(X X).
+    Computed on the short side alone: with X = W0 tau^T, or its equivalent for a tall matrix, the norms are ||X - X^T||
+    and, squared, 2 <W0 W0^T, tau tau^T> - 2 tr(X X).
     """
     if base.shape[0] > base.shape[1]:
         base, change = base.T, (change[1].T, change[0].T) if isinstance(change, tuple) else change.T
@@ -98,21 +98,21 @@ def _scores(sources: Mapping[str, Source], base: str, names: Sequence[str]) -> T
 
 
 def _change(base: Source, source: Source, tensor: str, stored: Tensor) -> Tensor | Factors:
-    """What a source changes of a matrix of the base, by its adapters' factors where these are all of it."""
+    """A source's change to a matrix of the base, as its adapters' factors if these are all of it."""
     if not base.changes and is_low_rank(base, source):
         return low_rank_factors(source, tensor) or (stored[:, :0], stored[:0])
     return source.read(tensor).double() - stored
 
 
 class _Layer:
-    """What is found of one layer, for n sources."""
+    """The measurements of one layer, for n sources."""
 
     def __init__(self, count: int) -> None:
         self._base, self._changes = Directions.none(1), Directions.none(count)
         self._conflicts: list[list[float]] = [[] for _ in range(count)]
 
     def take(self, base: Tensor, changes: Sequence[Tensor | Factors]) -> None:
-        """One more of its matrices, float64 [rows, columns], and what each source changes of it."""
+        """Add one of its matrices, float64 [rows, columns], and each source's change to it."""
         found = of_matrices(changes)
         self._base += of_matrices([base])
         self._changes += found
@@ -134,7 +134,7 @@ class _Layer:
 
 
 def _over(of_layers: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """The mean over sources, float64 [layers]; of a layer that none changes that of all others."""
+    """The mean over sources, float64 [layers]; for a layer that none changes, the mean of all others."""
     means = np.array([np.mean(values) if values else np.nan for values in of_layers])
     known = means[np.isfinite(means)]
     return np.where(np.isfinite(means), means, known.mean() if len(known) else 1.0)

@@ -1,1 +1,1 @@
-"""Numbers of a merge found by gradient descent."""
+"""Numbers of a merge that are found by gradient descent."""

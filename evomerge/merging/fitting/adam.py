@@ -12,14 +12,14 @@ from evomerge.genome import Genome, Parameter
 Vector = NDArray[np.float64]
 
 _DECAYS = 0.9, 0.999
-"""Of the averages of gradients and of their squares, the usual ones of Adam."""
+"""The decay rates of the averages of gradients and of their squares; Adam's usual values."""
 
 
 class Adam:
     """Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) in the unit box.
 
     Args:
-        parameters: whose ranges the box is.
+        parameters: their ranges define the box.
         rate: the learning rate, alpha.
     """
 
@@ -31,7 +31,7 @@ class Adam:
         self._mean = self._square = np.zeros(len(parameters))
 
     def step(self, genome: Genome, gradient: Vector, share: float = 1.0) -> Genome:
-        """The next point, by that share of the rate; where the gradient is NaN it stays to the last bit."""
+        """The next point, with this share of the rate; components with a NaN gradient do not change at all."""
         span = self._high - self._low
         scaled = np.nan_to_num(gradient) * span
         self._steps += 1

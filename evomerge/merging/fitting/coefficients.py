@@ -1,15 +1,15 @@
-"""How much of each source each tensor should have: one number for each, fitted to right answers.
+"""The coefficient of each source in each tensor, fitted to right answers.
 
-With W0 the base and tau_k what source k changes of it, the merge is
+With W0 the base and tau_k the change of source k, the merge is
 
     W = W0 + sum_k c_k tau_k,
 
-tensor by tensor with numbers c_k of its own, as in task arithmetic; they are found by gradient descent on a loss of
-right answers (``Fit``). So "AdaMerging" (Yang et al., arXiv 2310.02575, layer-wise) finds them without any answers, on
-the entropy of what a model says. The gradient is exact (``gradient``), steps are those of Adam, and the learning rate
-falls to zero along a cosine.
+as in task arithmetic, with separate numbers c_k for every tensor. They are found by gradient descent on a loss of right
+answers (``Fit``). "AdaMerging" (Yang et al., arXiv 2310.02575, layer-wise) finds them in this way without any answers,
+from the entropy of a model's output. The gradient is exact (``gradient``), steps are those of Adam, and the learning
+rate decays to zero along a cosine.
 
-The numbers are evidence: whoever has the same sources and items finds the same ones, and finds them once.
+The numbers are evidence: the same sources and items give the same numbers, which are computed once.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
 
 _KIND = "coefficients 1"
 _LOSSES = "losses"
-"""The name under which the losses before each step stand beside the tensors' names, none of which is like it."""
+"""The name of the losses before each step, among the names of tensors; no tensor has this name."""
 
 LOW, HIGH = -1.0, 3.0
-"""What a coefficient may be: no merge worth having was seen to need more."""
+"""The bounds of a coefficient: no good merge was seen to need more."""
 
 
 class Coefficients:
-    """What is fitted to right answers of some sources; see ``FittedTo``.
+    """Coefficients of some sources, fitted to right answers; see ``FittedTo``.
 
     Args:
         context: of the models; it has a fit.
-        materialiser: gives what writes recipes.
+        materialiser: returns what writes recipes.
         write: writes one into the live model.
     """
 
@@ -62,24 +62,24 @@ class Coefficients:
 
     @property
     def fit(self) -> Fit:
-        """What is fitted to."""
-        assert self._context.fit is not None  # who makes this has looked
+        """What the coefficients are fitted to."""
+        assert self._context.fit is not None  # checked by the creator of this object
         return self._context.fit
 
     @property
     def digest(self) -> str:
-        """Of the items, and of how is learnt from them."""
+        """The digest of the items and of the settings of the fit."""
         return self.fit.digest
 
     def of(self, base: str, sources: Sequence[str], tensor: str) -> list[float]:
-        """How much of each source's change of a tensor is wanted; nothing of sources that do not change it."""
+        """The coefficient of each source's change to a tensor; 0 for sources that do not change it."""
         found = self.found(base, sources).get(tensor)
         return [0.0] * len(sources) if found is None else found.tolist()
 
     def found(self, base: str, sources: Sequence[str]) -> Mapping[str, Tensor]:
-        """By the name of a tensor, float64 [sources]; and under "losses" that before each step, float64 [steps].
+        """By tensor name, float64 [sources]; and under "losses" the loss before each step, float64 [steps].
 
-        Computed where nobody has computed it: the live model then holds another recipe than before.
+        Computed if it is not kept yet; the live model then holds another recipe than before.
 
         Raises:
             NotFiniteError: the loss or its gradient is NaN or Inf.
@@ -95,7 +95,7 @@ class Coefficients:
         return self._known[key]
 
     def _fitted(self, base: str, sources: Sequence[str]) -> dict[str, Tensor]:
-        from evomerge.checkpoints.live import NotFiniteError  # with which transformers is imported
+        from evomerge.checkpoints.live import NotFiniteError  # imports transformers
 
         space = TensorSpace(self._context.sources, self._context.tokenizer, base, sources)
         gradients, adam = GenomeGradients(self._materialiser(), space), Adam(space.parameters, self._rate)
@@ -118,25 +118,25 @@ class Coefficients:
 
     @property
     def _rate(self) -> float:
-        return self.fit.rate / (HIGH - LOW)  # Adam's is in parts of the range
+        return self.fit.rate / (HIGH - LOW)  # Adam's rate is a fraction of the range
 
 
 def share(step: int, steps: int) -> float:
-    """Of the learning rate, at a step of so many: from 1 to nearly 0 along a cosine."""
+    """The share of the learning rate at a step: from 1 to nearly 0 along a cosine."""
     return (1 + math.cos(math.pi * step / steps)) / 2
 
 
 class TensorSpace:
-    """Merges by task arithmetic with a weight of its own for each source in each tensor that this source changes.
+    """Merges by task arithmetic with a separate weight for each source in each tensor that this source changes.
 
     Args:
         sources: opened, by the names that recipes use.
         tokenizer: the source that gives tokenizer and configuration.
-        base: the source that changes are taken against.
+        base: the source that changes are differences from.
         mixed: the sources whose changes are mixed.
 
     Attributes:
-        parameters: tensor by tensor, in each those of the sources that change it; all begin at 1 / n.
+        parameters: tensor by tensor, for each the sources that change it; all start at 1 / n.
     """
 
     def __init__(self, sources: Mapping[str, Source], tokenizer: str, base: str, mixed: Sequence[str]) -> None:
@@ -159,7 +159,7 @@ class TensorSpace:
         ]
 
     def decode(self, genome: Genome) -> StackRecipe:
-        """The base, with every tensor that is changed made by a blend of its own."""
+        """The base, with a separate blend for every changed tensor."""
         bare, base = self._bare, self._bare.blends[0]
         return StackRecipe.compose(
             sources=bare.sources,
@@ -172,7 +172,7 @@ class TensorSpace:
         )
 
     def by_tensor(self, genome: Genome) -> Iterator[tuple[str, list[float]]]:
-        """The weights of every tensor that is changed, one for each source: 0 of those that do not change it."""
+        """The weights of every changed tensor, one for each source: 0 for those that do not change it."""
         for tensor, weights in self._weights(genome):
             yield tensor, [weights.get(name, 0.0) for name in self._mixed]
 
@@ -191,5 +191,5 @@ class TensorSpace:
 
 
 def _changes(source: Source, base: Source, tensor: str) -> bool:
-    """Whether a source changes a tensor of the base, as far as that is known without reading it."""
+    """Whether a source changes a tensor of the base, as far as that can be told without reading it."""
     return tensor in source.changes or source.tensors[tensor] != base.tensors[tensor]

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Fit(Protocol):
-    """Items with right answers, and how long and how fast is learnt from them.
+    """Items with right answers, and the number and rate of the steps of a fit.
 
     Attributes:
         steps: of the fit.
-        rate: the learning rate of its first step, for a number that is about 1; it falls to 0 along a cosine.
+        rate: the learning rate of its first step, for a number of about 1; it decays to 0 along a cosine.
         kinds: the group of each row of the part that was asked for last, in the order of its batch: its number among
             all groups of the items, by name. None where items have no groups.
     """
@@ -29,12 +29,12 @@ class Fit(Protocol):
 
     @property
     def digest(self) -> str:
-        """Of the items and of all numbers here, which recipes name. Raises InputError: they cannot be read."""
+        """The digest of the items and of all numbers here, which recipes name. Raises InputError: they cannot be read."""
         ...
 
     def passes(self, live: LiveModel, step: int, listening: Listening = nobody) -> Generator[Tensor]:
-        """The loss of one step, in parts: each a scalar with a graph, to be run backward before the next is asked for.
+        """The loss of one step, in parts: each a scalar with a graph, to be run backward before the next one.
 
-        Which items a step is of follows from its number alone. ``listening`` is open around each part.
+        The items of a step depend on its number alone. ``listening`` is open around each part.
         """
         ...

@@ -1,13 +1,13 @@
-"""The gradient of a loss of the merged model by the numbers of a genome.
+"""The gradient of a merged model's loss with respect to the numbers of a genome.
 
 With W the tensors of the model, n the numbers that their passes are made with, and x the genome,
 
     dL/dx = sum over tensors of <dL/dW, dW/dn> dn/dx.
 
-dL/dW comes of a backward pass through the live model, tensor by tensor; it is turned into dL/dn at once
-(``derivatives``) and let go of, so that no more than one tensor's gradient is in memory. dn/dx is a central difference
-of the plans: these are arithmetic in float64 on a few numbers, and read no weights but for what is known of them
-already. Masks are those of the genome, and have no part in the gradient.
+dL/dW comes from a backward pass through the live model, tensor by tensor. It is turned into dL/dn at once
+(``derivatives``) and freed, so that at most one tensor's gradient is in memory. dn/dx is a central difference of the
+plans: these are arithmetic in float64 on a few numbers, and read only facts of weights that are already known. Masks
+are those of the genome, and count as constants.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from evomerge.recipes.base import Recipe
 from evomerge.recipes.stack import StackRecipe
 
 _STEP = 1e-8
-"""Of a difference, in parts of a gene's range: rounding in float64 and curvature are both below a millionth then."""
+"""The width of a difference, as a fraction of a gene's range: rounding in float64 and curvature are both below 1e-6."""
 
 _INSIDE = 4 * _STEP
-"""How far, in parts of its range, a gene is moved towards the middle of its range before all else. At its bounds, and
-at values such as a weight of zero, plans are made otherwise than beside them: a source without weight is not read."""
+"""How far, as a fraction of its range, a gene is first moved towards the middle of its range. At its bounds, and at
+values such as a weight of zero, plans differ from those nearby: a source without weight is not read."""
 
 _ROUNDING = 1e-6
-"""Of a sum of rates that is zero, beside the rates."""
+"""The relative tolerance for a sum of rates that is zero."""
 
 Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a tensor is made: a pass, and what it reads; in core space the pass makes a core of it."""
+    """How a tensor is made: a pass and its inputs; in core space the pass makes the tensor's core."""
 
     made: Differentiable
     refs: Sequence[Ref] = ()
@@ -67,8 +67,8 @@ class Point:
     """A genome at which a gradient is taken.
 
     Attributes:
-        recipe: of the model that the loss is to be of.
-        gradient: float64 [genes], what has come together of it; NaN of genes by which there is none.
+        recipe: of the model whose loss is taken.
+        gradient: float64 [genes], accumulated so far; NaN for genes without a derivative.
     """
 
     recipe: StackRecipe
@@ -94,7 +94,7 @@ class Point:
             self.gradient[gene] += found @ rates
 
     def _derivatives(self, plan: _Plan, gradient: Tensor) -> Vector:
-        """The derivative by each number of a plan: float64 [numbers]."""
+        """The derivative with respect to each number of a plan: float64 [numbers]."""
         if plan.core is not None:
             left, right = plan.core.left.to(gradient.device), plan.core.right.to(gradient.device)
             gradient = left.T @ gradient.float() @ right.T
@@ -106,9 +106,10 @@ class Point:
         return derivatives_of(plan.made, tensors, gradient).cpu().numpy()
 
     def _adapters_products(self, refs: Sequence[Ref], gradient: Tensor) -> Vector | None:
-        """<G, x> of sources that are low-rank adapters of one model, or it itself; None where they are not.
+        """<G, x> for sources that are low-rank adapters of one model, or the model itself; None if they are not.
 
-        As <G, W0> + sum s <L^T G, R>: no adapter is folded, whose whole weights would be in memory for each source.
+        Computed as <G, W0> + sum s <L^T G, R>, without folding adapters, which would need whole weights for each
+        source.
         """
         sources, (_, stored) = [self._materialiser.sources[name] for name, _ in refs], refs[0]
         changed = [one.changes.get(stored, ()) for one in sources]
@@ -126,7 +127,7 @@ class Point:
 
 
 class Decoding(Protocol):
-    """What genomes are of: a search space, or what is like one as far as gradients go."""
+    """What genomes belong to: a search space, or an object that is like one for gradients."""
 
     @property
     def parameters(self) -> Sequence[Parameter]: ...
@@ -135,7 +136,7 @@ class Decoding(Protocol):
 
 
 class GenomeGradients:
-    """Gradients at the genomes of one search space, whose choices and paths stay as they are at the first.
+    """Gradients at genomes of one search space, whose choices and paths stay as in the first genome.
 
     Args:
         materialiser: of the models.
@@ -145,13 +146,13 @@ class GenomeGradients:
     def __init__(self, materialiser: Materialiser, space: Decoding) -> None:
         self._materialiser, self._space = materialiser, space
         self._groups: list[dict[str, int]] | None = None
-        self._facts: dict[str, Remembered] = {}  # by tensor: neither masks nor sources change from point to point
+        self._facts: dict[str, Remembered] = {}  # by tensor: masks and sources are the same at all points
 
     def at(self, genome: Genome) -> Point:
-        """Prepare for the gradient at a genome, but for some hundred millionths of the ranges of its numbers.
+        """Prepare for the gradient at a genome, up to about 1e-8 of the ranges of its numbers.
 
         Raises:
-            InputError: there is none: naming the method or step.
+            InputError: there is no gradient; names the method or step.
         """
         parameters = self._space.parameters
         inside = _inside(genome, parameters)
@@ -183,7 +184,7 @@ class GenomeGradients:
         return recipe
 
     def _plan(self, merged: Merged, recipe: StackRecipe) -> _Plan | None:
-        """How a tensor is made; None where it is the base's own, which no adapter changes."""
+        """How a tensor is made; None if it is the base's own, which no adapter changes."""
         blend = recipe.blend_for(merged.role, merged.name)
         if blend.basis == "core":
             space = self._materialiser.core_space
@@ -198,9 +199,9 @@ class GenomeGradients:
         return _Plan(differentiable(plan), [facts.site.refs[name] for name in plan.inputs])
 
     def _grouped(self, genome: Genome, recipe: StackRecipe, merged: Sequence[Merged]) -> list[dict[str, int]]:
-        """Groups of genes of which no two change the same tensor: for each group the tensors, by name, with their gene.
+        """Groups of genes that change disjoint sets of tensors: for each group the tensors, by name, with their gene.
 
-        The genes of a group are moved at once, so that there are as few recipes to decode as can be.
+        The genes of a group are moved at once, so that as few recipes as possible are decoded.
         """
         groups: list[dict[str, int]] = []
         for gene, parameter in enumerate(self._space.parameters):
@@ -224,7 +225,7 @@ class GenomeGradients:
 
 
 def _inside(genome: Genome, parameters: Sequence[Parameter]) -> Genome:
-    """The genome with the genes by which there are derivatives moved a little towards the middle of their ranges."""
+    """The genome with its differentiable genes moved slightly towards the middle of their ranges."""
     low, high = (np.array([getattr(p, end) for p in parameters]) for end in ("low", "high"))
     moving = np.array([p.differentiable for p in parameters])
     towards = np.where(genome <= (low + high) / 2, 1.0, -1.0)
@@ -232,7 +233,7 @@ def _inside(genome: Genome, parameters: Sequence[Parameter]) -> Genome:
 
 
 def _changed(one: StackRecipe, other: StackRecipe, merged: Sequence[Merged]) -> Iterator[str]:
-    """The names of the tensors that two recipes of one path make by different blends."""
+    """The names of the tensors that two recipes with the same path make with different blends."""
     differ: dict[tuple[int | None, int | None], bool] = {}
     for tensor in merged:
         numbers = one.blend_number(tensor.role, tensor.name), other.blend_number(tensor.role, tensor.name)
@@ -245,11 +246,11 @@ def _changed(one: StackRecipe, other: StackRecipe, merged: Sequence[Merged]) -> 
 def _rate(plans: Sequence[Differentiable], values: Sequence[float]) -> Vector:
     """How fast the numbers of a plan change with a gene: float64 [numbers].
 
-    By a central difference; where the plan is of another form on one side, which happens where factors become too large
-    for it, by a difference to the other side.
+    Computed as a central difference. If the plan has another form on one side, which happens if factors become too
+    large for it, a difference to the other side is used.
 
     Args:
-        plans: before, at and after the place in question.
+        plans: before, at and after the point in question.
         values: of the gene there.
     """
     form = _form(plans[1])
@@ -257,7 +258,7 @@ def _rate(plans: Sequence[Differentiable], values: Sequence[float]) -> Vector:
     first, last = (ends[0], ends[-1]) if len(ends) == 2 else (min(1, *ends), max(1, *ends))
     rate = (plans[last].numbers - plans[first].numbers) / (values[last] - values[first])
     if isinstance(plans[1], Combine) and abs(rate.sum()) < _ROUNDING * np.abs(rate).max():
-        rate[0] -= rate.sum()  # coefficients of a constant sum: what is left is rounding, and weights are large
+        rate[0] -= rate.sum()  # coefficients with a constant sum: the rest is rounding, times large weights
     return np.asarray(rate)
 
 

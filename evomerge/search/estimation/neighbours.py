@@ -1,8 +1,8 @@
-"""What a candidate is worth by its neighbours, too: a Gaussian process over what was scored of all of them.
+"""Estimates that also use a candidate's neighbours: a Gaussian process over the scores of all candidates.
 
-The best of many estimates is mostly lucky, and one that was lucky on all items keeps others from being looked at: in
-simulated searches a race stopped there, short of candidates that it had found and not recognised. Neighbours were lucky
-in other ways. So candidates are compared by the mean of a Gaussian process (Rasmussen & Williams, Gaussian Processes
+The best of many estimates is mostly lucky, and one that was lucky on all items keeps others from being scored further:
+in simulated searches a race stopped there, without recognising better candidates that it had found. Neighbours have
+independent luck. So candidates are compared by the mean of a Gaussian process (Rasmussen & Williams, Gaussian Processes
 for Machine Learning, 2006, eq. 2.23) of the unit box, which knows how many items each estimate is of. Its length,
 height and roughness are those of a small grid that make the estimates likeliest (eq. 2.30).
 
@@ -28,10 +28,10 @@ from evomerge.search.preparing.setup import ObjectiveInfo
 from evomerge.store import Estimate
 
 MIN_POINTS = 20
-"""Below so many there is no model."""
+"""The smallest number of candidates for a model."""
 
 MAX_POINTS = 200
-"""The latest candidates alone are asked: the search is where they are, and a model of more takes seconds."""
+"""Only the latest candidates are used: the search is near them, and a model of more takes seconds."""
 
 LENGTHS = (0.05, 0.1, 0.18, 0.3, 0.45, 0.7)
 """Lengths over which scores change, in parts of the diagonal of the unit box."""
@@ -47,7 +47,7 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A candidate as its neighbours see it.
+    """A candidate as a point of the Gaussian process.
 
     Attributes:
         unit: float64 [parameters], its point of the unit box.
@@ -70,7 +70,7 @@ class Neighbours:
         self._told: deque[Neighbour] = deque(maxlen=MAX_POINTS)
 
     def take(self, genome: Genome, estimate: Estimate, *, is_rival: bool) -> None:
-        """Take a candidate that was told."""
+        """Add a told candidate."""
         self._told.append(self._neighbour(genome, estimate, is_rival))
 
     def are_enough(self, others: int) -> bool:
@@ -78,7 +78,7 @@ class Neighbours:
         return len(self._told) + others >= MIN_POINTS and any(point.is_rival for point in self._told)
 
     def leader(self, others: Sequence[tuple[Genome, Estimate]], among: Sequence[int]) -> int | None:
-        """Which of some candidates that were not told yet leads, and is better than every rival; None where none is.
+        """The leader among candidates that were not told yet, if it is better than every rival; otherwise None.
 
         Args:
             among: who of the others may lead, by position.

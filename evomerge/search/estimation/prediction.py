@@ -1,4 +1,4 @@
-"""What a candidate's scores on a few items predict of all the others: by the best baseline, or by item response.
+"""Predictions of a candidate's scores on all items from a few: by the best baseline, or by item response.
 
 The best baseline and not the best candidate: one that leads was chosen by the items that come first, does better on
 these than on the others, and would make whatever is estimated by its scores look worse than it is.
@@ -18,7 +18,7 @@ from evomerge.search.estimation.scores import Prediction, ScoreTable
 from evomerge.search.preparing.setup import MeasureInfo, Setup
 
 GROWTH = 1.25
-"""By how much the models scored on every item must have grown for a new fit: each costs a cross validation."""
+"""The growth in models scored on every item that triggers a new fit: each fit costs a cross-validation."""
 
 
 class Predictions:
@@ -38,7 +38,7 @@ class Predictions:
         return self._setup.racing is not None and self._setup.racing.estimate == "item_response"
 
     def of(self, measure: MeasureInfo) -> Prediction | None:
-        """What predicts a measure's scores; None before the baselines are known."""
+        """The prediction of a measure's scores; None before the baselines are known."""
         if self._reference is None:
             return None
         known = self._reference.values(measure).astype(np.float64)
@@ -80,5 +80,5 @@ class Predictions:
             self._models[measure.name] = fit(responses)
 
     def summary(self) -> Mapping[str, object]:
-        """What is known of the item models, for the record."""
+        """The state of the item models, to be recorded."""
         return {name: asdict(error) | {"used": name in self._models} for name, error in self.errors.items()}

@@ -1,8 +1,8 @@
 """Which of several models a search prefers: by its one objective, by its scalarisation, or by none, along a front.
 
 One place decides what is called the best, on the search split and on the held-out split, in every command and on every
-page. Several objectives without a scalarisation have no best: what people may want of such a front is the best at each
-objective, and the knee, the best compromise.
+page. Several objectives without a scalarisation have no best: such a front offers the best at each objective, and the
+knee, the best compromise.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SCALARISATION: TypeAdapter[Scalarisation] = TypeAdapter(Scalarisation)
 
 
 def best_at(objective: str) -> str:
-    """What the best in one of several objectives is called, and may be asked for by."""
+    """The name of the best in one of several objectives, by which it can also be requested."""
     return f"best at {objective}"
 
 
@@ -67,12 +67,12 @@ class Preference:
 
     @property
     def decides(self) -> bool:
-        """Whether there is one best: not where objectives are weighed against each other by nobody."""
+        """Whether there is a single best: not if several objectives have no scalarisation."""
         return len(self.objectives) == 1 or self.scalarisation is not None
 
     @property
     def roles(self) -> list[str]:
-        """What is chosen of several models: the best, or else the best at each objective and the knee."""
+        """The roles in a choice among models: the best, or the best at each objective and the knee."""
         return [BEST] if self.decides else [*map(best_at, self.objectives), KNEE]
 
     @property
@@ -82,7 +82,7 @@ class Preference:
 
     @property
     def scalar(self) -> str:
-        """What the number is called that decides among several objectives; nothing where none does."""
+        """The name of the number that decides among several objectives; empty if none does."""
         return "" if self.scalarisation is None else _SCALARS[self.scalarisation.name]
 
     @property
