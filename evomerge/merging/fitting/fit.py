@@ -29,7 +29,7 @@ class Fit(Protocol):
 
     @property
     def digest(self) -> str:
-        """The digest of the items and of all numbers here, which recipes name. Raises InputError: they cannot be read."""
+        """The digest of the items and of all numbers here, which recipes name. Raises InputError: unreadable items."""
         ...
 
     def passes(self, live: LiveModel, step: int, listening: Listening = nobody) -> Generator[Tensor]:
