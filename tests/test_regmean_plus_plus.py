@@ -264,7 +264,7 @@ def test_a_path_through_layers_is_refused_before_a_search(tmp_path: Path, capsys
     space = {"kind": "hybrid_space", "method": "regmean_plus_plus"}
     file = search_file(tmp_path, space=space, calibration={"file": "t.txt", "prompts": 2})
     assert evomerge("validate", file) == 2
-    assert "space.method: regmean_plus_plus makes each layer" in capsys.readouterr().err
+    assert "space.method: regmean_plus_plus computes each layer" in capsys.readouterr().err
     assert evomerge("validate", search_file(tmp_path, space={"method": "regmean_plus_plus"})) == 2
     assert "regmean_plus_plus needs calibration" in capsys.readouterr().err
 
