@@ -89,7 +89,7 @@ class Notes:
         if final:
             self.final.append(finished.candidate)
 
-    def at_once(self) -> AbstractContextManager[None]:
+    def atomically(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def late(self, finished: Finished) -> None:

@@ -203,7 +203,7 @@ def test_an_evaluator_of_another_shape_is_told_what_to_do(
     file = search_file(tmp_path, objectives={"m": {"evaluator": "old", "metric": "m"}})
     assert evomerge("validate", file) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "objectives.m: evaluator: OldEvaluator has none of the shapes" in said
+    assert "objectives.m: evaluator: OldEvaluator is not an evaluator" in said
     assert "evaluators.base.Evaluator" in said
 
 

@@ -355,9 +355,9 @@ def test_what_a_blend_leaves_out_is_at_its_default() -> None:
         (
             lambda facts, blend: Elementwise(("s0",), lambda t, first: t[0].sum(0)),
             {},
-            r"gave \[3\] of tensors \[4, 3\]",
+            r"returned \[3\] for tensors \[4, 3\]",
         ),
-        (lambda facts, blend: Whole(("s0",), lambda t: t[0].sum()), {}, r"gave \[\] of tensors \[4, 3\]"),
+        (lambda facts, blend: Whole(("s0",), lambda t: t[0].sum()), {}, r"returned \[\] for tensors \[4, 3\]"),
     ],
 )
 def test_a_method_that_is_wrong_says_what_is(plan: Any, of_method: dict[str, Any], said: str) -> None:
