@@ -195,7 +195,7 @@ def test_the_commands_of_others_are_printed_and_what_they_would_miss(tmp_path: P
     merge(tmp_path / "r.yaml", tmp_path / "out")
     printed = capsys.readouterr().out
     assert f"vllm serve {tmp_path / 'out'}" in printed
-    assert "others may not read it: the tokenizer is a WordLevel" in printed
+    assert "other programs may not read it: the tokenizer is a WordLevel" in printed
     assert "llama-quantize out.gguf out-Q4_K_M.gguf Q4_K_M" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -381,7 +381,7 @@ def test_the_client_reads_what_the_api_says(app: FastAPI, store: Store) -> None:
         assert [event.seq for event in some] == [event.seq for event in store.events()[3:7]]
         with pytest.raises(InputError, match="there is no search called 'nowhere'"):
             client.status("nowhere")
-        with pytest.raises(InputError, match="no driver is at work"):
+        with pytest.raises(InputError, match="no driver is running"):
             client.send_command(NAME, "pause")
         with pytest.raises(InputError, match="EVOMERGE_TOKEN"):
             stranger.searches()
@@ -398,7 +398,7 @@ def test_the_command_line_asks_a_server(
         assert evomerge("list", "--server", url) == 0
         assert NAME in capsys.readouterr().out
         assert evomerge("pause", NAME, "--server", url) == 2
-        assert "no driver is at work" in capsys.readouterr().err
+        assert "no driver is running" in capsys.readouterr().err
         assert evomerge("resume", NAME, "--server", url, "--set", "seed=1") == 2
 
 

@@ -155,13 +155,13 @@ def write_adapter(
     from evomerge.report.consoles import make_console
 
     console = make_console()
-    with progress_bar(console, "taking the difference apart") as update:
+    with progress_bar(console, "decomposing the difference") as update:
         made = make(model, base, out, how, texts=lambda made: card(out.name, model, base, made), progress=update)
     console.print(_table(made.losses))
     what = f"rank {made.rank}, {made.size / 1e6:,.1f} MB, {made.lost:.2%} of the change's energy lost"
     console.print(f"extracted into {out}: {what}", style="bold")
     if how.embeddings == FULL and made.tables > made.size / 2:
-        less = "--embeddings tokens holds changed rows alone, none leaves them as in the base"
+        less = "--embeddings tokens keeps only changed rows, none leaves them as in the base"
         console.print(f"{made.tables / 1e6:,.1f} MB of it are embeddings in full, a tied one in both places: {less}")
     if how.preset == "vllm":
         _say_vllm(console, base, out, made)

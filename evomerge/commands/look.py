@@ -254,8 +254,8 @@ def compare(folder: Path, a: str, b: str, *, as_json: bool) -> None:
         if row.n < row.wanted:
             console.print(
                 f"{row.objective}, {row.split} split: both were scored on {row.n} of {row.wanted} items, and only "
-                "these are compared. A race asks first for items on which the baselines differ, so that means of all "
-                "items are others.",
+                "these are compared. A race asks first for items on which the baselines differ, so means over all "
+                "items differ.",
                 style="dim",
             )
     confidence = f"{comparisons[0].confidence:.0%}"
@@ -313,7 +313,7 @@ def send_command(folder: Path, verb: Verb) -> None:
     with open_store(folder) as store:
         holder = current_holder(store)
         if holder is None:
-            raise InputError(str(folder), "has no driver at work", f"Continue it: evomerge resume {folder}")
+            raise InputError(str(folder), "has no running driver", f"Continue it: evomerge resume {folder}")
         store.request_command(verb)
     print(f"told {holder} to {verb}", file=sys.stderr)
 

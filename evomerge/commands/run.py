@@ -170,11 +170,11 @@ def _has_nothing_to_confirm(store: Store, file: SearchFile) -> bool:
 
 def _tell_driver(folder: Path, store: Store, overrides: Sequence[str], console: Console) -> None:
     """Change the budget of a running driver, and end its pause if it is paused."""
-    bounds = bounds_of(overrides, "While a driver is at work only its budget can be changed; stop it first.")
+    bounds = bounds_of(overrides, "While a driver is running, only its budget can be changed; stop it first.")
     if bounds:
         change_budget(folder, store, bounds)
         store.request_command("reread")
-        console.print(f"gave the driver of {folder} another budget")
+        console.print(f"changed the budget of the driver of {folder}")
     if store.search().state == "paused":
         store.request_command("resume")
         console.print(f"told the driver of {folder} to continue")

@@ -62,7 +62,7 @@ class Stream:
             raise InputError("the output", problem, "Free some space, or send it elsewhere.") from error
         if not self._lost and self._stream is not sys.__stderr__:
             self._lost = True
-            print(f"warning: the output cannot be written ({error.strerror}); the work goes on", file=sys.stderr)
+            print(f"warning: the output cannot be written ({error.strerror}); continuing without it", file=sys.stderr)
 
 
 @contextmanager

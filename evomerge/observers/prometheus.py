@@ -54,7 +54,7 @@ class Prometheus(Observer):
 
         self._search = Info("evomerge_search", "The search.", registry=self.registry)
         self._state = gauge("search_state", "1 for the state that the search is in.", "state")
-        self._spent = gauge("spent_seconds", "Seconds in which a driver was at work, as recorded last.")
+        self._spent = gauge("spent_seconds", "Seconds in which a driver was running, as last recorded.")
         self._candidates = gauge("candidates", "Candidates by status.", "status")
         self._best = gauge("best", "The best mean on the search split so far.", "objective")
         self._held_out = gauge("held_out", "Means on the held-out split.", "objective", "candidate")

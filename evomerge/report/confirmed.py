@@ -221,7 +221,7 @@ def _confirming_s(events: Sequence[EventRow], now: float | None) -> float:
 UNCONFIRMED = "interrupted"
 """The state of a search whose candidates are done, and whose confirmation began but did not end."""
 
-UNCONFIRMED_WHY = "while its best were confirmed; `evomerge confirm` goes on with it"
+UNCONFIRMED_WHY = "while its best were confirmed; `evomerge confirm` continues it"
 
 
 def is_left_unconfirmed(store: Store) -> bool:

@@ -107,7 +107,7 @@ def say(console: Console, folder: str | Path) -> None:
     if not (Path(folder) / "config.json").exists():  # in object storage, or an adapter
         return
     for sentence in missing(Path(folder)):
-        console.print(f"others may not read it: {sentence}", style="yellow", soft_wrap=True)
+        console.print(f"other programs may not read it: {sentence}", style="yellow", soft_wrap=True)
     for what, command in commands(str(folder), _json(Path(folder) / "config.json")).items():
         console.print(f"{what}: {command}", style="dim", soft_wrap=True)
 

@@ -106,7 +106,7 @@ class Checker:
             async with asyncio.timeout(WAIT_S):
                 await self._turn.acquire()
         except TimeoutError:
-            detail = f"It has waited {WAIT_S:.0f} s for another one, which goes on. Try again in a minute."
+            detail = f"It waited {WAIT_S:.0f} s for another check, which is still running. Try again in a minute."
             raise ProblemError(503, "The check did not start", detail=detail) from None
         finally:
             self._waiting -= 1

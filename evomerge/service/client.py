@@ -149,7 +149,8 @@ def _error_of(response: httpx.Response) -> InputError:
         said = response.json()
         faults, title, detail = said.get("faults", []), str(said["title"]), str(said.get("detail", ""))
     except (ValueError, KeyError, AttributeError):
-        return InputError(str(response.url), f"answers {response.status_code}", "Is it an Evomerge server?")
+        problem = f"responded with status {response.status_code}"
+        return InputError(str(response.url), problem, "Is it an Evomerge server?")
     if faults:
         return InputError(faults[0]["field"], faults[0]["problem"], faults[0].get("hint", ""))
     if response.status_code == 401:

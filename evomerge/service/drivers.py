@@ -79,7 +79,7 @@ class Drivers:
         if holder is None and self._is_starting(name, store):
             raise ProblemError(409, "The driver is starting", detail="It takes no commands yet: wait a few seconds.")
         if holder is None:
-            raise ProblemError(409, "No driver is at work", detail=f"{name} has none; resume it.")
+            raise ProblemError(409, "No driver is running", detail=f"{name} has none; resume it.")
         store.request_command(verb)
         return f"told {holder} to {verb}"
 
@@ -91,7 +91,7 @@ class Drivers:
         return f"started a driver of {name}"
 
     def start(self, name: str, store: Store, command: Command = "resume") -> None:
-        """Start a driver that goes on with a search, or one that only confirms it.
+        """Start a driver that resumes a search, or one that only confirms it.
 
         Raises:
             ProblemError: a driver is already running or starting (409), or cannot be started (500).
@@ -99,7 +99,7 @@ class Drivers:
         folder = self._root.folder_of(name)
         if command == "confirm" and (holder := current_holder(store)) is not None:
             raise ProblemError(
-                409, "A driver is at work", detail=f"It is {holder}, and confirms at its end; stop it first."
+                409, "A driver is running", detail=f"It is {holder}, and confirms at its end; stop it first."
             )
         with self._starting:
             if self._is_starting(name, store):
@@ -123,7 +123,7 @@ class Drivers:
         """
         state = self.state_of(name, store)
         if state.state == "confirming" or (state.state == "starting" and not state.holds):
-            detail = f"The search is {state.state}, and takes no other budget: wait until that is over."
+            detail = f"The search is {state.state}, and its budget cannot be changed: wait until that is over."
             raise ProblemError(409, "Not now", detail=detail)
         changes = wanted.model_dump(exclude_unset=True, exclude={"resume"})
         message = _budget_text(change_budget(self._root.folder_of(name), store, changes))

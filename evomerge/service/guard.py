@@ -157,7 +157,7 @@ class Guard:
         """The response to a request that is not permitted; None if it is permitted."""
         headers = Headers(scope=scope)
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
-            return _refused(431, "The headers are too large", f"{MAX_HEADER_BYTES} bytes are the most.")
+            return _refused(431, "The headers are too large", f"The maximum is {MAX_HEADER_BYTES} bytes.")
         if _host(headers.get("host", "")) not in self._hosts:
             hint = "Open it by the address that was printed, or start it with --allow-host NAME."
             return _refused(421, "Unknown host name", hint)
@@ -188,7 +188,7 @@ class Guard:
             return None
         if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
             return RedirectResponse(f"/login?{urlencode({'next': _url_without_token(scope)})}", 303)
-        return _refused(401, "A token is needed", "Show it as `Authorization: Bearer TOKEN`, or open the printed link.")
+        return _refused(401, "A token is needed", "Send it as `Authorization: Bearer TOKEN`, or open the printed link.")
 
     def _by_link(self, scope: Scope) -> Response:
         """Log a browser in with the token in the link, and redirect so that it disappears from the address bar."""
@@ -262,7 +262,7 @@ def _cross_site() -> Response:
 
 
 def _too_large() -> Response:
-    return _refused(413, "The body is too large", f"{MAX_BYTES} bytes are the most.")
+    return _refused(413, "The body is too large", f"The maximum is {MAX_BYTES} bytes.")
 
 
 def _host(value: str) -> str:

@@ -81,9 +81,9 @@ _CONTENT = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": words, "content": _CONTENT}
     for status, words in (
-        (404, "There is no such thing"),
-        (409, "Not now"),
-        (422, "Wrong input"),
+        (404, "Not found"),
+        (409, "Not possible in the current state"),
+        (422, "Invalid input"),
         ("default", "Refused"),
     )
 }

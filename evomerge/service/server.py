@@ -92,8 +92,8 @@ def _token() -> str:
     if given is None:
         return secrets.token_urlsafe(32)
     if len(given) < _MIN_TOKEN or not given.isascii() or not given.isprintable() or " " in given:
-        problem = f"is shorter than {_MIN_TOKEN} characters, or holds other than letters, digits and signs"
-        raise InputError(TOKEN_VARIABLE, problem, "Leave it out, and a random one is made.")
+        problem = f"is shorter than {_MIN_TOKEN} characters, or not made of letters, digits and punctuation"
+        raise InputError(TOKEN_VARIABLE, problem, "Leave it unset to get a random one.")
     return given
 
 

@@ -34,8 +34,8 @@ def metrics(root: RootDependency, drivers: DriversDependency) -> str:
         return Gauge(f"evomerge_{name}", text, ("search", *labels), registry=registry)
 
     state = gauge("search_state", "1 for the state that a search is in.", "state")
-    driven = gauge("search_driven", "Whether a driver is at work.")
-    spent = gauge("search_spent_seconds", "Seconds in which a driver was at work.")
+    driven = gauge("search_driven", "Whether a driver is running.")
+    spent = gauge("search_spent_seconds", "Seconds in which a driver was running.")
     candidates = gauge("search_candidates", "Candidates by status.", "status")
     best = gauge("search_best", "The best mean of the first objective on the search split so far.", "objective")
     for summary in summaries_of(root, drivers):

@@ -72,8 +72,8 @@ def recipe(store: Store, number: int) -> go.Figure:
 def subject_of(recipe: Recipe) -> str:
     """What the picture of a recipe shows, as a sentence without a full stop."""
     if isinstance(recipe, RoutedRecipe):
-        return "What tokens are given of every expert, layer by layer and task by task"
-    return "What every part of the model takes of every source"
+        return "How much tokens use each expert, layer by layer and task by task"
+    return "How much each part of the model takes from each source"
 
 
 def _bounds(store: Store, recipe: StackRecipe) -> tuple[float, float]:
