@@ -181,7 +181,7 @@ class Killed(BaseException):
 def dying(after_commits: int) -> mock._patch[object]:
     """Let the driver's n-th next transaction commit, and then die."""
     left = [after_commits]
-    # What a turn of the driver records is gathered; what writes it then is ``_write_all``.
+    # What a turn of the driver records is batched; ``_write_all`` then writes it.
     names = ("record_ask", "record_dispatch", "record_cached", "record_tell", "_write_all")
 
     def wrap(name: str) -> object:
@@ -189,7 +189,7 @@ def dying(after_commits: int) -> mock._patch[object]:
 
         def method(self: Store, *args: object, **kwargs: object) -> object:
             found = original(self, *args, **kwargs)
-            left[0] -= self._gathered is None or name == "_write_all"
+            left[0] -= self._batched is None or name == "_write_all"
             if left[0] <= 0:
                 raise Killed
             return found

@@ -184,7 +184,7 @@ def test_followers_hear_of_a_search_that_begins_again(tmp_path: Path) -> None:
             newest = store.events()[-1].seq
             followed = app.state.streams.follow(NAME, newest)
             heard = asyncio.ensure_future(anext(followed))
-            while NAME not in app.state.streams._followed or app.state.streams._followed[NAME]._store is None:
+            while NAME not in app.state.streams._feeds or app.state.streams._feeds[NAME]._store is None:
                 await asyncio.sleep(0.01)
             with store.transaction(writes=True) as connection:
                 connection.exec_driver_sql("DELETE FROM event")
