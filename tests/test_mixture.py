@@ -400,7 +400,11 @@ def test_mixtures_that_cannot_be_made(
     [
         (DENSE["mistral of a window"], "glm4_moe", "attends to a sliding window"),
         (type(DENSE["llama"])(**{**DENSE["llama"].to_dict(), "mlp_bias": True}), "mixtral", "mlp.*bias, which"),
-        (type(DENSE["llama"])(**{**DENSE["llama"].to_dict(), "attention_bias": True}), "glm4_moe", "o_proj.bias, for"),
+        (
+            type(DENSE["llama"])(**{**DENSE["llama"].to_dict(), "attention_bias": True}),
+            "glm4_moe",
+            "o_proj.bias, which",
+        ),
     ],
 )
 def test_settings_for_which_there_is_no_place(config: Any, architecture: str, said: str, tmp_path: Path) -> None:
