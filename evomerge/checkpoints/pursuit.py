@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BASIS_BYTES = 64_000_000
-"""The maximum bytes of the orthonormal bases for the targets of one batch."""
+_BATCH_BYTES = 64_000_000
+"""The maximum bytes of the orthonormal bases for the targets of one batch, and of their products with all atoms."""
 
 _NEAR = 8
 """How many of the best directions by bfloat16 are compared in float32; the rounding of bfloat16 is 0.4%."""
@@ -32,7 +32,7 @@ def pursue(targets: Tensor, atoms: Tensor, count: int) -> tuple[Tensor, Tensor]:
     count = min(count, *atoms.shape)
     directions = atoms / atoms.norm(dim=1, keepdim=True)
     rough = directions.bfloat16() if _multiplies_bfloat16() else None
-    size = max(1, _BASIS_BYTES // (4 * count * atoms.shape[1]))
+    size = max(1, _BATCH_BYTES // (4 * max(count * atoms.shape[1], len(atoms))))
     parts = [_of_batch(batch, atoms, directions, rough, count) for batch in torch.split(targets, size)]
     if not parts:
         return torch.empty(0, count, dtype=torch.int64), torch.empty(0, count)

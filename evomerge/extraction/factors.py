@@ -12,7 +12,7 @@ from evomerge.errors import InputError
 from evomerge.merging.arithmetic.spectra import decomposed
 
 _FEW = 6
-"""Of a matrix's short side, the part from which on a random projection is not faster than all singular values."""
+"""Of a matrix's short side, the part from which on a Krylov space is not faster than all singular values."""
 
 _BLOCKS = 4
 """Of directions, each of as many as are kept: a fifth is a quarter more work."""
