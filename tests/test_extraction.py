@@ -309,7 +309,7 @@ def test_what_the_command_line_may_not_say(llamas: tuple[Path, Path], tmp_path: 
     ):
         with pytest.raises(InputError, match=words):
             extract(model, base, tmp_path / "out", wanted)
-    with pytest.raises(InputError, match="--compare-ranks: is for scores"):
+    with pytest.raises(InputError, match="--compare-ranks: needs items to score other ranks on"):
         extract(model, base, tmp_path / "out", ExtractOptions(), ranks=["4"])
     with pytest.raises(InputError, match="--base: "):
         extract(model, str(tmp_path / "nowhere"), tmp_path / "out", ExtractOptions())

@@ -258,7 +258,7 @@ def test_what_cannot_be_transplanted_is_refused(tmp_path: Path) -> None:
 
     refused("share 3 tokens", other)
     refused("--method", other, method="ompp")
-    refused("--text: holds nothing", model, text=empty)
+    refused("--text: has no text to predict", model, text=empty)
     refused("DONOR: there is neither a folder|DONOR: there is no folder", tmp_path / "nowhere")
     refused("exists and is not empty", model, out="other")
     broken = shutil.copytree(model, tmp_path / "broken")
