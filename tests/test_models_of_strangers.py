@@ -425,8 +425,8 @@ def adapter(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **sett
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"rank_pattern": {"(a|aa)+": 4}}, "in time"),
-        ({"alpha_pattern": {"(aa|a|aaa)+": 4}}, "in time"),
+        ({"rank_pattern": {"(a|aa)+": 4}}, "too long to match"),
+        ({"alpha_pattern": {"(aa|a|aaa)+": 4}}, "too long to match"),
         ({"rank_pattern": {"(?i)q_proj": 4}}, "broken pattern"),
         ({"rank_pattern": {"(" * 500 + "q" + ")" * 500: 4}}, "broken pattern"),
         ({"rank_pattern": {"(\x1b[2J": 4}}, "broken pattern"),
@@ -444,7 +444,7 @@ def test_settings_of_adapters_are_refused(
     monkeypatch.setattr("evomerge.checkpoints.adapter_settings._PATTERN_SECONDS", 0.3)
     module = f"{'a' * 80}!"
     tensors = {f"{module}.lora_A.weight": torch.ones(4, 16), f"{module}.lora_B.weight": torch.ones(16, 4)}
-    refused(adapter(folder, tensors if words == "in time" else None, **settings), words)
+    refused(adapter(folder, tensors if words == "too long to match" else None, **settings), words)
 
 
 @pytest.mark.parametrize(

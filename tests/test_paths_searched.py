@@ -152,7 +152,7 @@ def test_impossible_paths_are_refused_by_name(tmp_path: Path, capsys: pytest.Cap
         ({**flow, "first": "japanese"}, {}, "Write `tokenizer: japanese`"),
         ({**flow, "scale_bounds": [-1, 2]}, {}, "space.scale_bounds: begin at -1; a stream can only be scaled by"),
         (flow, {"sources": {**PAIR, "narrow": str(tmp_path / "narrow")}}, "narrow and maths differ in"),
-        (flow, {"sources": fixed, "tokenizer": "a"}, "those of a diffllama cannot leave their places: layer 1"),
+        (flow, {"sources": fixed, "tokenizer": "a"}, "the layers of a diffllama cannot change places: layer 1"),
     ]
     for space, changes, message in cases:
         assert evomerge("validate", path_file(tmp_path, space, CATCMA, **changes)) == 2

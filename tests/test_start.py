@@ -142,7 +142,7 @@ def test_it_has_what_it_took_before_anything_is_scored(coarse: Path, tmp_path: P
     ("settings", "said"),
     [
         (["start_from=nowhere"], "is not the folder of a search"),
-        (["base=japanese"], "that search has the base base, and this one japanese"),
+        (["base=japanese"], "that search has the base base, and this one has japanese"),
         (["sources.maths={sources}/japanese"], "the source maths is not the model that it was"),
         (["space={{kind: data_flow_space}}"], "no candidate of"),
         (

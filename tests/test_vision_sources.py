@@ -160,7 +160,7 @@ def test_a_merge_that_would_drop_what_reads_images_is_refused(folder: Path) -> N
 def test_a_model_of_texts_alone_gives_nothing_to_what_reads_images(folder: Path) -> None:
     sources = with_plain(folder)
     recipe = recipe_of(sources, Blend.copy_of("plain"), vision=Blend.copy_of("plain"))
-    with pytest.raises(InputError, match="plain is a model of texts alone"):
+    with pytest.raises(InputError, match="plain is a text model"):
         check_recipe(recipe, sources)
 
 
