@@ -256,7 +256,10 @@ def test_a_search_over_three_devices_is_that_over_one(
         assert evomerge("search", search_file(folder, space=space), "--dir", folder / "search") == 0
         with open_store(folder / "search") as store:
             rows = list(store.candidates())
-            items = [[s.metrics["acc_ja"].tolist() for s in store.scores(row.number, "search")] for row in rows]
+            items = [
+                [{metric: values.tolist() for metric, values in scored.metrics.items()} for scored in of_row]
+                for of_row in (store.scores(row.number, "search") for row in rows)
+            ]
             scores.append([(row.recipe_hash, of_items) for row, of_items in zip(rows, items, strict=True)])
         last = max(row.number for row in rows if row.status == "done")
         assert evomerge("export", folder / "search", folder / "out", "--candidate", f"c{last:04d}") == 0
