@@ -95,7 +95,7 @@ def extract(
             "--compare-ranks", "needs items to score other ranks on", "Say on which items: `--verify SEARCH.yaml`."
         )
     how, others = wanted.read(), [replace(wanted, rank=rank, energy=None).read() for rank in ranks]
-    file = None if verify is None else _searched(verify)
+    file = None if verify is None else _search_file_at(verify)
     with opening():
         from evomerge.checkpoints.source import open_source
         from evomerge.extraction.adapter import check_pair
@@ -105,7 +105,7 @@ def extract(
     write_adapter(tuned, origin, out, how, file, others)
 
 
-def _searched(path: Path) -> SearchFile:
+def _search_file_at(path: Path) -> SearchFile:
     from evomerge.search.settings.search_file import load_search_file  # takes half a second
 
     return load_search_file(path)

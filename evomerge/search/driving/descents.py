@@ -49,6 +49,7 @@ class Descents:
         self._dispatcher = dispatcher
         self._logs = logs
         self.rate: float | None = proxy.rate
+        self._lowest = proxy.rate / 2**HALVINGS
         self._at: Genome | None = None
         self._vain = 0  # generations since the last that found a new best candidate, or since the last start
         self._idle = 0  # generations since the points of descents improved
@@ -103,7 +104,7 @@ class Descents:
             if self._vain >= PATIENCE:
                 self._begin_again()
         elif new:
-            self.rate, self._at, self._vain = self._proxy.rate / 2**HALVINGS, self._best, 0
+            self.rate, self._at, self._vain = self._lowest, self._best, 0
 
     def _compare(self, path: Sequence[Candidate]) -> None:
         """Compare the points of a step with those of all descents before."""
@@ -119,10 +120,9 @@ class Descents:
 
     def _begin_again(self) -> None:
         assert self.rate is not None  # there was a descent
-        lowest = self._proxy.rate / 2**HALVINGS
         self._at, self._vain = self._farthest if self._best is None else self._best, 0
-        is_last = self.agreement.is_low or (self.rate <= lowest and self._idle >= PATIENCE)
-        self.rate = None if is_last else max(self.rate / 2, lowest)
+        is_last = self.agreement.is_low or (self.rate <= self._lowest and self._idle >= PATIENCE)
+        self.rate = None if is_last else max(self.rate / 2, self._lowest)
 
 
 class _Run(NonCandidateRecorder):
