@@ -14,7 +14,8 @@ from torch import Tensor
 
 from evomerge.merging.measured.directions import Directions, of_matrices, work
 from evomerge.report.advice import MANY_SOURCES, advice_on, dispersion_of
-from evomerge.report.inspection import Distance, SourceDistance, inspect_models
+from evomerge.report.inspected import Distance, SourceDistance
+from evomerge.report.inspection import inspect_models
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

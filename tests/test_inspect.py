@@ -32,7 +32,8 @@ from evomerge.merging.measured.rounding import LOSSY, squared_loss
 from evomerge.merging.site import Site
 from evomerge.recipes.stack import Role
 from evomerge.report.closeness import shown
-from evomerge.report.inspection import Inspection, inspect_models, short_names
+from evomerge.report.inspected import Inspection
+from evomerge.report.inspection import inspect_models, short_names
 
 Weights = dict[str, Tensor]
 

@@ -35,7 +35,7 @@ from evomerge.search.opening.artifacts import Artifacts, copy_url, fetch
 from evomerge.search.opening.claim import KEPT, RECORD, Claim
 from evomerge.search.settings.search_file import load_search_file
 from evomerge.store import Store, acquire
-from evomerge.store.lease import Holder
+from evomerge.store.fence import Holder
 
 SECRET = "not-for-anybodys-eyes"
 _count = itertools.count()

@@ -26,12 +26,12 @@ from evomerge.optimizers.scalarisation import Chebyshev, WeightedSum
 from evomerge.recipes.base import read_recipe
 from evomerge.report.card import Provenance, card
 from evomerge.report.comparing import compared
+from evomerge.report.conclusions import conclusions
 from evomerge.report.curse import curse_of
 from evomerge.report.curse_picture import curse_svg
 from evomerge.report.entries import ConfirmedEntry
 from evomerge.report.lists import origin_text, top_table
 from evomerge.report.naming import chosen, exported
-from evomerge.report.picks import conclusions
 from evomerge.report.screen import headline, line, panel
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.status import status_of

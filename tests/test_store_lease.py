@@ -17,8 +17,9 @@ import pytest
 from sqlalchemy import update
 
 from evomerge.errors import InputError
-from evomerge.store import lease, tables
-from evomerge.store.lease import EXPIRY_S, Holder, acquire, current_holder
+from evomerge.store import fence, tables
+from evomerge.store.fence import Holder
+from evomerge.store.lease import EXPIRY_S, acquire, current_holder
 from evomerge.store.store import Store
 from evomerge.testing.store_fixtures import create, expire
 
@@ -140,22 +141,22 @@ def test_setting_the_clock_kills_nobody(monkeypatch: pytest.MonkeyPatch) -> None
 def test_setting_the_clock_neither_ends_a_lease_nor_prolongs_it(
     place: Path, monkeypatch: pytest.MonkeyPatch, jump_s: float
 ) -> None:
-    now, since_boot = lease._now, lease.since_boot
+    now, since_boot = fence.database_time, fence.since_boot
     with Store.open(place) as store, acquire(store):
-        monkeypatch.setattr(lease, "_now", lambda connection: now(connection) + jump_s)
+        monkeypatch.setattr(fence, "database_time", lambda connection: now(connection) + jump_s)
         assert current_holder(store) is not None
         with pytest.raises(InputError, match="is driven by"):
             acquire(store)
-        monkeypatch.setattr(lease, "since_boot", lambda: since_boot() + EXPIRY_S + 1)
+        monkeypatch.setattr(fence, "since_boot", lambda: since_boot() + EXPIRY_S + 1)
         assert current_holder(store) is None
 
 
 def test_another_machine_goes_by_the_clock_of_the_database(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = lease._now
+    now = fence.database_time
     with Store.open(place) as store, acquire(store):
-        monkeypatch.setattr(lease, "boot_id", lambda: "another machine, or this one started again")
+        monkeypatch.setattr(fence, "boot_id", lambda: "another machine, or this one started again")
         monkeypatch.setattr(time, "time", lambda: 0.0)  # its own clock does not count
-        monkeypatch.setattr(lease, "since_boot", lambda: 1e9)
+        monkeypatch.setattr(fence, "since_boot", lambda: 1e9)
         assert current_holder(store) is not None
-        monkeypatch.setattr(lease, "_now", lambda connection: now(connection) + EXPIRY_S + 1)
+        monkeypatch.setattr(fence, "database_time", lambda connection: now(connection) + EXPIRY_S + 1)
         assert current_holder(store) is None

@@ -14,7 +14,8 @@ from alembic.script import ScriptDirectory
 
 from evomerge.errors import InputError
 from evomerge.store import schema, tables
-from evomerge.store.lease import Holder, acquire
+from evomerge.store.fence import Holder
+from evomerge.store.lease import acquire
 from evomerge.store.store import Store
 from evomerge.testing.store_fixtures import candidate, create, finish
 

@@ -24,7 +24,8 @@ from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
 from evomerge.store import ItemTexts, tables
 from evomerge.store import lease as leases
 from evomerge.store.events import CopyingState
-from evomerge.store.lease import Holder, acquire, current_holder
+from evomerge.store.fence import Holder
+from evomerge.store.lease import acquire, current_holder
 from evomerge.store.listing import searches
 from evomerge.store.store import Store
 from evomerge.testing.store_fixtures import candidate, create, finish, scores

@@ -25,7 +25,7 @@ from evomerge.checkpoints.config import first_line
 from evomerge.errors import InputError
 
 _CODE = (
-    "blueprint.py", "differences.py", "layered.py", "layout.py", "parts.py", "residual.py", "roles.py", "stacking.py",
+    "blueprint.py", "computing.py", "layered.py", "layout.py", "parts.py", "residual.py", "roles.py", "stacking.py",
     "structure.py",
 )  # fmt: skip
 """The files of this folder that determine a blueprint: a change to any of them invalidates the cache."""

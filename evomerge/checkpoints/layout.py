@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from evomerge.checkpoints.blueprint import Blueprint
-from evomerge.checkpoints.differences import computing_settings, seeing_settings
+from evomerge.checkpoints.computing import computing_settings, seeing_settings
 from evomerge.checkpoints.layered import LayerSetting, layer_settings, with_text_settings, written_settings
 from evomerge.checkpoints.parts import Cut, Part, check_shape
 from evomerge.checkpoints.residual import residual_writers

@@ -22,6 +22,7 @@ from evomerge.recipes.routed import RoutedRecipe
 from evomerge.report.allocation import allocation_lines
 from evomerge.report.candidate import score_lines
 from evomerge.report.comparing import compared
+from evomerge.report.conclusions import conclusions, roles_of
 from evomerge.report.consoles import make_console
 from evomerge.report.curse import Curse, SplitScores, curse_of, curse_text
 from evomerge.report.curse_picture import curse_svg
@@ -32,7 +33,6 @@ from evomerge.report.live import LiveScreen
 from evomerge.report.naming import chosen
 from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import path_svg, path_text
-from evomerge.report.picks import conclusions, roles_of
 from evomerge.report.screen import cell, cells, choice_text, panel, resume_lines
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.status import depths_of, read_status, status_of

@@ -22,10 +22,10 @@ from evomerge.commands.waiting import opening
 from evomerge.errors import InputError
 from evomerge.objects import is_url
 from evomerge.printable import without_nan
+from evomerge.report.conclusions import roles_of
 from evomerge.report.consoles import make_console
 from evomerge.report.entries import Constraint, kind_of, origin_of
 from evomerge.report.naming import exported
-from evomerge.report.picks import roles_of
 from evomerge.report.screen import cell
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.serving import say

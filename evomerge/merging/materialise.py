@@ -23,7 +23,7 @@ from evomerge.merging.core_space import CoreSpace, check_core, steps_in_core
 from evomerge.merging.layer_buffers import Held, Made, assign, tensors_made
 from evomerge.merging.measured.change import ChangeMeter, Written
 from evomerge.merging.measured.evidence import Evidence
-from evomerge.merging.measured.facts import Facts, Weights
+from evomerge.merging.measured.facts import Facts, IdentifiedFit, Weights
 from evomerge.merging.measured.inputs import Inputs
 from evomerge.merging.measured.merged_inputs import MergedInputs
 from evomerge.merging.path import (
@@ -44,7 +44,6 @@ from evomerge.recipes.stack import StackRecipe
 if TYPE_CHECKING:  # a live model needs transformers, which takes seconds to import; a merge to a folder does not
     from evomerge.checkpoints.live import LiveModel
     from evomerge.checkpoints.stack import Stack
-    from evomerge.merging.fitting.coefficients import Coefficients
 
 
 _Changed = tuple[Made, Held, Tensor, torch.device]
@@ -158,7 +157,7 @@ class Materialiser:
         evidence: Evidence | None = None,
         residency: Residency | None = None,
         inputs: Inputs | None = None,
-        fitted: Coefficients | None = None,
+        fitted: IdentifiedFit | None = None,
         device: torch.device = _CPU,
         base: str | None = None,
         live: Callable[[], LiveModel] | None = None,
@@ -306,7 +305,7 @@ class Materialiser:
             _check_digest("calibration", "the calibration texts", recipe.calibration, digest)
         self.fitted_for(recipe)
 
-    def fitted_for(self, recipe: Recipe) -> Coefficients | None:
+    def fitted_for(self, recipe: Recipe) -> IdentifiedFit | None:
         """The numbers fitted to right answers. Raises InputError: the recipe was made with another fit."""
         if recipe.fit is not None:
             _check_digest("fit", "a fit", recipe.fit, None if self._fitted is None else self._fitted.digest)

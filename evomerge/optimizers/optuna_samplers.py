@@ -48,4 +48,4 @@ class OptunaSettings(Settings):
     ) -> Optimizer:
         from evomerge.optimizers.optuna_study import OptunaOptimizer
 
-        return OptunaOptimizer(self, parameters, objectives, seed)
+        return OptunaOptimizer(self.name, parameters, objectives, seed, self.population)

@@ -11,16 +11,13 @@ import warnings
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import optuna
 
 from evomerge.genome import Genome, Parameter
 from evomerge.optimizers.base import Best, Keeps, Observation, Refinement, default_population, one_thread
-
-if TYPE_CHECKING:
-    from evomerge.optimizers.optuna_samplers import OptunaSettings
 
 GENERATION_KEYS = {"nsga2": "NSGAIISampler:generation", "nsga3": "NSGAIIISampler:generation"}
 """The key under which Optuna keeps the generation of a trial; a trial without one never becomes a parent."""
@@ -33,7 +30,7 @@ GOOD_SHARE, MAX_GOOD = 0.1, 25
 
 
 class OptunaOptimizer:
-    """One search with one of Optuna's samplers.
+    """One search with one of Optuna's samplers: ``name`` and ``population`` as in ``optuna_samplers.OptunaSettings``.
 
     Failed candidates are told as inf, which every sampler ranks last. Genomes that were never asked for count like all
     others; for nsga2 and nsga3, baselines belong to the first generation, together with the first genomes asked for.
@@ -44,16 +41,18 @@ class OptunaOptimizer:
     refined: Sequence[Refinement] = ()
     stopped: str | None = None
 
-    def __init__(self, settings: OptunaSettings, parameters: Sequence[Parameter], objectives: int, seed: int) -> None:
+    def __init__(
+        self, name: str, parameters: Sequence[Parameter], objectives: int, seed: int, population: int | None = None
+    ) -> None:
         default = default_population(len(parameters))
-        self._name = settings.name
-        self._genetic = settings.name in GENERATION_KEYS
+        self._name = name
+        self._genetic = name in GENERATION_KEYS
         self._seed = seed
         self._asks = 0
         self._distributions = {str(i): _distribution(p) for i, p in enumerate(parameters)}
         self._asked: defaultdict[bytes, deque[optuna.Trial]] = defaultdict(deque)
         self._baselines: list[tuple[Genome, list[float]]] = []
-        self.population = settings.population or (default + default % 2 if self._genetic else default)
+        self.population = population or (default + default % 2 if self._genetic else default)
         with _quiet():
             self._study = optuna.create_study(directions=["minimize"] * objectives)
 

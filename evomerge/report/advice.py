@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.merging.measured.amplitude import LARGE_DISPERSION, dispersion, kappa
 from evomerge.report.entries import percent
-
-if TYPE_CHECKING:
-    from evomerge.report.inspection import SourceDistance
+from evomerge.report.inspected import SourceDistance
 
 MANY_SOURCES = 8
 """Beyond this number, few sources are worth including: the gain falls as one over their number."""

@@ -18,12 +18,12 @@ from evomerge.mergekit import dump_recipe
 from evomerge.recipes.base import Recipe
 from evomerge.recipes.state_dict import StateDictRecipe
 from evomerge.report import serving
+from evomerge.report.conclusions import is_front, roles_of
 from evomerge.report.curse import Curse, curse_text
 from evomerge.report.curse_picture import curse_svg
 from evomerge.report.entries import Entry, interval_text, percent
 from evomerge.report.licences import CARD, UNKNOWN, licence_of, most_restrictive
 from evomerge.report.path import is_plain, path_svg, path_text
-from evomerge.report.picks import is_front, roles_of
 from evomerge.report.public_names import hub_ids, is_public, movable, public_name, without_places
 from evomerge.report.screen import cell, cells, choice_text, constraint_titles, further_titles, p_text, screen_text
 from evomerge.report.search_status import SearchStatus

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.source import Source
 from evomerge.merging.measured.rounding import LOSSY, rounding_warning, shares_lost
 from evomerge.printable import ranges
-
-if TYPE_CHECKING:
-    from evomerge.report.inspection import Inspection, Pair, SourceDistance
+from evomerge.report.inspected import Inspection, Pair, SourceDistance
 
 LARGE_CHANGE = 0.002
 """The mean |d| above which DARE is doubtful: the fine-tunes for which its paper (arXiv 2311.03099) finds it good are

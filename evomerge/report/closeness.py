@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evomerge.report.entries import percent
-from evomerge.report.inspection import Closeness, Inspection, ModelFacts, Pair
+from evomerge.report.inspected import Closeness, Inspection, ModelFacts, Pair
 
 _COLUMN = 6  # the column width of the heat map: five characters and a space
 _DARK, _WARM, _COLD, _AGAINST = (40, 40, 40), (255, 170, 40), (70, 170, 255), (240, 70, 60)

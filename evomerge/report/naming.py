@@ -9,8 +9,8 @@ import numpy as np
 
 from evomerge.errors import InputError
 from evomerge.front import knee
+from evomerge.report.conclusions import is_front
 from evomerge.report.entries import SOURCE
-from evomerge.report.picks import is_front
 from evomerge.report.status import status_of
 from evomerge.search.estimation.preference import BEST, KNEE
 from evomerge.store import Store

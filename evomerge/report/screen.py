@@ -9,10 +9,11 @@ from typing import TypeVar
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from evomerge.report.conclusions import conclusions, is_front, roles_of
 from evomerge.report.confirmed import Choice
 from evomerge.report.entries import ConfirmedEntry, Entry, gap_text, percent, value_text
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
-from evomerge.report.picks import best_source, conclusions, gain_in, is_front, roles_of
+from evomerge.report.picks import best_source, gain_in
 from evomerge.report.quadratics import quadratics_text
 from evomerge.report.search_status import ScreenState, SearchStatus, Slow
 from evomerge.search.driving.progress import Progress

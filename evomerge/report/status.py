@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from evomerge.report.compositions import Composition, compositions_of
+from evomerge.report.conclusions import conclusions
 from evomerge.report.confirmed import UNCONFIRMED, UNCONFIRMED_WHY, Confirmed, confirmation, effort
 from evomerge.report.entries import (
     Entry,
@@ -22,7 +23,7 @@ from evomerge.report.entries import (
     features_of,
     origin_of,
 )
-from evomerge.report.picks import conclusions, picks_of
+from evomerge.report.picks import picks_of
 from evomerge.report.quadratics import quadratics_of
 from evomerge.report.search_status import (
     Budget,

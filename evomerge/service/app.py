@@ -27,7 +27,7 @@ class _Service(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document, with the schemas that routes only refer to."""
         if self.openapi_schema is None:
-            from evomerge.report.inspection import Inspection  # imports torch, which nothing else here needs
+            from evomerge.report.inspected import Inspection  # imports torch, which nothing else here needs
 
             schemas = super().openapi()["components"]["schemas"]
             for model in (problems.Problem, SearchEvent, Inspection):

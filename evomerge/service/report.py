@@ -19,11 +19,11 @@ from markupsafe import Markup
 
 from evomerge import __version__
 from evomerge.report.candidate import status_text
+from evomerge.report.conclusions import conclusions, is_front, roles_of
 from evomerge.report.confirmed import Choice
 from evomerge.report.drawings import drawing_grid, embedded
 from evomerge.report.entries import ConfirmedEntry, Entry, interval_text, percent
 from evomerge.report.path import is_plain
-from evomerge.report.picks import conclusions, is_front, roles_of
 from evomerge.report.screen import arrow, cells, choice_text, duration, further_titles, gain_text, p_text, ranked
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.seen import seen_items

@@ -1,6 +1,7 @@
 """The results store: everything that a search asked for, dispatched, measured and told its optimizer."""
 
-from evomerge.store.lease import Lease, LeaseLostError, acquire, current_holder
+from evomerge.store.fence import LeaseLostError
+from evomerge.store.lease import Lease, acquire, current_holder
 from evomerge.store.listing import ListedSearch, searches
 from evomerge.store.record import SearchRecord
 from evomerge.store.rows import (

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from evomerge.store import events, statements
 from evomerge.store.events import Recordable
-from evomerge.store.lease import check_fence, last_write
+from evomerge.store.fence import check_fence, last_write
 from evomerge.store.outage import retrying
 from evomerge.store.reading import ReadStore
 

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import func, inspect, select
 
 from evomerge.store import tables
-from evomerge.store.lease import Holder, live_holder
+from evomerge.store.fence import Holder, live_holder
 from evomerge.store.reading import ReadStore
 
 # No JSON columns, so that a damaged search does not hide the others.

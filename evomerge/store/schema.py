@@ -13,7 +13,7 @@ from sqlalchemy import Connection, func, insert, inspect, select, update
 
 from evomerge.errors import InputError
 from evomerge.store import tables
-from evomerge.store.lease import living_holders
+from evomerge.store.fence import living_holders
 
 _LOCK = 0x65766F6D65726765  # "evomerge": the advisory lock under which a PostgreSQL database changes its format
 _MIGRATIONS = Path(__file__).parent / "migrations"

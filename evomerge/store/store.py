@@ -16,8 +16,8 @@ from evomerge.prices import WorkerTime
 from evomerge.recipes.use import ExpertUse
 from evomerge.store import events, insertion, statements, tables
 from evomerge.store.events import RaceDecision, Recordable
+from evomerge.store.fence import lock_search
 from evomerge.store.fenced import FencedStore
-from evomerge.store.lease import lock_search
 from evomerge.store.outage import retrying
 from evomerge.store.rows import Answers, Estimate, ItemTexts, NewCandidate, Niches, RaceEnd, Scores, Status, Verb
 from evomerge.store.schema import make_tables

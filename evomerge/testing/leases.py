@@ -8,7 +8,8 @@ import pytest
 
 from evomerge.errors import InputError
 from evomerge.store.events import CopyingState
-from evomerge.store.lease import Holder, Lease, LeaseLostError, acquire, current_holder
+from evomerge.store.fence import Holder, LeaseLostError
+from evomerge.store.lease import Lease, acquire, current_holder
 from evomerge.store.store import Store
 from evomerge.testing.store_fixtures import StoreFixtures, candidate, estimate, expire, scores
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from evomerge.merging.arithmetic.drops import element_bits, turns
-
-if TYPE_CHECKING:
-    from evomerge.merging.arithmetic.passes import Differentiable
 
 RANKED = 256  # ``passes.RANKED``
 
@@ -270,10 +267,13 @@ def _weighted(weights: Tensor, parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def by_numbers(plan: Differentiable, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
+def by_numbers(run: Callable[..., Tensor], tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
     """The derivative by each element of the numbers that a plain definition takes, in float64 and their shape.
 
-    The definition is the one that ``plan.run`` has computed, and its numbers the argument after the tensors.
+    Args:
+        run: ``Pass.run``. The definition is the one that it has computed; its second argument is the numbers.
+        tensors, first: as of ``run``.
+        gradient: of the loss by the elements of the piece, float32.
     """
     taken: list[Tensor] = []
 
@@ -282,6 +282,6 @@ def by_numbers(plan: Differentiable, tensors: Sequence[Tensor], first: int, grad
         return function(tensors, numbers, *others)
 
     with torch.enable_grad():
-        made = plan.run(tensors, first, compute)
+        made = run(tensors, first, compute)
     (found,) = torch.autograd.grad(made, taken, gradient.reshape(made.shape))
     return found.double()

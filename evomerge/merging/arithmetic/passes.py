@@ -316,7 +316,7 @@ class Select:
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
         from evomerge.merging.arithmetic.definitions import by_numbers
 
-        return by_numbers(self, tensors, first, gradient)[:-1]
+        return by_numbers(self.run, tensors, first, gradient)[:-1]
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ class MaskedMean:
 
         from evomerge.merging.arithmetic.definitions import by_numbers
 
-        found = by_numbers(self, tensors, first, gradient)
+        found = by_numbers(self.run, tensors, first, gradient)
         return cat([found[:, 0], found[:1, 2]])
 
 
@@ -412,7 +412,7 @@ class Largest:
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
         from evomerge.merging.arithmetic.definitions import by_numbers
 
-        return by_numbers(self, tensors, first, gradient)
+        return by_numbers(self.run, tensors, first, gradient)
 
 
 RANKED = 256
@@ -471,7 +471,7 @@ class Disjoint:
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
         from evomerge.merging.arithmetic.definitions import by_numbers
 
-        return by_numbers(self, tensors, first, gradient)
+        return by_numbers(self.run, tensors, first, gradient)
 
 
 @dataclass(frozen=True)
@@ -526,7 +526,7 @@ class Agreed:
 
         from evomerge.merging.arithmetic.definitions import by_numbers
 
-        found = by_numbers(self, tensors, first, gradient)
+        found = by_numbers(self.run, tensors, first, gradient)
         return cat([found[:, 0], found[:1, 3]])
 
 

@@ -93,9 +93,13 @@ class StackBuilder:
 
     @cached_property
     def _coefficients(self) -> Coefficients | None:
-        return (
-            None if self._context.fit is None else Coefficients(self._context, lambda: self.materialiser, self._write)
-        )
+        context = self._context
+        if context.fit is None:
+            return None
+        return Coefficients(
+            context.fit, context.sources, context.tokenizer, context.dtype, context.evidence,
+            lambda: self.materialiser, self._write,
+        )  # fmt: skip
 
     @cached_property
     def live(self) -> LiveModel:

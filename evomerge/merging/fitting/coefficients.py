@@ -33,9 +33,9 @@ from evomerge.recipes.stack import Blend, StackRecipe
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
     from evomerge.checkpoints.source import Source
-    from evomerge.merging.building.builders import BuildContext
     from evomerge.merging.fitting.fit import Fit
     from evomerge.merging.materialise import Materialiser
+    from evomerge.merging.measured.evidence import Evidence
 
 _KIND = "coefficients 1"
 _LOSSES = "losses"
@@ -49,22 +49,28 @@ class Coefficients:
     """Coefficients of some sources, fitted to right answers; see ``FittedTo``.
 
     Args:
-        context: of the models; it has a fit.
+        fit: what they are fitted to.
+        sources: opened, by the names that recipes use.
+        tokenizer: the source that gives tokenizer and configuration.
+        dtype: of the live model; None means that of the tokenizer's source.
+        evidence: where they are kept.
         materialiser: returns what writes recipes.
         write: writes one into the live model.
     """
 
     def __init__(
-        self, context: BuildContext, materialiser: Callable[[], Materialiser], write: Callable[[StackRecipe], LiveModel]
+        self,
+        fit: Fit,
+        sources: Mapping[str, Source],
+        tokenizer: str,
+        dtype: torch.dtype | None,
+        evidence: Evidence,
+        materialiser: Callable[[], Materialiser],
+        write: Callable[[StackRecipe], LiveModel],
     ) -> None:
-        self._context, self._materialiser, self._write = context, materialiser, write
+        self.fit, self._sources, self._tokenizer, self._dtype = fit, sources, tokenizer, dtype
+        self._evidence, self._materialiser, self._write = evidence, materialiser, write
         self._known: dict[tuple[str, ...], Mapping[str, Tensor]] = {}
-
-    @property
-    def fit(self) -> Fit:
-        """What the coefficients are fitted to."""
-        assert self._context.fit is not None  # checked by the creator of this object
-        return self._context.fit
 
     @property
     def digest(self) -> str:
@@ -87,17 +93,16 @@ class Coefficients:
         """
         key = (base, *sources)
         if key not in self._known:
-            content = self._context.evidence.content_of
-            model = self._context.sources[self._context.tokenizer]
-            follows = tuple(map(content, key)), content(model.name), str(self._context.dtype or model.dtype)
+            content, model = self._evidence.content_of, self._sources[self._tokenizer]
+            follows = tuple(map(content, key)), content(model.name), str(self._dtype or model.dtype)
             compute = partial(self._fitted, base, sources)
-            self._known[key] = self._context.evidence.get(_KIND, (*follows, self.digest), compute)
+            self._known[key] = self._evidence.get(_KIND, (*follows, self.digest), compute)
         return self._known[key]
 
     def _fitted(self, base: str, sources: Sequence[str]) -> dict[str, Tensor]:
         from evomerge.checkpoints.live import NotFiniteError  # imports transformers
 
-        space = TensorSpace(self._context.sources, self._context.tokenizer, base, sources)
+        space = TensorSpace(self._sources, self._tokenizer, base, sources)
         gradients, adam = GenomeGradients(self._materialiser(), space), Adam(space.parameters, self._rate)
         genome, losses = np.array([parameter.default for parameter in space.parameters]), list[float]()
         for step in range(self.fit.steps):

@@ -51,6 +51,15 @@ class FittedTo(Protocol):
         ...
 
 
+class IdentifiedFit(FittedTo, Protocol):
+    """The same with the identity of the fit, which a recipe names."""
+
+    @property
+    def digest(self) -> str:
+        """The digest of the items and of the settings of the fit."""
+        ...
+
+
 class Weights:
     """The tensors of all sources, and compiled scans over them.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from evomerge.errors import InputError
 from evomerge.objects import Storage
-from evomerge.store.lease import Holder
+from evomerge.store.fence import Holder
 
 RECORD = "driver.json"
 """In the copy: the driver of the search, and the token."""

@@ -21,6 +21,7 @@ from evomerge.recipes.routed import RoutedRecipe
 from evomerge.report.allocation import allocation_lines
 from evomerge.report.candidate import status_text
 from evomerge.report.comparing import Comparison
+from evomerge.report.conclusions import roles_of
 from evomerge.report.entries import SOURCE, origin_of
 from evomerge.report.experts import uses_of
 from evomerge.report.items import are_records
@@ -28,7 +29,6 @@ from evomerge.report.naming import chosen
 from evomerge.report.parameters import parameter_text, parameters_of
 from evomerge.report.path import is_plain, path_svg, path_text
 from evomerge.report.picks import best_source as best_label
-from evomerge.report.picks import roles_of
 from evomerge.report.screen import choice_text, p_text, ranked
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.status import depths_of

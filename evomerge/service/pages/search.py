@@ -13,10 +13,11 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel
 
+from evomerge.report.conclusions import conclusions, is_front, roles_of
 from evomerge.report.drawings import Drawing, drawing_grid
 from evomerge.report.entries import Entry
 from evomerge.report.parameters import ParameterColumn, columns_of
-from evomerge.report.picks import Pick, conclusions, is_front, roles_of
+from evomerge.report.picks import Pick
 from evomerge.report.screen import best_confirmed_source, choice_text, gain_cell, ranked, thrift_lines
 from evomerge.report.search_status import SearchStatus
 from evomerge.report.selection import selection_of
