@@ -341,6 +341,17 @@ def export(
 
 
 @app.command()
+def upload(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model or adapter on this machine.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="A place in object storage: s3://bucket/merged.")],
+) -> None:
+    """Copy a model folder to object storage. Continues an upload that was interrupted."""
+    from evomerge.commands.delivering import upload_folder
+
+    upload_folder(folder, url)
+
+
+@app.command()
 def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe in Evomerge's or mergekit's format.")],
     out: OutArgument,

@@ -29,6 +29,7 @@ _EXTRAS = {"s3": "s3", "s3a": "s3"}  # this project's extra with the packages fo
 _SECRET_NAME = re.compile(r"KEY|SECRET|TOKEN|PASSWORD", re.IGNORECASE)
 _SECRET_LENGTH = 8  # shorter values are not secrets, and would match ordinary words
 _WITH_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]*@")
+_FORMER_URL = re.compile(r"[a-z0-9+]{2,}:/")
 _MAX_SHOWN = 300  # characters of a message from a storage's library
 
 
@@ -50,6 +51,11 @@ class StorageError(InputError):
 def is_url(text: str) -> bool:
     """Whether a place is a URL and not a path."""
     return "://" in text
+
+
+def was_url(path: Path) -> bool:
+    """Whether a path was a URL, of whose slashes a path keeps one: ``s3:/bucket/x``."""
+    return _FORMER_URL.match(str(path)) is not None
 
 
 def check_url(url: str, place: str) -> None:

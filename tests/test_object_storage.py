@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from fsspec.registry import _registry
 from helpers_miniature import MINIATURES, SHORT_MATHS, evomerge, search_file, short_search_file
 from helpers_search import Killed, create_store, drive, dying, make_setup, table
 from moto.server import ThreadedMotoServer
+from rich.console import Console
 from s3fs import S3FileSystem
 
+from evomerge.commands.delivering import local_folder
 from evomerge.commands.merge import merge
 from evomerge.commands.models import export
 from evomerge.commands.run import resume
@@ -301,6 +304,80 @@ def test_a_merge_lies_in_the_bucket_as_it_would_on_disk(s3: str, tmp_path: Path)
     assert {name for name in found if found[name] != on_disk[name]} == {"recipe.yaml"}
 
 
+@pytest.mark.parametrize("fault", [OSError("the line was cut"), KeyboardInterrupt()], ids=["fault", "interrupt"])
+def test_a_model_that_cannot_be_uploaded_is_kept_and_uploaded_later(
+    fault: BaseException,
+    memory: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "made"))
+    (tmp_path / "made").mkdir()
+    url, done = f"{memory}/merged", MemoryFileSystem.put_file
+
+    def cut(self: MemoryFileSystem, file: str, path: str, **options: Any) -> None:
+        if Path(file).name == LAST:
+            raise fault
+        done(self, file, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "put_file", cut)
+        assert evomerge("merge", _recipe(tmp_path), url) not in (0, None)
+    said = capsys.readouterr()
+    (kept,) = (tmp_path / "made").glob("evomerge-*/merged")
+    assert "is not complete" in said.err
+    assert f"all of it is in {kept}. To upload the rest: evomerge upload {kept} {url}" in said.err
+    assert "merged into" not in said.out
+    assert LAST not in Storage(url).files()
+
+    assert evomerge("upload", kept, url) == 0
+    assert _content(Storage(url)).keys() == {SUMS, *(file.name for file in kept.iterdir())}
+    assert evomerge("upload", kept, url) == 2
+    assert "holds a model already" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_made_is_not_kept(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def fail() -> None:
+        with local_folder(f"{memory}/m", Console(quiet=True)) as folder:
+            folder.mkdir()
+            raise InputError("sources.a", "has a fault of its own")
+
+    with pytest.raises(InputError, match="of its own"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_model_is_not_uploaded(memory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, problem in ((tmp_path, "holds no model"), (tmp_path / "none", "is not a folder")):
+        assert evomerge("upload", folder, memory) == 2
+        assert problem in capsys.readouterr().err
+    assert Storage(memory).files() == {}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("moe", "recipe.yaml"), ("extract", "tuned", "--base", "base"), ("transplant", "one", "two"),
+        ("consolidate", "checkpoint", "--model", "model"),
+    ],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_a_command_that_writes_to_folders_alone_takes_no_url_for_a_folder(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = (
+        command.index("--base") if "--base" in command else command.index("--model") if "--model" in command else 9
+    )
+    assert evomerge(*command[:options], "s3://bucket/model", *command[options:]) == 2
+    assert "s3://bucket/model: is a URL" in (said := capsys.readouterr().err)
+    assert "evomerge upload" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- searches --------------------------------------------------------------------------------------------------------
 
 CANDIDATES = 30
@@ -402,8 +479,7 @@ def test_a_storage_that_fails_is_told_once_tried_again_and_ends_nothing(
     assert "was cut" in told
     assert SECRET not in told + caplog.text
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
-    artifacts.close()
-    assert artifacts.is_complete
+    assert artifacts.close() is None
     assert json.loads(Storage(memory).read(RECORD) or b"")["state"] == "ended"
 
 
@@ -429,8 +505,7 @@ def test_a_folder_that_was_left_behind_copies_no_more(
     assert two.turn()
     (tmp_path / "one" / "search.yaml").write_text("old")
     assert not one.turn()
-    one.close()
-    assert not one.is_complete
+    assert "was resumed from another folder" in str(one.close())
     assert [record.message for record in caplog.records if "copying ended" in record.message] != []
     assert Storage(memory).read("search.yaml") == b"name: made-up\n"
     with pytest.raises(InputError, match="was resumed from another folder"):
@@ -513,11 +588,18 @@ def test_a_search_finishes_whatever_its_storage_does(
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
     file = short_search_file(tmp_path, artifacts=memory, budget={"candidates": 5})
-    assert evomerge("search", file, "--dir", tmp_path / "search") == 0
-    assert "is not complete; to try again: evomerge resume" in capsys.readouterr().out.replace("\n", " ")
+    folder = tmp_path / "search"
+    for command in (["search", file, "--dir", folder], ["resume", folder]):
+        assert evomerge(*command) == 1
+        said = capsys.readouterr()
+        assert "winner" in said.out
+        assert said.err.endswith(
+            f"error: {memory}/small: the copy of the search is not complete (cannot be written to (the line was cut)). "
+            f"Nothing is lost: all of the search is in {folder}. To copy the rest: evomerge resume {folder}\n"
+        )
     assert "the line was cut" in caplog.text
     monkeypatch.undo()
-    assert evomerge("resume", tmp_path / "search") == 0
+    assert evomerge("resume", folder) == 0
     assert set(Storage(f"{memory}/small").files()) == {"search.yaml", "search.db", RECORD}
 
 

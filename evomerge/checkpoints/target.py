@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evomerge.errors import InputError
+from evomerge.objects import was_url
 
 
 def check_target(out: Path, sources: Sequence[Path] = ()) -> None:
@@ -17,6 +18,9 @@ def check_target(out: Path, sources: Sequence[Path] = ()) -> None:
     Raises:
         InputError: it cannot be created there.
     """
+    if was_url(out):
+        hint = "Name a folder on this machine; `evomerge upload FOLDER URL` copies it to object storage."
+        raise InputError(str(out).replace(":/", "://", 1), "is a URL, and this can only be written to a folder", hint)
     out = out.absolute()
     place = str(out)
     for folder in sources:

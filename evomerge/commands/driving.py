@@ -22,6 +22,7 @@ from evomerge.checkpoints.checks import check_finite
 from evomerge.commands.calibrating import calibrate
 from evomerge.commands.changed import check_changed
 from evomerge.commands.controlling import control_winner
+from evomerge.commands.copying import Copying
 from evomerge.commands.failing import failure_code
 from evomerge.commands.fitting import fit
 from evomerge.commands.selecting import select
@@ -40,7 +41,7 @@ from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.driving.ending import Ending
 from evomerge.search.driving.progress import Progress
-from evomerge.search.opening.artifacts import Artifacts, check_artifacts, copy_url
+from evomerge.search.opening.artifacts import Artifacts, check_artifacts
 from evomerge.search.opening.session import (
     as_recorded,
     begin_again,
@@ -70,33 +71,33 @@ INTERRUPTED = 130
 def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
     """Start a search in a new folder and drive it to its end; returns the exit code."""
     known = fingerprints_of(prepared)
-    # Remaining files are copied last, after the lease is released, so that no worker is kept waiting.
     with (
-        ExitStack() as last,
+        Copying(folder, console) as copying,
         closing(make_pool(prepared, folder, known["sources"])) as pool,
         create_search(folder, prepared, known) as store,
     ):
-        artifacts = last.enter_context(_copying(folder, prepared.file, console))
+        artifacts = copying.start(prepared.file)
         with acquire(store):
-            return _search(folder, prepared, store, pool, artifacts, console)
+            code = _search(folder, prepared, store, pool, artifacts, console)
+    return copying.exit_code(code)
 
 
-def drive_resumed(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
-    """Resume a search whose lease is held; returns the exit code. Closing ``last`` copies the remaining files."""
+def drive_resumed(folder: Path, prepared: Prepared, store: Store, copying: Copying, console: Console) -> int:
+    """Resume a search whose lease is held; returns the exit code."""
     if begin_again(folder, store, prepared):
         console.print("nothing had been scored yet: the search starts over with its file as it is now", style="dim")
     with closing(make_pool(prepared, folder, store.search().record.files)) as pool:
-        artifacts = last.enter_context(_copying(folder, prepared.file, console))
+        artifacts = copying.start(prepared.file)
         if not check_changed(folder, prepared, store, pool, console):
             return INTERRUPTED
         record_resumed(folder, store, prepared.file)
         return _search(folder, prepared, store, pool, artifacts, console)
 
 
-def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console) -> int:
-    """Confirm a search whose lease is held; returns the exit code. Closing ``last`` copies the remaining files."""
+def drive_confirmation(folder: Path, prepared: Prepared, store: Store, copying: Copying, console: Console) -> int:
+    """Confirm a search whose lease is held; returns the exit code."""
     with closing(make_pool(prepared, folder, store.search().record.files)) as pool:
-        artifacts = last.enter_context(_copying(folder, prepared.file, console))
+        artifacts = copying.start(prepared.file)
         if not check_changed(folder, prepared, store, pool, console):
             return INTERRUPTED
         with _session(folder, prepared, store, pool, artifacts, console) as drive:
@@ -107,11 +108,11 @@ def drive_confirmation(folder: Path, prepared: Prepared, store: Store, last: Exi
 
 
 def drive_team(
-    folder: Path, prepared: Prepared, store: Store, last: ExitStack, console: Console, chosen: TeamChosen
+    folder: Path, prepared: Prepared, store: Store, copying: Copying, console: Console, chosen: TeamChosen
 ) -> bool:
     """Score a team of a search whose lease is held on the held-out split; False if it was stopped first."""
     with closing(make_pool(prepared, folder, store.search().record.files)) as pool:
-        artifacts = last.enter_context(_copying(folder, prepared.file, console))
+        artifacts = copying.start(prepared.file)
         if not check_changed(folder, prepared, store, pool, console):
             return False
         with _session(folder, prepared, store, pool, artifacts, console) as drive:
@@ -241,29 +242,6 @@ def _confirm(prepared: Prepared, drive: Drive) -> bool:
         took = duration(time.monotonic() - began)
         print(f"confirmation: {confirmation.models} models, {confirmation.items:,} held-out items in {took}")
     return done
-
-
-@contextmanager
-def _copying(folder: Path, file: SearchFile, console: Console) -> Iterator[Artifacts | None]:
-    """Copy the folder to object storage while open, if the search file says so, and the remaining files at the end."""
-    if file.artifacts is None:
-        yield None
-        return
-    artifacts = Artifacts(copy_url(file.artifacts, file.name), folder)
-    artifacts.take()
-    artifacts.start()
-    try:
-        yield artifacts
-    finally:
-        with console.status(f"copying what is left to {artifacts.url}"):
-            artifacts.close()
-        if artifacts.is_complete:
-            console.print(
-                f"copied; to continue elsewhere: evomerge resume {shlex.quote(artifacts.url)}", soft_wrap=True
-            )
-        else:
-            again = f"evomerge resume {shlex.quote(str(folder))}"
-            console.print(f"the copy at {artifacts.url} is not complete; to try again: {again}", soft_wrap=True)
 
 
 @contextmanager

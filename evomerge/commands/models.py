@@ -20,7 +20,8 @@ from evomerge.checkpoints.references import check_reference
 from evomerge.checkpoints.target import check_target
 from evomerge.commands.waiting import opening
 from evomerge.errors import InputError
-from evomerge.objects import is_url
+from evomerge.merging.building.delivery import check_free
+from evomerge.objects import Storage, is_url
 from evomerge.printable import without_nan
 from evomerge.report.conclusions import roles_of
 from evomerge.report.consoles import make_console
@@ -88,7 +89,9 @@ def _export(
     for out, row in rows.items():
         if row.status not in ("done", "eliminated", "cached"):
             raise InputError(row.id, f"is {row.status}: it has no scores", "`evomerge top` lists those with.")
-        if not is_url(out):
+        if is_url(out):
+            check_free(Storage(out, "OUT"))
+        else:
             check_target(Path(out))
     file = resumed_file(folder, store, ())
     if verify:
@@ -103,12 +106,23 @@ def _export(
         sources = open_sources(file) if prepared is None else prepared.sources
         check_sources(store, sources)
     exporter = Exporter(folder, store, file, sources, prepared, status_of(store), console, team)
-    for out, row in rows.items():
-        written = exporter.write(row, out, form)
+    for number, (out, row) in enumerate(rows.items()):
+        try:
+            written = exporter.write(row, out, form)
+        except (InputError, KeyboardInterrupt):
+            _say_left(folder, list(rows.items())[number + 1 :], verify=verify)
+            raise
         unseen = "" if verify else ", not scored again"
         _say(console, written, f"exported {_called(row, exporter.status, file.sources)} to {said or out}{unseen}")
         if said is None and form is None:
             say(console, out)
+
+
+def _say_left(folder: Path, left: Sequence[tuple[str, CandidateRow]], *, verify: bool) -> None:
+    """Print how to export the members of a team that come after one that could not be exported."""
+    for out, row in left:
+        command = ["evomerge", "export", str(folder), out, "--candidate", row.id, *([] if verify else ["--no-verify"])]
+        print(f"not exported yet: {shlex.join(command)}", file=sys.stderr)
 
 
 def _say(console: Console, written: Written, done: str) -> None:

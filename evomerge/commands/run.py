@@ -9,11 +9,12 @@ import json
 import shlex
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
 
+from evomerge.commands.copying import Copying
+from evomerge.commands.failing import failure_code
 from evomerge.commands.streams import output_is_optional
 from evomerge.commands.waiting import opening
 from evomerge.errors import InputError
@@ -117,14 +118,13 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
 
     console = make_console()
     folder = _local(str(place), into, console)
-    with ExitStack() as last, open_store(folder) as store:
+    with Copying(folder, console) as copying, open_store(folder) as store:
         if current_holder(store) is not None and (overrides or store.search().state == "paused"):
             _tell_driver(folder, store, overrides, console)
             return 0
         with acquire(store):  # first, so that a second driver is refused before it does any work
             file = resumed_file(folder, store, overrides)
             if _is_at_its_end(store, file):
-                from evomerge.commands.failing import failure_code
                 from evomerge.report.screen import panel
                 from evomerge.report.status import status_of
 
@@ -141,7 +141,8 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
 
                 prepared = reopen(folder, store, file)
             with output_is_optional():
-                return drive_resumed(folder, prepared, store, last, console)
+                code = drive_resumed(folder, prepared, store, copying, console)
+    return copying.exit_code(code)
 
 
 def _is_at_its_end(store: Store, file: SearchFile) -> bool:
@@ -202,7 +203,7 @@ def confirm(folder: Path) -> int:
     from evomerge.report.status import status_of
 
     console = make_console()
-    with ExitStack() as last, open_store(folder) as store, acquire(store):
+    with Copying(folder, console) as copying, open_store(folder) as store, acquire(store):
         file = resumed_file(folder, store, ())
         if not any(row.status == "done" for row in store.candidates(step=0)):
             hint = f"Go on with the search: evomerge resume {shlex.quote(str(folder))}"
@@ -217,18 +218,18 @@ def confirm(folder: Path) -> int:
 
             prepared = reopen(folder, store, file)
         with output_is_optional():
-            return drive_confirmation(folder, prepared, store, last, console)
+            code = drive_confirmation(folder, prepared, store, copying, console)
+    return copying.exit_code(code)
 
 
 def team(folder: Path, members: int, *, as_json: bool) -> int:
     """Choose a team, score it on the held-out split, and print what it covers; returns the exit code."""
-    from rich.console import Console
-
     from evomerge.report.consoles import make_console
     from evomerge.report.team import choose_team, team_of, team_tables
 
     console = make_console()
-    with ExitStack() as last, open_store(folder) as store, acquire(store):
+    screen = Console(stderr=True) if as_json else console  # a program may be reading stdout
+    with Copying(folder, screen) as copying, open_store(folder) as store, acquire(store):
         file = resumed_file(folder, store, ())
         choice = choose_team(store, members)  # fails before anything is opened
         check_early(file)
@@ -237,19 +238,18 @@ def team(folder: Path, members: int, *, as_json: bool) -> int:
 
             prepared = reopen(folder, store, file)
         with output_is_optional():
-            screen = Console(stderr=True) if as_json else console  # a program may be reading stdout
-            if not drive_team(folder, prepared, store, last, screen, choice):
+            if not drive_team(folder, prepared, store, copying, screen, choice):
                 return INTERRUPTED
         chosen = team_of(store)
     if chosen is None:
         raise InputError(str(folder), "a member of the team could not be scored", "`evomerge show` says why.")
     if as_json:
         print(chosen.model_dump_json(indent=2))
-        return 0
+        return copying.exit_code(0)
     for table in team_tables(chosen):
         console.print(table)
     console.print(
         f"of {chosen.items:,} held-out items {chosen.coverage:.1%} are solved by at least one member, "
         f"{chosen.majority:.1%} by more than half"
     )
-    return 0
+    return copying.exit_code(0)

@@ -15,12 +15,25 @@ SUMS = "SHA256SUMS"
 LAST = "config.json"
 """Uploaded last: without it no loader sees a model."""
 
-_LAST = (LAST, "model_index.json", "model.safetensors")
-"""The same for a diffusers folder, and for single tensor files: the first of these that a folder has."""
+_LAST = (LAST, "model_index.json", "adapter_config.json", "arrow.json", "model.safetensors")
+"""The same for other folders (diffusers, adapters, routed experts for peft, single tensor files): the first of these
+that a folder has."""
 
 
 def _last(names: Collection[str]) -> str | None:
     return next((name for name in _LAST if name in names), None)
+
+
+def check_model(folder: Path) -> None:
+    """Check that this is the folder of a model or an adapter.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not folder.is_dir():
+        raise InputError(str(folder), "is not a folder", "Name the folder of a model or an adapter.")
+    if _last([file.name for file in folder.iterdir() if file.is_file()]) is None:
+        raise InputError(str(folder), "holds no model", f"A model's folder has one of: {', '.join(_LAST)}.")
 
 
 def check_free(storage: Storage) -> None:

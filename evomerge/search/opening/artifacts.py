@@ -69,14 +69,12 @@ class Artifacts:
 
     def __init__(self, url: str, folder: Path) -> None:
         self.url = url
-        self.is_complete = False
-        """Whether the copy contains everything in the folder; known after ``close``."""
         self._storage = Storage(url, "artifacts")
         self._folder = folder
         self._claim = Claim(self._storage, folder)
         self._copied: dict[Path, object] = {}
-        self._fault = ""
-        self._lost = False
+        self._fault: InputError | None = None  # what last failed, until everything is copied
+        self._lost: TakenUpError | None = None
         self._news: deque[CopyingState] = deque()
         self._ended = threading.Event()
         self._threads = [
@@ -98,13 +96,18 @@ class Artifacts:
         while self._news:
             store.record_event(self._news.popleft())
 
-    def close(self) -> None:
-        """Copy what is left, and release the place. Waits until that is done; failures are logged."""
+    def close(self) -> InputError | None:
+        """Copy what is left, and release the place. Waits until that is done.
+
+        Returns:
+            Why the copy does not contain everything in the folder; None if it does.
+        """
         self._ended.set()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
-        self.is_complete = self.turn() and self._tried(self._claim.release)
+        is_complete = self.turn() and self._tried(self._claim.release)
+        return None if is_complete else self._lost or self._fault
 
     def turn(self) -> bool:
         """Copy what changed since the last turn; whether the copy is complete now."""
@@ -115,8 +118,8 @@ class Artifacts:
             faults += not self._tried(partial(self._put, file))
             if faults >= _FAULTS:
                 return False
-        if not faults and self._fault:
-            self._fault = ""
+        if not faults and self._fault is not None:
+            self._fault = None
             self._tell("copied", "")
         return not faults
 
@@ -136,16 +139,21 @@ class Artifacts:
         try:
             work()
         except TakenUpError as error:
-            if not self._lost:
-                self._lost = True
+            if self._lost is None:
+                self._lost = error
                 self._tell("ended", str(error))
-        except (InputError, OSError, sqlite3.Error) as error:
-            if not self._fault:
-                self._tell("failed", str(error))
-            self._fault = str(error)
+        except InputError as error:
+            self._failed(error)
+        except (OSError, sqlite3.Error) as error:
+            self._failed(InputError(str(self._folder), f"cannot be read ({error})"))
         else:
             return True
         return False
+
+    def _failed(self, fault: InputError) -> None:
+        if self._fault is None:
+            self._tell("failed", str(fault))
+        self._fault = fault
 
     def _tell(self, state: str, why: str) -> None:
         self._news.append(CopyingState(state=state, why=why))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import yaml
 
 from evomerge.errors import InputError
 from evomerge.files import read_text
+from evomerge.objects import was_url
 from evomerge.store import Store
 from evomerge.store.engine import PASSWORD_HINT, parse_place, without_password
 from evomerge.yaml import load_yaml
@@ -27,9 +27,6 @@ SOURCES_NAME = "sources"
 
 STORE_VARIABLE = "EVOMERGE_STORE"
 """The environment variable with the URL of a store; it may hold a password, which goes nowhere else."""
-
-
-_URL = re.compile(r"[a-z0-9+]{2,}:/")  # as it is left of s3://bucket in a path, where two slashes are one
 
 
 def open_store(folder: Path) -> Store:
@@ -94,7 +91,7 @@ def public_url(url: str) -> str:
 
 def refuse_existing(folder: Path) -> None:
     """Refuse to start a search in a folder that is there already, or that cannot be made."""
-    if _URL.match(str(folder)):
+    if was_url(folder):
         hint = "Name a local folder, and have it copied there: --set artifacts=s3://bucket/prefix"
         raise InputError("--dir", "is a URL, and a search lives on a disk", hint)
     try:
