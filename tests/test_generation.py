@@ -263,10 +263,6 @@ def test_two_objectives_race_by_dominance(tmp_path: Path) -> None:
     [
         pytest.param(setup_of(racing=RACE, candidates=28, round_to=1), id="race"),
         pytest.param(
-            setup_of(racing=Racing(rungs=(20, 60), challengers="neighbours"), candidates=44, round_to=2),
-            id="race, neighbours",
-        ),
-        pytest.param(
             setup_of(racing=Racing(rungs=(20,)), screen=True, least=0.45, candidates=35, round_to=2),
             id="race, screen and constraint",
             marks=pytest.mark.nightly,

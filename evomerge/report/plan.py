@@ -320,8 +320,7 @@ def _racing(setup: Setup) -> Iterator[tuple[str, str]]:
     sizes = [sum(counts.values()) for counts in setup.rungs]
     shown = [str(size) for size in sizes]
     ordinary, beyond = shown[: setup.ordinary_rungs], shown[setup.ordinary_rungs :]
-    told = " by their neighbours' scores" if racing.challengers == "neighbours" else ""
-    for_the_best = f", then {', '.join(beyond)} for those that challenge the best{told}" if beyond else ""
+    for_the_best = f", then {', '.join(beyond)} for those that challenge the best" if beyond else ""
     by = "item response" if racing.estimate == "item_response" else "the best baseline"
     yield "racing", f"{', '.join(ordinary)} items a candidate{for_the_best}; the rest is estimated by {by}"
     items = max(setup.counts().values())

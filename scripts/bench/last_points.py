@@ -1,11 +1,10 @@
-"""What stops a race short of the best candidate that it has found, and whether neighbours help.
+"""What stops a race short of the best candidate that it has found.
 
 Simulated searches by CMA-ES for a weight of each of two or four sources. A candidate solves an item when its quality,
 quadratic around the best weights, exceeds the item's difficulty; every item has leanings of its own in some direction,
 and some roughness, so that what is best on the 250 items of a search is not what is best on 4,000 others, by which
 candidates are judged here. For each way of searching: what the best candidate by the search is worth there, the best of
-those that it scored on every item, and the best of all that it asked for; how challengers by neighbours differ from
-those by their own scores is paired by seed, with its standard error.
+those that it scored on every item, and the best of all that it asked for.
 
     python scripts/bench/last_points.py [--seeds 32] [--json docs/last_points.json]
 """
@@ -37,9 +36,7 @@ RUNGS = (25, 75)
 SEARCHES: Mapping[str, tuple[int, Racing | None]] = {  # candidates, and how they race
     "full evaluation": (150, None),
     "race": (150, Racing(rungs=RUNGS)),
-    "race, challengers by neighbours": (150, Racing(rungs=RUNGS, challengers="neighbours")),
 }
-BY_SCORES, BY_NEIGHBOURS = list(SEARCHES)[1:]
 
 
 class Landscape:
@@ -105,12 +102,8 @@ def search(seed: int, sources: int, candidates: int, racing: Racing | None) -> d
 
 def measure(sources: int, seeds: int) -> dict[str, object]:
     found = {name: [search(seed, sources, *how) for seed in range(seeds)] for name, how in SEARCHES.items()}
-    gap = np.array(
-        [ours["best"] - theirs["best"] for ours, theirs in zip(found[BY_NEIGHBOURS], found[BY_SCORES], strict=True)]
-    )
     means = {name: {key: float(np.mean([run[key] for run in runs])) for key in runs[0]} for name, runs in found.items()}
-    error = float(gap.std(ddof=1) / np.sqrt(seeds))
-    return {"sources": sources, "seeds": seeds, "searches": means, "gain": float(gap.mean()), "stderr": error}
+    return {"sources": sources, "seeds": seeds, "searches": means}
 
 
 def main() -> None:

@@ -103,9 +103,6 @@ CMA: dict[str, Any] = {"name": "cma"}
 CASES: dict[str, dict[str, Any]] = {
     REFERENCE: {"budget": {"candidates": 1000}, "optimizer": CMA},
     "racing": {"budget": LITTLE, "optimizer": CMA, "racing": RACING},
-    "racing, challengers by neighbours": {
-        "budget": LITTLE, "optimizer": CMA, "racing": RACING | {"challengers": "neighbours"},
-    },
     "racing, population by the budget": {
         "budget": LITTLE, "optimizer": CMA | {"population": "auto"}, "racing": RACING,
     },
@@ -447,13 +444,14 @@ def _finer(model: Mapping[str, Curves], blocks: Mapping[str, Curves]) -> dict[st
 def _row(
     curves: Curves, reference: Curves, grid: NDArray[np.float64], start: float, goal: float
 ) -> dict[str, float | None]:
-    """What a technique needs. ``items``: where the mean over seeds first reaches the goal, None if it never does.
+    """What a technique needs. ``items``: from where on the mean over seeds stays at the goal, None if it ends below.
 
     Where the reference ends no better than the best baseline, ``start``, the goal is to be better, and shares are None.
     """
     mean = curves.at(grid).mean(axis=0)
-    reached = np.flatnonzero((mean >= goal) & (mean > start))
-    items = float(grid[reached[0]]) if len(reached) else None
+    short = np.flatnonzero((mean < goal) | (mean <= start))
+    since = short[-1] + 1 if len(short) else 0
+    items = float(grid[since]) if since < len(grid) else None
     gain = float(reference.last.mean()) - start
     shared = sorted({*curves.seeds} & {*reference.seeds})
     gap = curves.of(shared).last - reference.of(shared).last

@@ -92,33 +92,15 @@ class GenerationScoring(CandidateScoring):
         """
         last = len(self._rungs) - 1
         open_ = [c for c in generation if c.out in ("", "settled") and 0 <= c.reached < last]
-        challengers = self._leaders(self._best(open_, rivals), open_, generation, rivals)
+        challengers = [c for c in self._best(open_, rivals) if self._leads(c, rivals)]
         while challengers:
             if not self._score_all([(c, self._rungs[c.reached + 1]) for c in challengers]):
                 return False
             challengers = [c for c in challengers if self._covers(c, c.reached + 1)]
             for c in challengers:
                 c.reached += 1
-            going = [c for c in challengers if c.reached < last]
-            challengers = self._leaders(going, going, generation, rivals)
+            challengers = [c for c in challengers if c.reached < last and self._leads(c, rivals)]
         return True
-
-    def _leaders(
-        self, best: Sequence[Candidate], open_: Sequence[Candidate], generation: Sequence[Candidate], rivals: Grid
-    ) -> list[Candidate]:
-        """The candidate that looks better than its rivals, by its own score or also by its neighbours'.
-
-        The latter with one objective, and once there are enough neighbours.
-        """
-        scored = [c for c in generation if c.reached >= 0 and c.genome is not None and c.out != "failed"]
-        if self.neighbours is None or not self.neighbours.are_enough(len(scored)):
-            return [c for c in best if self._leads(c, rivals)]
-        name = self._setup.objectives[0].name
-        points = [(c.genome, self._estimates(c.table, c.reached)[name]) for c in scored if c.genome is not None]
-        numbers = {c.number for c in open_}
-        among = [at for at, c in enumerate(scored) if c.number in numbers and np.isfinite(self._losses(c)).all()]
-        leader = self.neighbours.leader(points, among)
-        return [] if leader is None else [scored[leader]]
 
     def _best(self, candidates: Sequence[Candidate], rivals: Grid) -> list[Candidate]:
         """The front of candidates by current estimates; those that may be in several niches are compared with none."""

@@ -22,7 +22,6 @@ from evomerge.optimizers.elites import UNKNOWN, Bounds, cells_of
 from evomerge.search.driving.candidates import Candidate, Proposals
 from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of, write_log
 from evomerge.search.estimation.items import ItemOrder, item_order, plain_order
-from evomerge.search.estimation.neighbours import Neighbours
 from evomerge.search.estimation.prediction import Predictions
 from evomerge.search.estimation.racing import surely_better, verdicts
 from evomerge.search.estimation.scores import ScoreTable, estimate, missing_tasks, to_answers, uses_by_name
@@ -60,8 +59,6 @@ class CandidateScoring(ABC):
         self.recent: deque[Candidate] = deque(maxlen=0)  # recently told, if new ones are compared with them
         self.predictions = Predictions(setup)
         self.screening = Screener(setup.screen, setup.seed) if setup.screen is not None else None
-        by_neighbours = setup.racing is not None and setup.racing.challengers == "neighbours"
-        self.neighbours = Neighbours(setup.space.parameters, setup.objectives[0]) if by_neighbours else None
 
     @abstractmethod
     def run(self, proposals: Proposals) -> bool:
@@ -88,14 +85,6 @@ class CandidateScoring(ABC):
             full = [c.number for c in candidates if c.status == "done" and c.eligible]
             self.predictions.take([self._recorded_table(number) for number in full], self._orders)
         self._learn_screen(candidates)
-        if self.neighbours is not None:
-            self._learn_neighbours(self.neighbours, candidates)
-
-    def _learn_neighbours(self, neighbours: Neighbours, candidates: Sequence[Candidate]) -> None:
-        name = self._setup.objectives[0].name
-        for c in candidates:
-            if c.genome is not None and name in c.objectives:
-                neighbours.take(c.genome, c.objectives[name], is_rival=c.eligible)
 
     def _learn_screen(self, candidates: Sequence[Candidate]) -> None:
         if self.screening is None:

@@ -168,15 +168,6 @@ class SearchFile(Section):
         return self
 
     @model_validator(mode="after")
-    def _neighbours_can_be_compared(self) -> Self:
-        wanted = self.racing is not None and self.racing.challengers == "neighbours"
-        if wanted and (self.mode != "generational" or len(self.objectives) > 1 or self.features):
-            raise ValueError(
-                "racing.challengers: neighbours is for generations of a search with one objective and no features"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _cost_has_a_price(self) -> Self:
         if self.budget.cost is None or self.cluster.worker_hour is not None:
             return self

@@ -201,14 +201,12 @@ class Racing(Section):
     ``rungs`` are increasing numbers of items. At each rung the candidates whose place is clear, with ``confidence`` in
     each comparison, leave the race. The last rung ends it for all except those that challenge the best: these continue
     to all items. ``estimate`` says what predicts the scores of items that were not scored: the best ``baseline``, or a
-    model of ``item_response``, which is used only while it is measured to be better. A candidate challenges by its own
-    ``scores``, or, in generations of a search with one objective, also by those of its ``neighbours``.
+    model of ``item_response``, which is used only while it is measured to be better.
     """
 
     rungs: tuple[Annotated[int, Field(ge=10, le=10**8)], ...] = Field(min_length=1, max_length=100)
     confidence: float = Field(default=0.9, gt=0.5, lt=1)
     estimate: Estimate = "baseline"
-    challengers: Literal["scores", "neighbours"] = "scores"
 
     @field_validator("rungs")
     @classmethod

@@ -285,7 +285,6 @@ _WORDS: dict[str, dict[str, Any]] = {
         "label": "Racing: rungs", "example": "50, 150", "hint": "after this many items the worst drop out",
     },
     "racing.confidence": {"label": "Racing: confidence", "hint": "in each comparison"},
-    "racing.challengers": {"label": "Racing: challengers", "hint": "whose scores decide who is scored further"},
     "racing.estimate": {"label": "Racing: estimate", "hint": "what predicts the scores of the other items"},
     "optimizer.name": {
         "label": "Optimizer", "default": "cma", "options": tuple(plugins("evomerge.optimizers")),
