@@ -97,6 +97,11 @@ PROBLEMS = {
     "blocks": zoo("task_arithmetic", "block"),
     "density": zoo("ties", "block"),
 }
+TITLES = {
+    "model": "4 weights",
+    "blocks": "56 weights, one for each expert in every block",
+    "density": "112 numbers: TIES with a weight and a density in every block",
+}
 RACING: dict[str, Any] = {"rungs": [25, 50]}
 LITTLE = {"candidates": 150}
 CMA: dict[str, Any] = {"name": "cma"}
@@ -479,7 +484,7 @@ def _plot(problem: str, curves: Mapping[str, Curves], out: Path) -> None:
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "search cost"
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(7, 6), layout="constrained")
     axes, grid = figure.subplots(), _grid(curves)
     for name, of_case in curves.items():
         inside = grid[grid <= of_case.spent]
@@ -489,9 +494,9 @@ def _plot(problem: str, curves: Mapping[str, Curves], out: Path) -> None:
         axes.fill_between(
             inside, values.mean(axis=0) - error, values.mean(axis=0) + error, alpha=0.12, color=line.get_color()
         )
-    axes.set(xscale="log", title=problem, xlabel="items generated")
+    axes.set(xscale="log", title=TITLES.get(problem, problem), xlabel="items generated")
     axes.set_ylabel("held-out score of the best candidate so far")
-    axes.legend(fontsize=8, loc="upper left")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(out, metadata={"Date": None})
 
 
