@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,11 @@ from evomerge.search.estimation.racing import (
 from evomerge.search.estimation.scores import ScoreTable, estimate
 from evomerge.search.estimation.screening import MIN_PAIRS, ScoredPair, Screener, weighted_tau
 from evomerge.search.preparing.setup import ScreenInfo, Setup
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+
+import racing as bench  # noqa: E402
 
 STRATUM = np.array([0, 0, 0, 1, 1, 1, 1])  # a population of seven items in two strata
 SCORES = np.array([0.0, 1.0, 0.5, 2.0, 2.5, 2.0, 4.0])
@@ -273,3 +281,26 @@ def test_an_estimate_from_one_item_has_no_error() -> None:
     mean, error = estimated(np.ones(ITEMS), np.full(ITEMS, 0.5), np.array([3]))
     assert 0.0 <= mean <= 1.0
     assert error is None
+
+
+# ---- how often a race is wrong ---------------------------------------------------------------------------------------
+
+
+def test_the_table_of_the_page_is_that_of_the_recorded_results() -> None:
+    results = json.loads((ROOT / "docs/racing.json").read_text())
+    assert bench.table(results) in (ROOT / "docs/scoring.md").read_text()
+
+
+def test_results_of_searches_that_are_not_raced_again_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "SEARCHES", 1)
+    monkeypatch.setattr(bench, "RUNGS", [(25, 50)])
+    file, (row, *_) = tmp_path / "racing.json", json.loads((ROOT / "docs/racing.json").read_text())["miniatures"]
+    kept = {**row, "rungs": [25, 50]}
+    file.write_text(json.dumps({"simulated": [row], "miniatures": [kept]}))
+    bench.main(["--json", str(file)])
+    results = json.loads(file.read_text())
+    assert results["miniatures"] == [kept]
+    assert [found["candidates"] for found in results["simulated"]] == [90] * len(bench.CONFIDENCES)
+    assert f"| {kept['wrongly_eliminated']:.1%} |" in capsys.readouterr().out

@@ -4,18 +4,20 @@ Generations of searches that scored every candidate on every item (recorded by `
 are raced again from their scores, by rungs of fewer items than they have. A candidate is wrongly eliminated when it is
 among the best ``keep`` by all items.
 
-    python scripts/bench/racing.py [--recorded FOLDER] [--json docs/racing.json]
+    python scripts/bench/racing.py [--recorded NAME=FOLDER]... [--json docs/racing.json]
 
-FOLDER holds the searches of ``search_cost.py run``.
+FOLDER holds the searches of ``search_cost.py run``, and NAME is what the results of its searches are called. The file
+keeps the results of other names, and the printed table, which is that of docs/scoring.md, has them all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,11 @@ Losses = NDArray[np.float64]
 RUNGS = ((25, 50), (25, 75), (50, 150), (100, 300))
 CONFIDENCES = (0.8, 0.9, 0.95)
 ORDERS = 10  # of items, for each recorded search
+SEARCHES = 100  # simulated ones
+SIMULATED = "simulated"
+SHOWN = 0.9  # the default confidence, which the table shows in bold
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass
@@ -134,18 +141,52 @@ def measure(searches: Sequence[list[Losses]], orders: int) -> list[dict[str, obj
     return rows
 
 
-def main() -> None:
+def table(results: Mapping[str, Rows]) -> str:
+    """The results as a table in Markdown: ranges over all kinds of searches, and each one's own rate of wrong races."""
+    by_race: dict[tuple[str, float], dict[str, Mapping[str, Any]]] = {}
+    for name, rows in results.items():
+        for row in rows:
+            by_race.setdefault((", ".join(map(str, row["rungs"])), row["confidence"]), {})[name] = row
+    first, *others = results
+    lines = [
+        f"| rungs | confidence | items | eliminated | wrongly, of all candidates: {' | '.join([first, *others])} |",
+        "| --- " * (4 + len(results)) + "|",
+    ]
+    for (rungs, confidence), found in by_race.items():
+        shown = f"**{confidence}**" if confidence == SHOWN else str(confidence)
+        wrongly = [f"{found[name]['wrongly_eliminated']:.1%}" if name in found else "" for name in results]
+        cells = [rungs, shown, _range(found, "items"), _range(found, "eliminated"), *wrongly]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _range(found: Mapping[str, Mapping[str, Any]], key: str) -> str:
+    """The smallest and the largest share, in percent."""
+    values = [row[key] for row in found.values()]
+    return f"{100 * min(values):.0f}-{max(values):.0%}"
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not equals or name in ("", SIMULATED):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
+    return name, Path(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recorded", type=Path)
+    parser.add_argument("--recorded", type=_named, action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    results = {"simulated": measure(list(simulated(100)), 1)}
-    if given.recorded is not None:
-        results["recorded"] = measure(list(recorded(given.recorded)), ORDERS)
-    for kind, rows in results.items():
+    given = parser.parse_args(arguments)
+    earlier = json.loads(given.json.read_text()) if given.json is not None and given.json.exists() else {}
+    results: dict[str, Rows] = {SIMULATED: measure(list(simulated(SEARCHES)), 1)}
+    results |= {name: measure(list(recorded(folder)), ORDERS) for name, folder in given.recorded}
+    for name, rows in results.items():
         for row in rows:
             columns = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-            print(f"{kind}  {columns}")
+            print(f"{name}  {columns}")
+    results = earlier | results  # of searches that were not raced again
+    print(table(results))
     if given.json is not None:
         given.json.write_text(json.dumps(results, indent=2) + "\n")
 
