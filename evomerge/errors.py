@@ -1,8 +1,8 @@
-"""The only exception for invalid input that the user can fix."""
+"""The only exception for invalid input that the user can fix, and one line about any exception."""
 
 from __future__ import annotations
 
-from evomerge.printable import fitted
+from evomerge.printable import fitted, printable
 
 
 class InputError(Exception):
@@ -26,3 +26,10 @@ class InputError(Exception):
     def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:
         # Ray pickles exceptions of workers; by default __init__ would be called with only the joined message.
         return type(self), (self.place, self.problem, self.hint)
+
+
+def described(error: BaseException) -> str:
+    """An exception as one line: an InputError as it is, any other with the name of its type."""
+    if isinstance(error, InputError):
+        return str(error)
+    return printable(f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": "))

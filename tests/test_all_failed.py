@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_miniature import evomerge, short_search_file
+from helpers_miniature import evomerge, json_of, short_search_file
 from helpers_search import drive, make_setup, simulate, weights_of
 
 from evomerge.errors import InputError
 from evomerge.report.failures import all_failed
+from evomerge.report.status import status_of
 from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import Simulation
+from evomerge.search.settings.folder import open_store
 from evomerge.search.work.jobs import Failed, FailureReason, Job, Measured
 from evomerge.search.workers.worker import Worker
-from evomerge.store import Store
+from evomerge.service.drivers import Drivers
+from evomerge.service.root import Root
+from evomerge.store import Store, acquire
 
 BASELINES = {0.0, 0.25, 1.0}  # of the simulated search: weights of its first source
 SHIPPED = 5  # baselines of the search of miniatures
@@ -76,14 +80,24 @@ def test_a_search_whose_candidates_all_fail_ends_with_code_1(
     assert evomerge("resume", folder, "--set", "budget.candidates=9") == 0
 
 
-def test_what_has_no_scores_cannot_be_confirmed(
+def test_status_and_page_say_what_has_ended_the_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def end(driver: Driver) -> None:
-        raise InputError("pool", "no worker could be started")
+        raise errors.pop(0)
 
+    folder, errors = tmp_path / "search", [InputError("pool", "is gone", "Start it."), ValueError("an odd\nnumber")]
     monkeypatch.setattr(Driver, "run", end)
-    assert evomerge("search", short_search_file(tmp_path), "--dir", tmp_path / "search") == 2
-    capsys.readouterr()
-    assert evomerge("confirm", tmp_path / "search") == 2
+    assert evomerge("search", short_search_file(tmp_path), "--dir", folder) == 2
+    assert "error: pool: is gone. Start it." in capsys.readouterr().err
+    assert json_of(capsys, "status", folder, "--json")["why"] == "pool: is gone. Start it."
+    assert evomerge("confirm", folder) == 2
     assert "nothing is scored yet that could be confirmed" in capsys.readouterr().err
+    assert evomerge("resume", folder) == 1
+    assert evomerge("status", folder) == 0
+    assert "ValueError: an odd number" in capsys.readouterr().out.replace("\n", " ")
+    with open_store(folder) as store:
+        state = Drivers(Root.of(str(tmp_path), tmp_path)).state_of("search", store)
+        assert (state.state, state.why) == ("created", "ValueError: an odd number")
+        with acquire(store):
+            assert status_of(store).why == ""

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers_miniature import environment, evomerge, search_file
+from ray.job_submission import JobDetails, JobStatus, JobType
 
 from evomerge.errors import InputError
 from evomerge.search.clusters import launch as launching
@@ -257,6 +258,24 @@ def told_of(store: Store) -> list[Any]:
     rows = store.candidates()
     genomes = [None if row.genome is None else row.genome.tolist() for row in rows]
     return [(genome, row.recipe_hash, row.objectives) for genome, row in zip(genomes, rows, strict=True)]
+
+
+class _Broken:
+    """A job server whose job fails before it begins: its log stays empty."""
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        for text in ():
+            yield text
+
+    def get_job_info(self, job: str) -> JobDetails:
+        why = "Failed to set up runtime environment: no pip"
+        return JobDetails(type=JobType.SUBMISSION, status=JobStatus.FAILED, entrypoint="x", message=why)
+
+
+def test_a_job_that_fails_before_it_begins_says_why() -> None:
+    shown: list[str] = []
+    assert follow(_Broken(), "small-1", shown.append) == 1
+    assert shown == ["error: the job has failed: Failed to set up runtime environment: no pip\n"]
 
 
 @pytest.mark.nightly

@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 from helpers_search import FakeSpace
 
+from evomerge.errors import InputError
 from evomerge.search.clusters.starts import (
     FIRST_PAUSE_S,
     PLACED_TOGETHER,
@@ -24,6 +25,7 @@ from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
 from evomerge.search.work.jobs import Finished, Job, Measured, NewsKind, PoolNews
 
 RECIPE = next(FakeSpace().baselines()).recipe
+GONE = InputError("sources.one", "no such file")
 
 
 class PoolContract:
@@ -91,7 +93,7 @@ def failed_until_hopeless(starts: Starts) -> list[float]:
     while not starts.is_hopeless("n"):
         if starts.limit("n", 0, now):
             tries.append(now)
-            starts.failed("n", now, "no such file")
+            starts.failed("n", now, GONE)
         now += 0.5
     return tries
 
@@ -103,7 +105,7 @@ def test_a_node_on_which_starts_fail_is_tried_again_after_pauses_that_double() -
     assert len(tries) == TRIES
     assert [b - a for a, b in pairwise(tries)] == [FIRST_PAUSE_S * 2**i for i in range(TRIES - 1)]
     assert starts.limit("n", 0, 1e9) == 0
-    assert (starts.limit("elsewhere", 1, 1e9), starts.last_words) == (TOGETHER, "no such file")
+    assert (starts.limit("elsewhere", 1, 1e9), starts.last_fault) == (TOGETHER, GONE)
 
 
 def test_while_no_worker_has_started_anywhere_fewer_tries_tell_that_none_will() -> None:
@@ -117,11 +119,11 @@ def test_starts_that_fail_together_are_one_try_and_the_next_is_made_alone() -> N
     starts = Starts()
     starts.started("n")
     for moment in (10.0, 10.1, 10.2):
-        starts.failed("n", moment, "out of memory")
+        starts.failed("n", moment, InputError("cluster", "out of memory"))
     assert starts.most("n", here=2, loaded=2, now=12.0) == 0
     assert starts.most("n", here=2, loaded=2, now=10.0 + FIRST_PAUSE_S) == 1
     assert starts.most("n", here=3, loaded=2, now=10.0 + FIRST_PAUSE_S) == 0, "one is at it"
-    starts.failed("n", 10.0 + FIRST_PAUSE_S, "out of memory")
+    starts.failed("n", 10.0 + FIRST_PAUSE_S, InputError("cluster", "out of memory"))
     assert starts.limit("n", 2, 10.0 + 3 * FIRST_PAUSE_S - 0.1) == 0
     starts.started("n")
     assert starts.most("n", here=3, loaded=3, now=11.0) == float("inf")

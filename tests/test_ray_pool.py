@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -17,6 +19,7 @@ import ray
 from helpers_miniature import ROOT, evomerge, json_of, search_file, short_search_file
 from helpers_search import table
 from ray.cluster_utils import Cluster as LocalCluster
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group_table
 from test_deadlines import Notes
 from test_old_searches import goes_on_and_is_exported
@@ -24,7 +27,7 @@ from test_pools import RECIPE, PoolContract
 
 from evomerge.errors import InputError
 from evomerge.search.clusters import nodes, starts
-from evomerge.search.clusters.nodes import worker_limits, workers_that_fit
+from evomerge.search.clusters.nodes import fault_of, words_of, worker_limits, workers_that_fit
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of
 from evomerge.search.pools import ray as ray_pool
@@ -114,6 +117,66 @@ class WorkerKiller(threading.Thread):
         return None
 
 
+class _OpenFileError(Exception):
+    """What no pickle can hold."""
+
+    def __init__(self) -> None:
+        super().__init__("a lock is held")
+        self.lock = threading.Lock()
+
+
+def raised_in_a_worker(call: Callable[[], object]) -> RayTaskError:
+    """What Ray gives a driver whose worker raised."""
+    try:
+        call()
+    except Exception as error:
+        told = RayTaskError("load", traceback.format_exc(), error, proctitle="worker", pid=1, ip="10.0.0.1")
+        return cast(RayTaskError, pickle.loads(pickle.dumps(told)).as_instanceof_cause())
+    raise AssertionError
+
+
+def raises(error: Exception) -> None:
+    raise error
+
+
+HOPELESS = "cluster: no worker could be started: n1:"
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (
+            lambda: raises(InputError("sources.one", "has no config.json", "Copy it there.")),
+            "sources.one: has no config.json (on n1; no worker could be started). Copy it there.",
+        ),
+        (
+            lambda: RayWorker("w", {"nam": "small"}, Path("evidence"), {}).load(),
+            "search.yaml: nam: is not a known key (on n1; no worker could be started). Did you mean 'name'?",
+        ),
+        (
+            lambda: raises(OSError("the disk\nis away")),
+            f"{HOPELESS} OSError: the disk is away. It was raised there in {__file__}, line ",
+        ),
+        (
+            lambda: Cluster(cpus_per_worker=0),
+            f"{HOPELESS} ValidationError: 1 validation error for Cluster cpus_per_worker",
+        ),
+        (
+            lambda: raises(_OpenFileError()),
+            f"{HOPELESS} test_ray_pool._OpenFileError: a lock",
+        ),
+    ],
+    ids=["input", "search file", "other", "pydantic", "unpicklable"],
+)
+def test_what_a_worker_raises_arrives_with_its_place_its_message_and_its_hint(
+    call: Callable[[], object], told: str
+) -> None:
+    error = raised_in_a_worker(call)
+    assert str(fault_of(error, "n1")).startswith(told)
+    if isinstance(error, InputError):
+        assert words_of(error) == str(error.cause)
+
+
 @pytest.fixture
 def killer(tmp_path: Path) -> Iterator[WorkerKiller]:
     thread = WorkerKiller(tmp_path / "search")
@@ -174,8 +237,10 @@ def test_when_no_worker_can_start_the_search_ends_and_says_why(
     error = capsys.readouterr().err
     assert "no worker could be started" in error
     assert "'cuda:7' cannot be used here" in error
+    assert "error: device: " in error
     status = json_of(capsys, "status", tmp_path / "search", "--json")
     assert status["state"] == "interrupted"
+    assert f"error: {status['why']}\n" in error
     assert status["candidates"]["failed"] == 0
     with open_store(tmp_path / "search") as store:
         words = [event.payload["why"] for event in store.events(kinds=("worker failed to start",))]

@@ -23,7 +23,7 @@ from evomerge.service.bodies import NewBudget
 from evomerge.service.client import Client
 from evomerge.service.drivers import RECORD_NAME, Drivers, DriverState
 from evomerge.service.problems import ProblemError
-from evomerge.service.processes import is_alive, read, start
+from evomerge.service.processes import is_alive, last_error, read, start
 from evomerge.service.root import Root
 from evomerge.store import Store, acquire, current_holder
 from evomerge.store.events import BeganAgain
@@ -164,6 +164,22 @@ def test_a_driver_that_did_not_come_up_says_why(root: Path, monkeypatch: pytest.
         state = drivers.state_of("made-up", store)
     assert state == DriverState("interrupted", "error: sources.one: is not there", holds=False)
     assert (root / "made-up" / "driver.log").read_text().startswith("going to\n")
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        ("going to\n", ""),
+        ("error: one: is gone\nresume: evomerge resume x\n", "error: one: is gone"),
+        (
+            "error: one\nTraceback (most recent call last):\n  File x\n    y\nTypeError: no y\nresume: x",
+            "TypeError: no y",
+        ),
+        ("Traceback (most recent call last):\n  File x\nTypeError: no y\nerror: one\n", "error: one"),
+    ],
+)
+def test_the_last_error_of_a_log_is_found(log: str, error: str) -> None:
+    assert last_error(log) == error
 
 
 def test_a_search_that_began_again_is_not_starting_for_ever(root: Path) -> None:

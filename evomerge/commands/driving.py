@@ -23,7 +23,7 @@ from evomerge.commands.calibrating import calibrate
 from evomerge.commands.changed import check_changed
 from evomerge.commands.controlling import control_winner
 from evomerge.commands.copying import Copying
-from evomerge.commands.failing import failure_code
+from evomerge.commands.failing import failure_code, recorded
 from evomerge.commands.fitting import fit
 from evomerge.commands.selecting import select
 from evomerge.commands.souping import with_soups
@@ -77,7 +77,7 @@ def drive_new(folder: Path, prepared: Prepared, console: Console) -> int:
         create_search(folder, prepared, known) as store,
     ):
         artifacts = copying.start(prepared.file)
-        with acquire(store):
+        with acquire(store), recorded(store):
             code = _search(folder, prepared, store, pool, artifacts, console)
     return copying.exit_code(code)
 
@@ -214,7 +214,7 @@ def _drive(
     """Search, confirm, and print how it ended and how to continue; returns the exit code."""
     code, how, bound = INTERRUPTED, "resume", ""
     try:
-        with _session(folder, prepared, store, pool, artifacts, console) as drive:
+        with recorded(store), _session(folder, prepared, store, pool, artifacts, console) as drive:
             ending = Driver(drive).run()
             if ending.state == "finished" and _confirm(prepared, drive):
                 code, how, bound = 0, "continue with more", ending.bound

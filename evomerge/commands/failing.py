@@ -1,11 +1,16 @@
-"""The exit code of a search that ran to its end and found nothing."""
+"""Searches that fail: what their records say, and the exit code."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
+from evomerge.errors import InputError, described
 from evomerge.report.failures import all_failed
 from evomerge.store import Store
+from evomerge.store.engine import ServerAwayError
+from evomerge.store.events import DriverFailed
 
 FAILED = 1
 
@@ -17,3 +22,19 @@ def failure_code(store: Store) -> int:
         return 0
     print(f"error: {error}", file=sys.stderr)
     return FAILED
+
+
+@contextmanager
+def recorded(store: Store) -> Iterator[None]:
+    """Record the exception that ends a driver, for `status` and the page.
+
+    Whoever looks at the search need not see the driver's output: it may be that of a job on another machine.
+    """
+    try:
+        yield
+    except ServerAwayError:  # the store's own failure
+        raise
+    except Exception as error:
+        with suppress(InputError):  # it may have failed too, or belong to another driver now
+            store.record_event(DriverFailed(why=described(error)))
+        raise

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from evomerge.commands.copying import Copying
-from evomerge.commands.failing import failure_code
+from evomerge.commands.failing import failure_code, recorded
 from evomerge.commands.streams import output_is_optional
 from evomerge.commands.waiting import opening
 from evomerge.errors import InputError
@@ -136,12 +136,13 @@ def resume(place: str | Path, overrides: Sequence[str], into: Path | None = None
                 )
                 return failure_code(store)
             check_early(file)
-            with opening():
-                from evomerge.commands.driving import drive_resumed, reopen
+            with recorded(store):
+                with opening():
+                    from evomerge.commands.driving import drive_resumed, reopen
 
-                prepared = reopen(folder, store, file)
-            with output_is_optional():
-                code = drive_resumed(folder, prepared, store, copying, console)
+                    prepared = reopen(folder, store, file)
+                with output_is_optional():
+                    code = drive_resumed(folder, prepared, store, copying, console)
     return copying.exit_code(code)
 
 
@@ -213,12 +214,13 @@ def confirm(folder: Path) -> int:
             console.print("nothing to confirm: all that would be scored has held-out scores", soft_wrap=True)
             return 0
         check_early(file)
-        with opening():
-            from evomerge.commands.driving import drive_confirmation, reopen
+        with recorded(store):
+            with opening():
+                from evomerge.commands.driving import drive_confirmation, reopen
 
-            prepared = reopen(folder, store, file)
-        with output_is_optional():
-            code = drive_confirmation(folder, prepared, store, copying, console)
+                prepared = reopen(folder, store, file)
+            with output_is_optional():
+                code = drive_confirmation(folder, prepared, store, copying, console)
     return copying.exit_code(code)
 
 

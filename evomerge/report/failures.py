@@ -1,4 +1,4 @@
-"""The error of a search whose candidates all failed."""
+"""The error of a search whose candidates all failed, or whose driver did."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 
 from evomerge.errors import InputError
 from evomerge.store import Store, summaries
+from evomerge.store.events import DriverFailed, LeaseTaken, State
 
 
 def all_failed(store: Store) -> InputError | None:
@@ -25,3 +26,12 @@ def all_failed(store: Store) -> InputError | None:
     return InputError(
         "candidates", problem, f"See {failure['log']} in the folder of the search." if failure.get("log") else ""
     )
+
+
+def driver_failure(store: Store) -> str:
+    """The error that ended the last driver; empty if there was none, or a driver has begun since."""
+    failed = store.events(kinds=(DriverFailed.kind,), newest=1)
+    if not failed:
+        return ""
+    since = [store.events(kinds=(kind,), since=failed[0].seq, oldest=1) for kind in (State.kind, LeaseTaken.kind)]
+    return "" if any(since) else failed[0].read(DriverFailed).why

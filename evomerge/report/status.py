@@ -23,6 +23,7 @@ from evomerge.report.entries import (
     features_of,
     origin_of,
 )
+from evomerge.report.failures import driver_failure
 from evomerge.report.picks import picks_of
 from evomerge.report.quadratics import quadratics_of
 from evomerge.report.search_status import (
@@ -99,7 +100,7 @@ def status_of(store: Store) -> SearchStatus:
 
     best = {role: shown(row) for role, row in best_on_search(store, search, front, baselines).items()}
     numbers = directions if scalar is None else {scalar.name: scalar.direction, **directions}
-    (state, why), budget = _state(search, held, driven=driven), _budget(store, search, driven=driven)
+    (state, why), budget = _state(store, search, held, driven=driven), _budget(store, search, driven=driven)
     found = SearchStatus(
         name=search.name,
         state=state,
@@ -163,13 +164,14 @@ def _compositions(record: SearchRecord, status: SearchStatus) -> Iterator[Compos
     return compositions_of(record.compositions, status.directions, held or searched, held_out=bool(held))
 
 
-def _state(search: SearchRow, held: Confirmed, *, driven: bool) -> tuple[str, str]:
+def _state(store: Store, search: SearchRow, held: Confirmed, *, driven: bool) -> tuple[str, str]:
     """The state of a search, and the reason."""
+    why = driver_failure(store) or search.why
     if search.state in ("running", "paused", "confirming") and not driven:
-        return "interrupted", search.why
+        return "interrupted", why
     if search.state == "finished" and not driven and held.choice is not None and not held.choice.made:
         return UNCONFIRMED, UNCONFIRMED_WHY
-    return search.state, search.why
+    return search.state, why
 
 
 def _budget(store: Store, search: SearchRow, *, driven: bool) -> Budget:

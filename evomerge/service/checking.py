@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import InputError
-from evomerge.printable import printable
+from evomerge.errors import InputError, described
 from evomerge.search.settings.folder import STORE_VARIABLE
 from evomerge.service.bodies import Plan, PlanPrompt, PlanRow
 from evomerge.service.problems import ProblemError
@@ -206,7 +205,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     except InputError as error:
         return {"fault": [error.place, error.problem, error.hint]}
     except Exception as error:  # whatever a model or data set causes is reported to the client that named it
-        return {"broken": printable(f"{type(error).__name__}: {error}")}
+        return {"broken": described(error)}
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
+from evomerge.report.failures import driver_failure
 from evomerge.search.settings.folder import STORE_VARIABLE
 from evomerge.search.settings.rebudget import change_budget
 from evomerge.search.settings.sections import Budget, Cluster
@@ -64,10 +65,11 @@ class Drivers:
             return DriverState(search.state, search.why, holds=True)
         if self._is_starting(name, store):
             return DriverState("starting", "", holds=False)
+        why = driver_failure(store) or search.why
         if search.state not in UNFINISHED:
-            return DriverState(search.state, search.why, holds=False)
+            return DriverState(search.state, why, holds=False)
         state = search.state if search.state == "created" else "interrupted"
-        return DriverState(state, search.why or self._last_error(name), holds=False)
+        return DriverState(state, why or self._last_error(name), holds=False)
 
     def send_command(self, name: str, store: Store, verb: Verb) -> str:
         """Send the driver a command. Returns what was done, in words.
@@ -146,8 +148,7 @@ class Drivers:
         record = processes.read(self._root.folder / name / RECORD_NAME)
         if self._jobs is not None and record is not None and "job" in record:
             return self._jobs.last_error(record)[:500]
-        lines = processes.tail(self._root.folder / name / LOG_NAME).splitlines()
-        return next((line for line in reversed(lines) if line.startswith("error: ")), "")[:500]
+        return processes.last_error(processes.tail(self._root.folder / name / LOG_NAME))[:500]
 
 
 def _last(store: Store, *kinds: str) -> int:

@@ -21,6 +21,8 @@ TOKEN_VARIABLE = "EVOMERGE_TOKEN"
 
 _MAX_BYTES = 100_000  # the size of a record
 
+_TRACEBACK = "Traceback (most recent call last)"
+
 _SAME_S = 1.0  # tolerance when start times reported by psutil are compared
 
 
@@ -80,6 +82,19 @@ def tail(log: Path, characters: int = 4000) -> str:
             return file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def last_error(log: str) -> str:
+    """The last error in the output of a command: its message, or the exception of a traceback; empty without one."""
+    found, in_traceback = "", False
+    for line in log.splitlines():
+        if line.startswith("error: "):
+            found, in_traceback = line, False
+        elif line.startswith(_TRACEBACK):
+            in_traceback = True
+        elif in_traceback and line and not line.startswith(" "):
+            found, in_traceback = line, False
+    return found
 
 
 def _created(pid: int) -> float | None:

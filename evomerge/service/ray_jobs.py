@@ -10,6 +10,7 @@ from typing import Any, Literal
 from evomerge.search.clusters.launch import check_secured, has_ended, job_client, submit
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.sections import Cluster
+from evomerge.service.processes import last_error
 
 Command = Literal["resume", "confirm"]
 """What a driver is started for; each is a command of `evomerge`."""
@@ -55,8 +56,8 @@ class RayJobs:
     def last_error(self, record: Mapping[str, Any]) -> str:
         """The last error message of a failed job; empty if it succeeded or is no longer known."""
         job = self._job_info(record)
-        lines = str(job.message or "").splitlines() if job is not None and job.status == "FAILED" else []
-        return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+        message = str(job.message or "") if job is not None and job.status == "FAILED" else ""
+        return last_error(message) or next(reversed(message.splitlines()), "")
 
     def _job_info(self, record: Mapping[str, Any]) -> Any:
         """What the cluster knows about a job; None if it does not know the job or does not answer."""

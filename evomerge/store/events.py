@@ -91,6 +91,13 @@ class State(Event):
     why: str = ""
 
 
+class DriverFailed(Event):
+    """An error has ended the driver; the state of the search is as it was."""
+
+    kind: ClassVar[str] = "driver failed"
+    why: str
+
+
 class SettingsChanged(Event):
     """The search file was changed; this is the previous one."""
 
@@ -529,8 +536,8 @@ class Chosen(Event):
 READ: dict[str, type[Event | ItemResponse]] = {
     event.kind: event
     for event in (
-        State, Ask, Tell, Front, Dispatch, Result, Rung, Failure, Cached, Done, Eliminated, ExpertsUsed, Stale,
-        ScoresAdded, Screening, Descent, Agreed, Refined, ItemResponse, Shortlist, TeamChosen, Confirming,
+        State, DriverFailed, Ask, Tell, Front, Dispatch, Result, Rung, Failure, Cached, Done, Eliminated, ExpertsUsed,
+        Stale, ScoresAdded, Screening, Descent, Agreed, Refined, ItemResponse, Shortlist, TeamChosen, Confirming,
         ConfirmFailed, Winner, WinnerControlled, Chosen, SelectScored, Selected, TextLoss,
     )
 }  # fmt: skip

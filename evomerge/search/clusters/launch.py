@@ -232,6 +232,8 @@ def follow(client: Any, job: str, write: Callable[[str], None]) -> int:
         return 0
     if info.status == "STOPPED":
         return INTERRUPTED
+    if info.driver_exit_code is None:  # it has not begun, and its log is empty
+        write(f"error: the job has failed: {info.message}\n")
     return int(info.driver_exit_code or 1)
 
 

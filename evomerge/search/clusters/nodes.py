@@ -10,14 +10,15 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 
-from evomerge.errors import InputError
+from evomerge.errors import InputError, described
 from evomerge.search.settings.sections import Cluster, Workers
 
 Resources = Mapping[str, float]
 """Amounts by kind, as Ray names them: CPU, GPU."""
 
 _ANSWER_S = 2.0  # a raylet of the same cluster takes milliseconds to accept a connection
-_WORDS = 300  # characters of an error that are kept; the important part comes first
+_WORDS = 300  # characters of Ray's messages that are kept; the important part comes first
+_FRAME = re.compile(r'File "(.+)", line (\d+)')
 
 
 def gpus_per_worker(cluster: Cluster, resources: Resources) -> float:
@@ -108,12 +109,30 @@ def is_lost_node_error(error: RayError) -> bool:
 
 
 def words_of(error: RayError) -> str:
-    """An error as one line: the last line if it was raised in a worker, otherwise all without Ray's names."""
+    """An error as one line: what a worker raised, otherwise Ray's message without its names."""
+    if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
+        return described(error.cause)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, RayTaskError):
+    if isinstance(error, RayTaskError):  # what was raised could not be pickled
         return lines[-1][:_WORDS]
     messages = [line for line in lines if not re.match(r"(class_name|actor_id|pid|name|namespace|ip): ", line)]
     return " ".join(messages[1:] or messages)[:_WORDS]
+
+
+def fault_of(error: RayError, node: str) -> InputError:
+    """Why no worker can be started, from the error of the last start.
+
+    An InputError keeps its place, message and hint. Of any other exception, the hint says where it was raised.
+
+    Args:
+        node: where it was.
+    """
+    cause = error.cause if isinstance(error, RayTaskError) else None
+    if isinstance(cause, InputError):
+        return InputError(cause.place, f"{cause.problem} (on {node}; no worker could be started)", cause.hint)
+    frames = _FRAME.findall(str(error)) if cause is not None else []
+    hint = "It was raised there in {}, line {}.".format(*frames[-1]) if frames else ""
+    return InputError("cluster", f"no worker could be started: {node}: {words_of(error)}", hint)
 
 
 def draining_nodes() -> set[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from evomerge.errors import InputError
+
 TOGETHER = 4
 """How many workers of a node load sources at once, after the first: by then the files are in the node's page cache, and
 more at once would need memory for as many unfinished copies."""
@@ -50,7 +52,7 @@ class Starts:
     """Remembers how starts on each node have ended. It has no clock: ``now`` is in seconds of any clock.
 
     Attributes:
-        last_words: the last output of the last failed start, after the name of its node.
+        last_fault: why the last failed start failed; None before one.
     """
 
     def __init__(self) -> None:
@@ -58,7 +60,7 @@ class Starts:
         self._paused_until: dict[str, float] = {}
         self._any = False
         self._any_died = False
-        self.last_words = ""
+        self.last_fault: InputError | None = None
 
     def started(self, node: str) -> None:
         """A worker has started there: forget earlier failures."""
@@ -66,12 +68,12 @@ class Starts:
         self._failed.pop(node, None)
         self._paused_until.pop(node, None)
 
-    def failed(self, node: str, now: float, words: str, *, died: bool = False) -> None:
+    def failed(self, node: str, now: float, fault: InputError, *, died: bool = False) -> None:
         """A start has failed there: with an error, or because it ``died``, which others may have caused.
 
         A start that ends during a pause began before it, and adds no information.
         """
-        self.last_words = words
+        self.last_fault = fault
         self._any_died = self._any_died or died
         if now >= self._paused_until.get(node, now):
             before = self._failed.get(node, 0)

@@ -23,6 +23,7 @@ from evomerge.search.clusters.nodes import (
     answers,
     ask_for,
     draining_nodes,
+    fault_of,
     is_lost_node_error,
     needs_of_worker,
     node_names,
@@ -35,8 +36,9 @@ from evomerge.search.clusters.nodes import (
 )
 from evomerge.search.clusters.starts import Starts, next_places
 from evomerge.search.pools.in_process import JobRunner
+from evomerge.search.settings.folder import FILE_NAME
 from evomerge.search.settings.runtime_env import runtime_env_of
-from evomerge.search.settings.search_file import SearchFile
+from evomerge.search.settings.search_file import SearchFile, read_settings
 from evomerge.search.work.jobs import Failed, FailureReason, Finished, Job, NewsKind, PoolNews, PoolState, batch
 from evomerge.startup import collect_garbage_rarely
 
@@ -65,7 +67,7 @@ class RayWorker:
 
         name, settings, folder, contents = self._arguments
         evidence = Evidence(folder, contents)
-        self._worker: JobRunner = Worker.start(name, SearchFile.model_validate(settings), evidence)
+        self._worker: JobRunner = Worker.start(name, read_settings(settings, FILE_NAME), evidence)
 
     def run(self, job: Job) -> Finished:
         return self._worker.run(job)
@@ -317,7 +319,7 @@ class RayPool:
             self._drop(worker, "worker died", words)
             return
         died = not isinstance(error, RayTaskError)
-        self._starts.failed(worker.node, self.now(), f"{self._node_name(worker.node)}: {words}", died=died)
+        self._starts.failed(worker.node, self.now(), fault_of(error, self._node_name(worker.node)), died=died)
         self._drop(worker, "worker failed to start", words)
 
     def _drop(self, worker: _Hired, kind: NewsKind, why: str) -> None:
@@ -394,11 +396,12 @@ class RayPool:
         """If no worker can start anywhere, nothing will ever finish: say why instead of waiting forever.
 
         Raises:
-            InputError: with the last output of the worker that failed to start.
+            InputError: the error of the worker that last failed to start.
         """
         if self._workers or self._ended:
             return
         self._look()  # another node may have joined, or a pause may be over
         able = [node for node, resources in self._nodes.items() if room(self._needs, resources)]
         if not self._workers and able and all(self._starts.is_hopeless(node) for node in able):
-            raise InputError("cluster", f"no worker could be started: {self._starts.last_words}")
+            assert self._starts.last_fault is not None  # a node becomes hopeless by failed starts
+            raise self._starts.last_fault

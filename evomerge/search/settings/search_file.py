@@ -250,15 +250,24 @@ def load_search_file(path: Path, overrides: Sequence[str] = ()) -> SearchFile:
     return parse_search_file(content, place=path.name, root=path.resolve().parent)
 
 
-def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> SearchFile:
-    """Check the content of a search file; relative paths in it are taken from ``root``."""
-    _check_values(content, place, "")
+def read_settings(content: Mapping[str, Any], place: str) -> SearchFile:
+    """A search file from its content, with paths as they are: relative, or those of a file that was parsed before.
+
+    Raises:
+        InputError: an unknown key or wrong value, named as ``place: key.path``.
+    """
     try:
-        parsed = SearchFile.model_validate(content)
+        return SearchFile.model_validate(content)
     except ValidationError as error:
         raise explain(error, place, SearchFile, content) from None
     except InputError as error:  # of a part, whose own class has checked it
         raise InputError(f"{place}: {error.place}", error.problem, error.hint) from None
+
+
+def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> SearchFile:
+    """Check the content of a search file; relative paths in it are taken from ``root``."""
+    _check_values(content, place, "")
+    parsed = read_settings(content, place)
     if parsed.store is not None:
         check_store_url(parsed.store, f"{place}: store")
     if parsed.artifacts is not None:

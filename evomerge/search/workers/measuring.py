@@ -13,6 +13,7 @@ import torch
 from evaluators.base import Evaluator, Graded
 from evaluators.scoring import Scoring
 from evomerge.checkpoints.live import LiveModel, NotFiniteError
+from evomerge.errors import described
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Batch, Engine, Response
 from evomerge.printable import printable
@@ -167,7 +168,7 @@ def failure(error: BaseException) -> Failed:
     log = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode()
     if isinstance(error, NotFiniteError):
         return Failed("not_finite", str(error))
-    message = printable(f"{type(error).__name__}: {error}".removesuffix(": "))
+    message = described(error)
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
