@@ -12,12 +12,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.merging.arithmetic import words as compiled_words
-from evomerge.merging.arithmetic.drops import LEVELS, level, limit, random_halves, random_words, row_turns, stream_key
+from evomerge.merging.arithmetic.drops import (
+    LEVELS,
+    as_signed,
+    element_bits,
+    level,
+    limit,
+    random_words,
+    stream_key,
+    turns,
+)
 from evomerge.merging.arithmetic.jobs import TensorJob, WorkerThreads
 from evomerge.merging.arithmetic.passes import SparsePart, Sparsify
 
 N = 200_000
 KEY = stream_key(3, "maths", "lm_head.weight")
+
+
+def random_halves(first: int, count: int, key: tuple[int, int], device: str = "cpu") -> torch.Tensor:
+    """The bits of elements first .. first + count - 1, in the upper half of an int32 [count]."""
+    return element_bits(torch.arange(first, first + count, device=device), as_signed(key))
 
 
 def plain_word(number: int, key: tuple[int, int]) -> int:
@@ -135,10 +149,10 @@ def test_stream_keys_do_not_run_together() -> None:
 
 @given(st.integers(0, 2**40), st.integers(1, 50_000), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 def test_a_row_is_turned_by_any_number_of_places_but_its_length(first: int, length: int, k0: int, k1: int) -> None:
-    turns = row_turns(first, 3, length, (k0, k1)).tolist()
-    assert all(1 <= turn < max(length, 2) for turn in turns)
+    found = turns(torch.arange(first, first + 3), length, as_signed((k0, k1))).tolist()
+    assert all(1 <= turn < max(length, 2) for turn in found)
     key = np.uint32(k0), np.uint32(k1)
-    assert turns == [compiled_words.row_turn(np.uint64(first + i), np.uint64(length), *key) for i in range(3)]
+    assert found == [compiled_words.row_turn(np.uint64(first + i), np.uint64(length), *key) for i in range(3)]
 
 
 def chances(source: torch.Tensor, low: float, high: float, seeds: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from evomerge import plugins
 from evomerge.errors import InputError
-from evomerge.merging.arithmetic.drops import LEVELS, level, limit, random_halves, stream_key
+from evomerge.merging.arithmetic.drops import LEVELS, as_signed, element_bits, level, limit, stream_key
 from evomerge.merging.arithmetic.passes import Combine, Pass
 from evomerge.merging.measured.facts import Facts
 from evomerge.method import GROUP, Method, find_method, own_methods
@@ -178,7 +178,7 @@ def slow_dare_ties(base: list[float], rows: Rows, w: list[float], p: list[float]
 def slow_dare(base: list[float], rows: Rows, p: list[float]) -> Rows:
     dropped = []
     for i, (row, density) in enumerate(zip(rows, p, strict=True)):
-        bits = random_halves(0, len(base), stream_key(SEED, f"s{i}", TENSOR))
+        bits = element_bits(torch.arange(len(base)), as_signed(stream_key(SEED, f"s{i}", TENSOR)))
         kept = (bits <= limit(level(density))).tolist()
         share = level(density) / LEVELS  # what it is resolved to
         dropped.append([b + (x - b) / share if keep else b for x, b, keep in zip(row, base, kept, strict=True)])

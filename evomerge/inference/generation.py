@@ -65,11 +65,6 @@ class Decoding:
     settings: tuple[tuple[str, float], ...] = ()
 
 
-def answer_tokens(live: LiveModel, prompts: Sequence[Sequence[int]], how: Decoding) -> list[str]:
-    """The model's greedy answer to each prompt, given as token ids, at least one, that fit the model."""
-    return answer_groups(live, [prompts], how, lambda rows: None)[0]
-
-
 def answer_groups(
     live: LiveModel,
     groups: Sequence[Sequence[Sequence[int]]],

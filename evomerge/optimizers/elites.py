@@ -37,22 +37,6 @@ class Point(NamedTuple):
     features: Sequence[float] = ()
 
 
-class Elites(Protocol):
-    """The candidates that a search keeps, by number. Immutable: ``extend`` returns a new object."""
-
-    @property
-    def niches(self) -> Mapping[int, Niche]:
-        """The niche of each elite by candidate number, in the order of these numbers."""
-        ...
-
-    def extend(self, points: Mapping[int, Rated]) -> Self:
-        """Add those of the given candidates, by number, that are good enough for their niche; drop those they beat.
-
-        The result depends only on the set of candidates, not on their order or on how they were split between calls.
-        """
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Feature:
     """A number that distinguishes equally good candidates, and how its range is divided into niches.
@@ -73,7 +57,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Grid:
-    """Elites by niche: the Pareto front of the candidates in each cell of the grid.
+    """The candidates that a search keeps, by niche: the Pareto front of those in each cell of the grid. Immutable.
 
     With one objective this is one candidate per cell, and without features the Pareto front of all.
 
@@ -87,6 +71,7 @@ class Grid:
 
     @property
     def niches(self) -> dict[int, Niche]:
+        """The niche of each elite by candidate number, in the order of these numbers."""
         return dict(sorted((number, niche) for niche, elites in self.cells.items() for number in elites))
 
     def niche(self, features: Sequence[float]) -> Niche | None:
@@ -96,6 +81,10 @@ class Grid:
         return tuple(axis.bin(value) for axis, value in zip(self.axes, features, strict=True))
 
     def extend(self, points: Mapping[int, Rated]) -> Self:
+        """Add those of the given candidates, by number, that are good enough for their niche; drop those they beat.
+
+        The result depends only on the set of candidates, not on their order or on how they were split between calls.
+        """
         new: defaultdict[Niche, dict[int, Sequence[float]]] = defaultdict(dict)
         for number, point in points.items():
             niche = self.niche(point.features)

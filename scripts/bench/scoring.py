@@ -181,13 +181,18 @@ def answers_alone(live: LiveModel, evaluator: LmEvalEvaluator, items: int, repea
     """Seconds to answer the prompts of the items, by each step."""
     prompts = [live.tokenizer.encode(group[0].args[0]) for group in evaluator._instances["held_out"][:items]]
     batches: Callable[[], Sequence[str]] = lambda: generation._in_batches(live, prompts, 32, ["\n"], "auto")  # noqa: E731
-    rows = partial(generation.answer_tokens, live, prompts, generation.Decoding(32, ("\n",)))
+    rows = partial(answer, live, prompts, generation.Decoding(32, ("\n",)))
 
     def without_prefix() -> Sequence[str]:
         with mock.patch.object(decoding, "_common", return_value=0):
             return rows()
 
     return interleaved(repeats, dict(zip(STEPS, (batches, without_prefix, rows), strict=True)))
+
+
+def answer(live: LiveModel, prompts: Sequence[Sequence[int]], how: generation.Decoding) -> list[str]:
+    """The answers to prompts of one model."""
+    return generation.answer_groups(live, [prompts], how, lambda rows: None)[0]
 
 
 def large_vocabulary(repeats: int) -> dict[str, dict[str, float]]:
@@ -208,7 +213,7 @@ def large_vocabulary(repeats: int) -> dict[str, dict[str, float]]:
         "answers": paired(
             repeats,
             lambda: plain_answers(live, prompts, best),
-            lambda: generation.answer_tokens(live, prompts, generation.Decoding(NEW_TOKENS)),
+            lambda: answer(live, prompts, generation.Decoding(NEW_TOKENS)),
         ),
         "likelihoods": paired(
             repeats, lambda: plain_likelihoods(live, prompts, 12), lambda: log_likelihoods(live, items)

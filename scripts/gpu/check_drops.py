@@ -8,7 +8,7 @@ from check_passes import by_cpu, by_device
 from kit import CPU, Row, Setting, check, same_bits
 
 from evomerge.merging.arithmetic import words
-from evomerge.merging.arithmetic.drops import LEVELS, random_halves, random_words, row_turns, stream_key
+from evomerge.merging.arithmetic.drops import LEVELS, as_signed, element_bits, random_words, stream_key, turns
 from evomerge.merging.arithmetic.passes import SparsePart, Sparsify
 
 _FIRST = (0, 1, (1 << 31) - 3, (1 << 33) + 5)
@@ -27,15 +27,18 @@ def _bits(setting: Setting) -> str:
     count = 1001 if setting.small else 1 << 24
     for number, first in enumerate(_FIRST):
         key = stream_key(number, "source", "tensor")
-        for draw in (random_words, random_halves):
-            what = f"{draw.__name__} from {first}"
-            same_bits(draw(first, count, key, setting.device), draw(first, count, key), what)
+        same_bits(
+            random_words(first, count, key, setting.device), random_words(first, count, key), f"words from {first}"
+        )
+        elements, rows = torch.arange(first, first + count), torch.arange(first, first + 1001)
+        on_device = element_bits(elements.to(setting.device), as_signed(key))
+        same_bits(on_device, element_bits(elements, as_signed(key)), f"bits of elements from {first}")
         compiled = np.empty(count, np.uint32)
         words.random_words(compiled, np.uint64(first), np.uint32(key[0]), np.uint32(key[1]))
         expected = torch.from_numpy(compiled.astype(np.int64))
         same_bits(random_words(first, count, key, setting.device), expected, f"compiled words from {first}")
-        turns = row_turns(first, 1001, 4096, key, setting.device)
-        same_bits(turns, row_turns(first, 1001, 4096, key), f"turns of rows from {first}")
+        on_device = turns(rows.to(setting.device), 4096, as_signed(key))
+        same_bits(on_device, turns(rows, 4096, as_signed(key)), f"turns of rows from {first}")
     return f"{len(_FIRST)} streams of {count} elements the same"
 
 

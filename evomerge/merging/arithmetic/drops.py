@@ -39,20 +39,6 @@ def random_words(first: int, count: int, key: tuple[int, int], device: torch.dev
     return _words(torch.arange(first, first + count, device=device), as_signed(key)).long() & _LOW_32
 
 
-def random_halves(first: int, count: int, key: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
-    """The bits of elements first .. first + count - 1, in the upper half of an int32 [count]."""
-    import torch
-
-    return element_bits(torch.arange(first, first + count, device=device), as_signed(key))
-
-
-def row_turns(first: int, rows: int, length: int, key: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
-    """How many places further the element stands that one meets, in rows first .. first + rows - 1; see ``turns``."""
-    import torch
-
-    return turns(torch.arange(first, first + rows, device=device), length, as_signed(key))
-
-
 Key = tuple["int | Tensor", "int | Tensor"]
 """A stream's key as numbers of 32 bits with a sign, or as int32 tensors of no dimension that hold these."""
 

@@ -188,6 +188,6 @@ def markers(mark: Mark, **changes: Any) -> dict[str, Any]:
     return {"color": mark.colour, "symbol": mark.symbol, "size": mark.size, "line": outline} | changes
 
 
-def drawn_note(drawn: int, all_: int, what: str = "candidates") -> list[str]:
+def drawn_note(drawn: int, all_: int) -> list[str]:
     """A note about candidates that are not drawn, if there are any."""
-    return [] if drawn == all_ else [f"{drawn:,} of {all_:,} {what} are drawn, evenly over the search."]
+    return [] if drawn == all_ else [f"{drawn:,} of {all_:,} candidates are drawn, evenly over the search."]
