@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from evomerge.printable import fitted, printable
+
+_LINK = re.compile(r"For further information visit \S+")
+"""What pydantic adds to each fault."""
 
 
 class InputError(Exception):
@@ -32,4 +37,5 @@ def described(error: BaseException) -> str:
     """An exception as one line: an InputError as it is, any other with the name of its type."""
     if isinstance(error, InputError):
         return str(error)
-    return printable(f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": "))
+    text = " ".join(_LINK.sub("", str(error)).split())
+    return printable(f"{type(error).__name__}: {text}".removesuffix(": "))

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from evomerge.errors import InputError
+from evomerge.faults import explain
 from evomerge.genome import Baseline, Genome, Parameter, SearchSpace
 from evomerge.mergekit import load_recipe_file
 from evomerge.plugins import find_plugin
@@ -219,10 +220,11 @@ def _space(content: Mapping[str, Any], context: SpaceContext, place: str) -> Sea
     if kind not in _SPACES:
         raise InputError(f"{place}.kind", f"{kind!r} makes no stage", f"These do: {', '.join(_SPACES)}.")
     settings: Any = find_plugin("evomerge.search_spaces", kind, f"{place}.kind")
+    given = {**content, "kind": kind}
     try:
-        built: SearchSpace = settings.model_validate({**content, "kind": kind}).build(context)
+        built: SearchSpace = settings.model_validate(given).build(context)
     except InputError as error:
         raise InputError(f"{place}: {error.place}", error.problem, error.hint) from error
-    except ValueError as error:
-        raise InputError(place, str(error).splitlines()[-1].strip()) from error
+    except ValidationError as error:
+        raise explain(error, place, settings, given, ".") from None
     return built

@@ -188,8 +188,9 @@ def test_killed_or_stopped_in_the_middle_it_goes_on_and_the_state_comes_right(tm
 def test_when_nothing_can_be_confirmed_it_says_so(tmp_path: Path) -> None:
     setup = make_setup(candidates=40)
     drive(tmp_path, setup)
-    with pytest.raises(InputError, match="no candidate could be scored on the held-out split: too long"):
+    with pytest.raises(InputError, match="no candidate could be scored on the held-out split: too long") as error:
         confirm(tmp_path, setup, lambda job: (1.0, Failed("error", "too long", "a traceback")))
+    assert (tmp_path / error.value.hint.removeprefix("See ").removesuffix(".")).is_file()
     assert "a traceback" in next((tmp_path / "logs").glob("confirm-c*.log")).read_text()
 
 

@@ -314,6 +314,20 @@ def test_a_tokenizer_reads_no_file_elsewhere(folder: Path, key: str, value: Any)
     refused(folder, f"tokenizer_config.json: {key}")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hidden_size", "wide", "field 'hidden_size': TypeError: Field 'hidden_size' expected int, got str"),
+        ("num_attention_heads", -3, "validate_architecture': ValueError: The hidden size .* attention heads"),
+    ],
+)
+def test_what_transformers_says_of_a_setting_is_told_with_its_cause(
+    folder: Path, key: str, value: Any, words: str
+) -> None:
+    edit_json(folder / "config.json", **{key: value})
+    refused(folder, words)
+
+
 def test_a_template_whose_name_is_no_text_is_refused(folder: Path) -> None:
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / os.fsdecode(b"x\xff.jinja")).write_text("{{ messages }}")

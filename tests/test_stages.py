@@ -251,6 +251,10 @@ BAD_SPACES: dict[str, tuple[list[Document], str]] = {
     "its space": (
         [{"name": "a", "space": {"method": "tiess"}}, {"name": "b", "sources": ["a"], "space": {}}], "tiess",
     ),
+    "a key of its space": (
+        [{"name": "a", "space": {"methd": "ties"}}, {"name": "b", "sources": ["a"], "space": {}}],
+        "space.stages[0].space.methd: is not a known key. Did you mean 'method'?",
+    ),
 }  # fmt: skip
 
 

@@ -103,6 +103,8 @@ def _walk(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error, for a message."""
+    """The first line of an error, for a message; with the next one if it ends in a colon, after which the cause is."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    last = next((number for number, line in enumerate(lines) if not line.rstrip().endswith(":")), len(lines) - 1)
+    text = " ".join(line.strip() for line in lines[: last + 1])
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -40,7 +40,7 @@ class Confirmation:
         self._store = drive.store
         self._logs = drive.logs
         self._meter = drive.meter
-        self._last_failure = ""
+        self._last_failure = self._last_log = ""
         self._tasks = self._setup.tasks("held_out")
         self._preference = Preference.of_setup(self._setup)
         self._dispatcher = drive.dispatcher(Deadlines(drive.attempt_s))
@@ -77,7 +77,8 @@ class Confirmation:
             return False
         wanted = shortlist or baselines
         if wanted and not any(self._is_scored(row.number) for row in wanted):
-            raise InputError("confirm", f"no candidate could be scored on the held-out split: {self._last_failure}")
+            problem = f"no candidate could be scored on the held-out split: {self._last_failure}"
+            raise InputError("confirm", problem, f"See {self._last_log}." if self._last_log else "")
         # A baseline may win: a search that found nothing better than a source must not name something worse.
         self._choose([row.number for row in rows.values() if self._is_scored(row.number)])
         return self._score(drawn, recipe_of)
@@ -146,7 +147,7 @@ class Confirmation:
 
     def failed(self, finished: Finished, failure: Failed, *, final: bool) -> None:
         self._last_failure = failure.message
-        log = write_log(self._logs, finished, failure, "confirm-c")
+        self._last_log = log = write_log(self._logs, finished, failure, "confirm-c")
         self._store.record_event(
             ConfirmFailed(
                 candidate=finished.candidate, reason=failure.reason, message=failure.message, log=log, final=final

@@ -30,7 +30,8 @@ def choose_device(wanted: str | None) -> torch.device:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()  # a device without memory (meta) cannot be read
     except (RuntimeError, AssertionError) as error:  # torch raises AssertionError if it was built without CUDA
-        raise InputError("device", f"{wanted!r} cannot be used here ({str(error).splitlines()[0]})") from None
+        problem = f"{wanted!r} cannot be used here ({str(error).splitlines()[0]})"
+        raise InputError("device", problem, "Take `cpu`, or `cuda:N` of a GPU that this machine has.") from None
     return device
 
 
