@@ -179,7 +179,7 @@ def observe(
     """Report a search to observers. Sends its events to Prometheus, TensorBoard and others until no driver runs."""
     from evomerge.commands.observe import observe
 
-    observe(folder, observers)
+    raise typer.Exit(observe(folder, observers))
 
 
 @app.command()

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
+from helpers_miniature import evomerge
 from helpers_search import FakeSpace, drive, make_setup, simulate
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter, ValidationError
@@ -537,14 +538,19 @@ def test_one_that_fails_is_logged_once_and_the_others_go_on(tmp_path: Path, capl
     ]
 
 
-def test_one_that_cannot_start_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A log that another process writes: nobody is told twice."""
+def test_one_that_cannot_start_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A log that another process writes: nobody is told twice. The command fails, and does not wait for the driver."""
     folder = tmp_path / "search"
     create(folder)
     with Store.open(folder / "search.db") as store, closing(hub(store, folder, Broken(), "logs")) as first:
         first.look()
-        observe(folder, "logs")
+        with acquire(store):
+            assert evomerge("observe", folder, "{kind: logs}") == 1
     assert "another process already reports this search to logs" in caplog.text
+    assert "error: observers: logs: could not be started: " in capsys.readouterr().err
+    assert evomerge("observe", folder, "{kind: logs}") == 0
 
 
 def test_a_driver_never_waits_and_is_not_changed(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from evomerge.commands.failing import FAILED
 from evomerge.errors import InputError
 from evomerge.faults import explain
 from evomerge.observers import ObserverList, follow
@@ -20,8 +22,8 @@ class _Given(BaseModel):
     observers: ObserverList
 
 
-def observe(folder: Path, observers: Sequence[str]) -> None:
-    """Report a search to observers, each given as in a search file, until no driver is running."""
+def observe(folder: Path, observers: Sequence[str]) -> int:
+    """Report a search to observers, each given as in a search file, until no driver is running; the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     content = {"observers": [load_yaml(text, "OBSERVER") for text in observers]}
     try:
@@ -32,5 +34,10 @@ def observe(folder: Path, observers: Sequence[str]) -> None:
         raise InputError(f"evomerge observe: {error.place}", error.problem, error.hint) from None
     for observer in given.observers:
         observer.check()
+    faults: dict[str, str] = {}
     with open_store(folder) as store, contextlib.suppress(KeyboardInterrupt):
-        follow(store, folder, given.observers)
+        faults = follow(store, folder, given.observers)
+    for kind, why in faults.items():
+        hint = "It has not got everything: once that is fixed, the same command continues."
+        print(f"error: {InputError(f'observers: {kind}', why, hint)}", file=sys.stderr)
+    return FAILED if faults else 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from evomerge.errors import described
 from evomerge.observers.base import News, Observer, ObserverSettings, PoolCounts, ends
 from evomerge.store.events import Winner
 from evomerge.store.lease import current_holder
@@ -43,6 +44,7 @@ class Observers:
     def __init__(self, store: ReadStore, folder: Path, settings: Sequence[ObserverSettings]) -> None:
         self._listeners = [Listener(store, folder, s) for s in settings]
         self._told_at = -math.inf
+        self._left: list[str] = []
 
     def poll(self, workers: Callable[[], PoolCounts]) -> None:
         """Pass news to the observers if it is time; the caller, a driver, never waits for them."""
@@ -69,6 +71,18 @@ class Observers:
             listener.kind for listener in self._listeners if listener.is_busy(max(0.0, end - time.monotonic()))
         ]:
             _log.warning("observers have not ended and are left behind: %s", ", ".join(left))
+        self._left = left
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every observer has been dropped."""
+        return all(listener.is_dropped for listener in self._listeners)
+
+    @property
+    def faults(self) -> dict[str, str]:
+        """Why observers did not get all news, by kind; complete after ``close``."""
+        faults = {listener.kind: listener.fault for listener in self._listeners if listener.fault}
+        return dict.fromkeys(self._left, "has not ended") | faults
 
 
 class Listener:
@@ -79,8 +93,9 @@ class Listener:
         self.observer: Observer | None = None
         self._store = store
         self._start_it = partial(settings.build, folder)
-        self._is_dropped = False
-        self._is_away = False
+        self.is_dropped = False
+        self.fault = ""
+        """Why it has not got all news, as far as is known."""
         self._news: News | None = None
         self._thread: threading.Thread | None = None
 
@@ -98,7 +113,7 @@ class Listener:
 
     def look(self, workers: PoolCounts | None = None) -> None:
         """Read the news and pass them on. The first call also starts the observer, which may have to reach a server."""
-        if self._is_dropped:
+        if self.is_dropped:
             return
         try:
             if self.observer is None:
@@ -106,11 +121,12 @@ class Listener:
                 self.observer = self._guarded("could not be started", partial(self._start_it, search))
             news = self._read(workers) if self.observer is not None else None
         except Exception as error:  # the driver handles errors of the store; the next poll may succeed
-            if not self._is_away:
+            if not self.fault:
                 _log.warning("observer %s cannot read the store: %s", self.kind, error)
-            self._is_away = True
+            self.fault = f"cannot read the store: {described(error)}"
             return
-        self._is_away = False
+        if not self.is_dropped:
+            self.fault = ""
         if self.observer is not None and news is not None:
             succeeded = self._guarded("failed", partial(_tell, self.observer, news))
             if not succeeded:
@@ -139,7 +155,8 @@ class Listener:
             return call()
         except Exception as error:
             _log.warning("observer %s %s and is dropped: %s: %s", self.kind, what, type(error).__name__, error)
-            self._is_dropped = True
+            self.is_dropped = True
+            self.fault = f"{what}: {described(error)}"
             return None
 
     # Reading
@@ -194,12 +211,18 @@ def _tell(observer: Observer, news: News) -> bool:
     return True
 
 
-def follow(store: Store, folder: Path, settings: Sequence[ObserverSettings]) -> None:
-    """Report a search to observers from a separate process, until no driver is running."""
-    with closing(Observers(store, folder, settings)) as observers:
-        while True:
+def follow(store: Store, folder: Path, settings: Sequence[ObserverSettings]) -> dict[str, str]:
+    """Report a search to observers from a separate process, until no driver is running or no observer is left.
+
+    Returns:
+        Why observers did not get all news, by kind.
+    """
+    observers = Observers(store, folder, settings)
+    with closing(observers):
+        driven = True
+        while driven and not observers.is_done:
             driven = current_holder(store) is not None  # checked first, so that the driver's last events are reported
             observers.look()
-            if not driven:
-                return
-            time.sleep(EVERY_S)
+            if driven:
+                time.sleep(EVERY_S)
+    return observers.faults
