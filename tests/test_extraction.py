@@ -306,6 +306,7 @@ def test_what_the_command_line_may_not_say(llamas: tuple[Path, Path], tmp_path: 
         (ExtractOptions(energy=1.5), "--energy: is 1.5"),
         (ExtractOptions(embeddings="some"), "--embeddings"),
         (ExtractOptions(preset="tgi"), "--preset"),
+        (ExtractOptions(rank="513", preset="vllm"), "--preset: vLLM takes ranks up to 512, and this has 513"),
     ):
         with pytest.raises(InputError, match=words):
             extract(model, base, tmp_path / "out", wanted)

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 FULL = "full"
 _RANK = 32
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM accepts for ``--max-lora-rank``."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class ExtractOptions:
             InputError: a value is not valid.
         """
         from evomerge.extraction.factors import RankRule
-        from evomerge.extraction.held import EmbeddingForm, Extracting, Preset
+        from evomerge.extraction.held import EmbeddingForm, Extracting, Preset, check_vllm_rank
 
         for option, given, known in (
             ("--embeddings", self.embeddings, get_args(EmbeddingForm)), ("--preset", self.preset, get_args(Preset)),
@@ -63,6 +61,8 @@ class ExtractOptions:
         if self.energy is not None and not 0.0 < self.energy <= 1.0:
             raise InputError("--energy", f"is {self.energy:g}; it is a share, above 0 and at most 1")
         rule = RankRule(_most(self.rank, has_energy=self.energy is not None), self.energy)
+        if self.preset == "vllm" and self.energy is None and rule.most is not None:
+            check_vllm_rank(rule.most)
         embeddings: EmbeddingForm = self.embeddings  # type: ignore[assignment]  # it was just checked
         preset: Preset = self.preset  # type: ignore[assignment]
         return Extracting(rule, embeddings, preset)
@@ -170,10 +170,9 @@ def write_adapter(
 
 
 def _say_vllm(console: Console, base: Source, out: Path, made: Extraction) -> None:
-    most = next((rank for rank in _VLLM_RANKS if rank >= made.largest), None)
-    if most is None:
-        console.print(f"vLLM takes ranks up to {_VLLM_RANKS[-1]}; this one has {made.largest}", style="yellow")
-        return
+    from evomerge.extraction.held import VLLM_RANKS
+
+    most = next(rank for rank in VLLM_RANKS if rank >= made.largest)
     command = f"vllm serve {base.reference} --enable-lora --max-lora-rank {most} --lora-modules {out.name}={out}"
     console.print(command, soft_wrap=True)
 

@@ -21,7 +21,7 @@ from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.tensor_file import TensorFile
 from evomerge.checkpoints.whole import whole_folder
 from evomerge.errors import InputError
-from evomerge.extraction.held import Extracting, Held, Holder, Loss, is_table
+from evomerge.extraction.held import Extracting, Held, Holder, Loss, check_vllm_rank, is_table
 from evomerge.extraction.targets import Target, find_targets, short_names
 from evomerge.merging.arithmetic.jobs import WorkerThreads
 
@@ -91,7 +91,8 @@ def extract(
         progress: called with the number of tensors looked at and of all.
 
     Raises:
-        InputError: the models do not fit each other, are equal, or hold NaN; ``out`` cannot be written.
+        InputError: the models do not fit each other, are equal, or hold NaN; a rank is larger than the preset allows;
+            ``out`` cannot be written.
     """
     check_pair(model, base)
     targets, classes = find_targets(base)
@@ -106,6 +107,8 @@ def extract(
             size = file.size
         if not held.ranks:
             raise _nothing(model, base, held.losses)
+        if how.preset == "vllm":
+            check_vllm_rank(max(held.ranks))
         made = Extraction(held.losses, _rank(held, how), max(held.ranks), size, tables)
         for name, text in {
             CONFIG: json.dumps(_config(held, made.rank, base, classes), indent=2) + "\n",

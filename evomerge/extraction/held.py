@@ -20,7 +20,17 @@ from evomerge.extraction.targets import Target, read_change, read_tensor, row_ch
 EmbeddingForm = Literal["full", "low_rank", "tokens", "none"]
 Preset = Literal["peft", "vllm"]
 
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM accepts for ``--max-lora-rank``."""
+
 _PREFIX = "base_model.model."
+
+
+def check_vllm_rank(rank: int) -> None:
+    """Raise InputError if vLLM cannot load factors of this rank."""
+    if rank > VLLM_RANKS[-1]:
+        hint = f"Give `--rank {VLLM_RANKS[-1]}`, or a lower one; with --energy it is the largest."
+        raise InputError("--preset", f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this has {rank}", hint)
 
 
 @dataclass(frozen=True)
