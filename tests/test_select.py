@@ -18,6 +18,7 @@ from hypothesis import given, strategies
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.checkpoints.source import Source, open_source
+from evomerge.commands import controlling
 from evomerge.errors import InputError
 from evomerge.genome import Parameter
 from evomerge.merging.building.derived import Derived, make_source
@@ -308,6 +309,12 @@ def test_the_winner_is_compared_with_random_directions_at_its_weights(
     folder = tmp_path / "search"
     with mock.patch("evomerge.commands.driving.control_winner", return_value=False):
         assert evomerge("search", file, "--dir", folder) != 0
+    fault = InputError("select", "its control cannot be scored: no memory", "See logs/control.log.")
+    with mock.patch.object(controlling._Control, "compare", side_effect=fault):
+        assert evomerge("resume", folder) == 2
+    said = capsys.readouterr().err
+    assert "error: select: the winner has no control: its control cannot be scored: no memory. See logs/" in said
+    assert f"To try the control again: evomerge resume {folder}" in said
     assert evomerge("resume", folder) == 0
     with Store.open(folder / "search.db") as store:
         (event,) = store.events(kinds=("winner controlled",))

@@ -8,6 +8,7 @@ are compared on the held-out split.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -43,7 +44,10 @@ def control_winner(folder: Path, prepared: Prepared, store: Store, pool: Pool, c
         pool: the pool of the search; it is closed before the control is scored, which has other sources.
 
     Returns:
-        False if the search was stopped first. If the control cannot be scored, that is only printed.
+        False if the search was stopped first.
+
+    Raises:
+        InputError: the control cannot be made or scored; the winner is named all the same.
     """
     number = uncontrolled_winner(store)
     if number is None:
@@ -56,8 +60,9 @@ def control_winner(folder: Path, prepared: Prepared, store: Store, pool: Pool, c
         try:
             better = _Control(folder, prepared, store, number).compare(replaced)
         except InputError as error:
-            console.print(Text(f"the winner has no control: {error}", style="dim"))
-            return True
+            again = shlex.join(["evomerge", "resume", str(folder)])
+            hint = f"The search is finished and confirmed all the same. To try the control again: {again}"
+            raise InputError(error.place, f"the winner has no control: {error.problem}. {error.hint}", hint) from error
         if better is None:
             return False
     said = WinnerControlled(candidate=number, kept=kept, replaced=replaced, better=better)
