@@ -27,6 +27,7 @@ from test_pools import RECIPE, PoolContract
 
 from evomerge.errors import InputError
 from evomerge.search.clusters import nodes, starts
+from evomerge.search.clusters.joining import connect
 from evomerge.search.clusters.nodes import fault_of, words_of, worker_limits, workers_that_fit
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.dispatch import Dispatcher, Pending, feed_of
@@ -115,6 +116,26 @@ class WorkerKiller(threading.Thread):
                 os.kill(process.pid, signal.SIGKILL)
                 return process.pid
         return None
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        (None, "pool: Ray cannot be started on this machine: RuntimeError: no port is free. Take `pool: in_process`"),
+        (
+            "head:6379",
+            "cluster.address: no Ray cluster answers at head:6379: RuntimeError: no port is free. See whether",
+        ),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_or_started_is_told(
+    address: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: raises(RuntimeError("no port\nis free")))
+    with pytest.raises(InputError) as error:
+        connect(Cluster(address=address))
+    assert str(error.value).startswith(told)
 
 
 class _OpenFileError(Exception):

@@ -182,7 +182,8 @@ def check_tokenizer(folder: Path, place: str) -> None:
     for name in versions if isinstance(versions, list) else [versions]:
         if name not in known:
             shown = printable(repr(name), 100)
-            raise InputError(place, f"{_TOKENIZER_CONFIG}: fast_tokenizer_files names {shown}, which is not there")
+            problem = f"{_TOKENIZER_CONFIG}: fast_tokenizer_files names {shown}, which is not there"
+            raise InputError(place, problem, "Copy it there, or delete the key.")
 
 
 def _reads_files(key: str, value: Any) -> bool:
@@ -309,6 +310,7 @@ def _indexed(folder: Path, weight_map: Any, place: str) -> dict[str, TensorEntry
         in_shard = read_header(file, place)
         if wrong := sorted(listed[shard] ^ in_shard.keys()):
             where = "lacks it" if wrong[0] in listed[shard] else "has it unlisted"
-            raise InputError(place, f"{INDEX} disagrees with {shard} on {wrong[0]!r}: the shard {where}")
+            problem = f"{INDEX} disagrees with {shard} on {wrong[0]!r}: the shard {where}"
+            raise InputError(place, problem, "Copy the index and all shards again, from one place.")
         tensors |= in_shard
     return tensors

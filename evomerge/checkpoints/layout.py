@@ -187,7 +187,8 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
     layers: int = text.num_hidden_layers
     held = sum(0 not in shape for shape in shapes.values())  # a name alone costs nothing
     if layers > held:  # before building that many modules
-        raise InputError(place, f"config.json: num_hidden_layers is {layers}, but there are {held} tensors")
+        problem = f"config.json: num_hidden_layers is {layers}, but there are {held} tensors"
+        raise InputError(place, problem, "Copy config.json and all files again, of one model.")
     model = empty_model(parsed, place, torch.bfloat16, _TENSORS_AHEAD + 2 * held)  # float32 there is so in any model
     written, stored = checkpoint_parts(model), stored_tensors(model)
     try:

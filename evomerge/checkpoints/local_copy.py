@@ -56,7 +56,8 @@ def local_copy(url: str, place: str, patterns: Sequence[str]) -> Path:
     except StorageError as error:
         raise InputError(place, f"{error.place} {error.problem}", error.hint) from None
     except OSError as error:
-        raise InputError(place, f"{url} cannot be copied to this machine ({error})") from None
+        hint = "Copies are kept in ~/.cache, or where XDG_CACHE_HOME says: free some space there, or name another disk."
+        raise InputError(place, f"{url} cannot be copied to this machine ({error})", hint) from None
     return folder
 
 

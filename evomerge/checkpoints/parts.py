@@ -47,7 +47,8 @@ def check_shape(name: str, shape: Sequence[int], wanted: Sequence[int], place: s
         InputError: naming the tensor and both shapes.
     """
     if list(shape) != list(wanted):
-        raise InputError(place, f"{name} has shape {list(shape)} in the files; config.json asks for {list(wanted)}")
+        problem = f"{name} has shape {list(shape)} in the files; config.json asks for {list(wanted)}"
+        raise InputError(place, problem, "Copy config.json and all files again, of one model.")
 
 
 def holders(parts: Mapping[str, Part], located: Mapping[Part, str]) -> Iterator[tuple[str, str, Part]]:

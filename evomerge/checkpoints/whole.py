@@ -44,7 +44,9 @@ def whole_folder(out: Path, sources: Sequence[Path] = ()) -> Iterator[Path]:
         sync(out.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise InputError(str(out), "was created by another process in the meantime") from None
+            raise InputError(
+                str(out), "was created by another process in the meantime", "Choose another folder."
+            ) from None
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = shutil.disk_usage(existing_parent(out)).free

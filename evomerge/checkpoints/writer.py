@@ -120,7 +120,9 @@ class FolderWriter:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._held.close()
-            raise InputError(str(self.out), "is being written by another process") from None
+            raise InputError(
+                str(self.out), "is being written by another process", "Wait for it, or choose another folder."
+            ) from None
         whole = {shard.file: shard.size for shard in self._shards}
         for file in self._partial.iterdir():
             if whole.get(file.name) == file.stat().st_size:
@@ -227,7 +229,9 @@ class FolderWriter:
             self._partial.rename(self.out)  # also replaces an empty folder
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise InputError(str(self.out), "was created by another process in the meantime") from None
+                raise InputError(
+                    str(self.out), "was created by another process in the meantime", "Choose another folder."
+                ) from None
             raise
         sync(self.out.parent)
 

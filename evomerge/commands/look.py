@@ -231,7 +231,7 @@ def _save(file: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.rename(file)
     except OSError as error:
-        raise InputError(str(file), f"cannot be written ({error.strerror})") from None
+        raise InputError(str(file), f"cannot be written ({error.strerror})", "Name another with --picture.") from None
 
 
 def compare(folder: Path, a: str, b: str, *, as_json: bool) -> None:

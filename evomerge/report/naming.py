@@ -50,7 +50,7 @@ def chosen(store: Store, candidate: str) -> int:
     status = status_of(store)
     chosen_for = {pick.role: pick.id for pick in status.picks}
     if candidate == KNEE and not status.front:
-        raise InputError(store.place, "has no front yet")
+        raise InputError(store.place, "has no front yet", "There is one as soon as a candidate is scored.")
     if candidate == KNEE and not is_front(status):
         return _knee(store)
     if candidate == BEST:

@@ -358,7 +358,7 @@ class ReadStore:
         """One candidate. Raises InputError if it does not exist."""
         rows = self._rows(self._select().where(tables.candidate.c.number == number))
         if not rows:
-            raise InputError(self.place, f"has no candidate {number}")
+            raise InputError(self.place, f"has no candidate {number}", "`evomerge top --all` lists them.")
         return rows[0]
 
     def front(self) -> list[CandidateRow]:

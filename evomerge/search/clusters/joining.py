@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import ray
 
-from evomerge.errors import InputError
+from evomerge.errors import InputError, described
 from evomerge.search.clusters.launch import check_secured, in_token_mode, listeners, who_listens
 from evomerge.search.settings.sections import Cluster
 
@@ -33,7 +33,7 @@ def connect(cluster: Cluster) -> bool:
                 configure_logging=True,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError("cluster.address", f"no Ray cluster answers at {cluster.address}: {error}") from None
+            raise _unavailable(cluster.address, error) from None
     try:
         check_secured(context.dashboard_url if cluster.address else None, insecure=cluster.insecure)
     except InputError:
@@ -43,6 +43,15 @@ def connect(cluster: Cluster) -> bool:
         line = who_listens(listeners(), secured=in_token_mode(), ports=bool(os.environ.get(PORTS_VARIABLE)))
         print(line, file=sys.stderr)
     return True
+
+
+def _unavailable(address: str | None, error: Exception) -> InputError:
+    if address is None:
+        problem = f"Ray cannot be started on this machine: {described(error)}"
+        return InputError("pool", problem, "Take `pool: in_process`, or name a running cluster in `cluster.address`.")
+    problem = f"no Ray cluster answers at {address}: {described(error)}"
+    hint = f"See whether it runs: ray status --address {address}. Or it requires another token: RAY_AUTH_MODE=token."
+    return InputError("cluster.address", problem, hint)
 
 
 @contextmanager

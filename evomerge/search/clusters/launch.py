@@ -26,7 +26,7 @@ import psutil
 import yaml
 
 import evomerge
-from evomerge.errors import InputError
+from evomerge.errors import InputError, described
 from evomerge.search.settings.runtime_env import runtime_env_of
 from evomerge.search.settings.search_file import SearchFile, load_search_file
 
@@ -213,7 +213,7 @@ def submit(client: Any, name: str, folder: Path, command: str, runtime_env: Mapp
             metadata=metadata,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise InputError("--address", f"the cluster refuses the job: {error}") from None
+        raise InputError("--address", f"the cluster refuses the job: {described(error)}") from None
     return job
 
 

@@ -69,7 +69,8 @@ class Evaluators:
             raise unknown_name(measure.metric, evaluator.metrics, f"{place}.metric", "metric")
         items = len(evaluator.items("search"))
         if measure.items is not None and measure.items > items:
-            raise InputError(f"{place}.items", f"asks for {measure.items} of {items} items in the search split")
+            problem = f"asks for {measure.items} of {items} items in the search split"
+            raise InputError(f"{place}.items", problem, "Lower it, or add items.")
         return Resolved(position, evaluator.metrics[measure.metric], measure.items or items)
 
     def refuse_test_items(self) -> None:

@@ -68,7 +68,7 @@ class FitSplit:
         """
         evaluator = likelihood_settings(self.section).build_whole()
         if (wanted := self.section.items) is not None and wanted > (found := len(evaluator.items("search"))):
-            raise InputError(f"{PLACE}.items", f"asks for {wanted} of {found} items")
+            raise InputError(f"{PLACE}.items", f"asks for {wanted} of {found} items", "Lower it, or add items.")
         items = evaluator.items("search")[:wanted]
         without = [item for item in items if not item.group]
         if without and len(without) < len(items):
