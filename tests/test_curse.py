@@ -213,7 +213,7 @@ def test_the_text_says_what_fell_and_what_is_the_curse() -> None:
     text = " ".join(curse_text(curse(*FOUND, point(0.5, 0.51, "japanese"))))
     assert "the 4 best by maths are 0.050 [0.010, 0.090] worse (95% interval)" in text
     assert "are 0.010 better there: what is left, +0.060 [+0.020, +0.100], is the winner's curse" in text
-    assert "0.50 remains (slope)" in text
+    assert "a difference in search score is 0.50 times as large on held-out items (slope)" in text
     assert "tau +0.40" in text
     risen = curse(*FOUND, fall={"mean": -0.05, "low": -0.09, "high": -0.01})
     assert "0.050 [0.010, 0.090] better" in curse_text(risen)[0]

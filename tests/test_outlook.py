@@ -130,3 +130,24 @@ def test_counted_objectives_have_no_error(tmp_path: Path) -> None:
 def test_without_candidates_nothing_is_said_of_generations(tmp_path: Path) -> None:
     outlook = _outlook(tmp_path, "budget={hours: 1}")
     assert (outlook.candidates, outlook.generations, outlook.learns_steps) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "steps", "covariances", "words"),
+    [
+        (0, 0, 0, "none: the baselines use up the budget, and nothing is searched"),
+        (1, 0, 0, "0 of 8: 1 candidate beyond the baselines, too few to learn a step size (a rule of thumb)"),
+        (16, 1, 2, "2 of 8: 16 candidates beyond the baselines, enough to learn about 1 step size, or the covariances "
+            "of 2 parameters (a rule of thumb)"),
+        (16, None, None, "2 of 8: 16 candidates beyond the baselines"),
+    ],
+)  # fmt: skip
+def test_generations_in_words(
+    candidates: int, steps: int | None, covariances: int | None, words: str, tmp_path: Path
+) -> None:
+    setup = prepare(load_search_file(search_file(tmp_path))).setup
+    outlook = Outlook(
+        search_error=None, luck=None, held_out_difference=None, candidates=candidates, population=8,
+        generations=candidates / 8, learns_steps=steps, learns_covariances=covariances, advice=[],
+    )  # fmt: skip
+    assert ("generations", words) in outlook_lines(setup, outlook)

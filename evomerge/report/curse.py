@@ -259,12 +259,14 @@ def curse_text(curse: Curse) -> list[str]:
         marks = f"{abs(other.mean):.3f} {'worse' if other.mean >= 0 else 'better'}"
         left = f"what is left, {_signed(curse.excess)}, is the winner's curse"
         if curse.excess.mean <= 0:
-            left = f"the best lost no more than these ({_signed(curse.excess)}), and no winner's curse is to be seen"
+            left = (
+                f"the best lost no more than these ({_signed(curse.excess)}), so there is no sign of a winner's curse"
+            )
         lines.append(f"The baselines, which nobody chose, are {marks} there: {left}.")
     if curse.tau is not None and curse.slope is not None:
         lines.append(
-            f"Among the {len(curse.candidates)} found, of a difference in search score {curse.slope:.2f} remains "
-            f"(slope), and ranks agree with Kendall's tau {curse.tau:+.2f}."
+            f"Among the {len(curse.candidates)} found, a difference in search score is {curse.slope:.2f} times as "
+            f"large on held-out items (slope), and the ranks agree with Kendall's tau {curse.tau:+.2f}."
         )
     return lines
 

@@ -175,20 +175,31 @@ def outlook_lines(setup: Setup, outlook: Outlook) -> Iterator[tuple[str, str]]:
         yield "precision", f"{text} (scores from 0 to 1)"
         if outlook.held_out_difference is not None:
             items = setup.evaluators[objective.evaluator].held_out_items
-            difference = f"{items} held-out items tell a merge from a source from {outlook.held_out_difference:.3f} on"
-            yield "precision", f"{difference} (95%, if {FROM_SOURCE:.0%} of the answers differ)"
+            least = f"{outlook.held_out_difference:.3f} or more between a merge and a source"
+            how = f"(95%, if {FROM_SOURCE:.0%} of the answers differ)"
+            yield "precision", f"{items} held-out items detect differences of {least} {how}"
     if outlook.generations is not None:
-        text = (
-            f"{outlook.generations:.0f} of {outlook.population}: {outlook.candidates} candidates beyond the baselines"
-        )
-        if outlook.learns_steps is not None:
-            text += (
-                f", enough to learn about {outlook.learns_steps} step sizes, or the covariances of "
-                f"{outlook.learns_covariances} parameters (a rule of thumb)"
-            )
-        yield "generations", text
+        yield "generations", _generations(outlook)
     for advice in outlook.advice:
         yield "advice", f"{advice.key}: {advice.value}; {advice.text}"
+
+
+def _generations(outlook: Outlook) -> str:
+    """How many generations there are, and what can be learnt from them."""
+    if not outlook.candidates:
+        return "none: the baselines use up the budget, and nothing is searched"
+    beyond = f"{_count(outlook.candidates, 'candidate')} beyond the baselines"
+    text = f"{outlook.generations:.0f} of {outlook.population}: {beyond}"
+    if outlook.learns_steps is None:
+        return text
+    if not outlook.learns_steps:
+        return f"{text}, too few to learn a step size (a rule of thumb)"
+    steps, covariances = _count(outlook.learns_steps, "step size"), _count(outlook.learns_covariances or 0, "parameter")
+    return f"{text}, enough to learn about {steps}, or the covariances of {covariances} (a rule of thumb)"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _least_known(setup: Setup) -> ObjectiveInfo | None:
@@ -217,9 +228,10 @@ def _on_size(prepared: Prepared, searched: int, given: int, population: int) -> 
     if count > affordable:
         coarser = {name: n for name, n in sizes.items() if n < count}
         fitting = next((name for name, n in coarser.items() if n <= affordable), "model")
-        few = f"{count} parameters are many for {searched} candidates, which learn {affordable}"
+        known = f"{_count(searched, 'candidate')} can learn {affordable or 'none'}"
+        few = f"{_count(count, 'parameter')} are many: {known}"
         if prepared.file.mode == "generational" and gradient_problem(setup.space) is None:
-            text = f"{few}; of the likelihood of right answers the gradient by all of them is known"
+            text = f"{few}; the gradient of the likelihood of right answers covers all of them at once"
             yield Advice(key="proxy", value="{file: FILE}", text=text)
         if fitting in coarser:
             text = f"{few}; {_called(fitting)} has {coarser[fitting]}"
@@ -228,11 +240,12 @@ def _on_size(prepared: Prepared, searched: int, given: int, population: int) -> 
             enough = given + CANDIDATES_A_STEP * count
             yield Advice(key="budget.candidates", value=str(enough), text=few)
     elif finer := next((name for name, n in sizes.items() if count < n <= affordable and now == "model"), ""):
-        text = f"{searched} candidates learn {affordable} parameters; {_called(finer)} has {sizes[finer]}"
+        text = f"{searched} candidates can learn {affordable} parameters; {_called(finer)} has {sizes[finer]}"
         yield Advice(key="space.granularity", value=finer, text=text)
     usual = max(default_population(count), searched // MIN_GENERATIONS, 4)
     if population > usual:
-        text = f"{population} a generation leave {searched / population:.0f} generations"
+        leaves = _count(round(searched / population), "generation")
+        text = f"{leaves} of {population} candidates; smaller ones are better than so few"
         yield Advice(key="optimizer.population", value=str(usual), text=text)
 
 

@@ -77,8 +77,8 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     model = prepared.sources[file.tokenizer_source]
     yield "search", f"{file.name}, seed {file.seed}"
     for name, source in prepared.sources.items():
-        marks = [mark for mark, is_so in (("base", name == file.base),) if is_so]
-        yield "source", " ".join([f"{name}:", _size(source), *marks, f"({source.reference})"])
+        role = ", the base" if name == file.base else ""
+        yield "source", f"{name}: {_size(source)}{role} ({source.reference})"
         for warning in source.warnings:
             yield "warning", f"{name}: {warning}"
     for warning in warnings_across(prepared.sources, file.tokenizer_source):
@@ -262,9 +262,10 @@ def _calibration(prepared: Prepared) -> Iterator[tuple[str, str]]:
 def _fit(prepared: Prepared) -> Iterator[tuple[str, str]]:
     if (split := prepared.file.fit_split) is None:
         return
-    fitted = [mark.label for mark in prepared.setup.space.baselines() if mark.recipe.is_fitted]
+    labels = [mark.label for mark in prepared.setup.space.baselines() if mark.recipe.is_fitted]
+    fitted = [f"'{label}'" for label in labels]  # some have commas
     drawn, steps = min(split.section.drawn, split.count), split.section.steps
-    said = f"for {', '.join(fitted)}" if fitted else "which nothing here needs"
+    said = f"for the baselines {', '.join(fitted)}" if fitted else "which nothing here needs"
     space = prepared.setup.space
     again = space.refits if isinstance(space, Refitting) else 0
     anew = f"; anew for the best {again} at the end, which are the last candidates" if again else ""
