@@ -171,7 +171,8 @@ def _opener(name: str, flags: int) -> int:
 def _check(file: Path, status: os.stat_result, place: str, most: int | None) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise InputError(place, f"{file} is {kind}, not a plain file")
+        named = "" if place == str(file) else f"{file} "
+        raise InputError(place, f"{named}is {kind}, not a plain file")
     if most is not None and status.st_size > most:
         raise _too_large(file, status.st_size, place, most)
 

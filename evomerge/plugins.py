@@ -225,11 +225,12 @@ def unknown_name(name: str, known: Iterable[str], place: str, noun: str) -> Inpu
     """The error for an unknown name, with the closest known name, or as many known names as fit on a line or two."""
     names = sorted(known)
     near = difflib.get_close_matches(name[:_MAX_NAME], names, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {_listed(names)}."
+    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {listed(names)}."
     return InputError(place, f"there is no {noun} {printable(name, _MAX_NAME)!r}", hint)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """As many of the names as fit on a line or two, and how many more there are."""
     ends = itertools.accumulate(len(name) + 2 for name in names)
     fitting = sum(end <= _MAX_LISTED for end in ends)
     if fitting == len(names):

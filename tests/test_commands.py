@@ -446,7 +446,7 @@ def test_a_search_is_resumed_with_a_larger_budget_and_nothing_else(
         ("objectives.mini_translate_ja.items=500", "objectives.mini_translate_ja.items", "24"),
         ("device=cuda:7", "device", "cannot be used here"),
         ("device=meta", "device", "cannot be used here"),
-        ("budget.candidates=3", "budget.candidates", "the baselines alone are 5"),
+        ("budget.candidates=3", "budget.candidates", "alone are 5 (base, maths, japanese, uniform average, task_"),
         ("space={method: ties, fixed: {density: 3}}", "space", "is 3"),
         ("space={method: ties, bounds: {density: [0, 3]}}", "space.bounds.density", "is 3; it must be from 0 to 1"),
         ("space.bounds={weight: [2, 1]}", "space.bounds.weight", "not below"),

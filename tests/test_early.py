@@ -59,7 +59,10 @@ WRONG = {
         "objectives.m: file: names f.py, which is code"
     ),
     "task_folders=[.]": "objectives.m: task_folders: hold task files",
-    "budget.candidates=3": "budget.candidates",
+    "budget.candidates=5": (
+        "budget.candidates: is 5; the baselines alone are 6 (base, maths, japanese, uniform average, "
+        "task_arithmetic defaults, kappa sqrt(N)). Give 6"
+    ),
     "base=nobody": "search.yaml: base: there is no source",
 }
 
@@ -124,6 +127,7 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported(tmp_path: Path)
         (["merge", "mergekit.yaml", "out"], "merge_method"),
         (["merge", "recipe.yaml", "out"], "recipe.yaml: blends[0]"),
         (["merge", "none.yaml", "out"], "none.yaml"),
+        (["validate", "adapter"], "adapter: is a folder"),
     ]
     results = said(tmp_path, [command for command, _ in commands])
     for (command, place), (code, text, heavy, modules) in zip(commands, results, strict=True):

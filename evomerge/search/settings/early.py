@@ -21,7 +21,7 @@ from evomerge.files import open_file
 from evomerge.genome import SearchSpace
 from evomerge.method import find_method
 from evomerge.optimizers import Feature
-from evomerge.plugins import unknown_name
+from evomerge.plugins import listed, unknown_name
 from evomerge.recipes.prompts import PromptFacts
 from evomerge.search.settings.fitting import PLACE, likelihood_settings
 from evomerge.search.settings.folder import is_search
@@ -33,10 +33,14 @@ from evomerge.search.settings.selecting import check_select, stand_in
 from evomerge.search.settings.tables import check_is_table, check_table_search, table_names
 from evomerge.step import find_step
 from search_spaces.base import Measures, SpaceContext
+from search_spaces.parameter_space import LAW
 from search_spaces.state_dict_space import StateDictSpaceSettings
 
 UNMEASURED = Measures()
 """Stands for measurements of weights that have not been read."""
+
+_ANY_KAPPA = 1.0
+"""Counts the kappa baselines of a space before the weights are read that decide how strong they are."""
 
 
 def check_early(file: SearchFile) -> None:
@@ -132,11 +136,10 @@ def make_space(
         tensors=lambda: table_names(file.sources[file.tokenizer_source], f"sources.{file.tokenizer_source}"),
     )
     space = file.space.build(context)
-    baselines = len(list(space.baselines()))
-    if file.budget.candidates is not None and file.budget.candidates < baselines:
-        what = "each source, their average, the method's defaults"
-        problem = f"is {file.budget.candidates}; the baselines alone are {baselines} ({what})"
-        hint = f"Give {baselines} or more; what is beyond them is searched."
+    baselines = [LAW if mark.label.startswith(LAW) else mark.label for mark in space.baselines()]
+    if file.budget.candidates is not None and file.budget.candidates < len(baselines):
+        problem = f"is {file.budget.candidates}; the baselines alone are {len(baselines)} ({listed(baselines)})"
+        hint = f"Give {len(baselines)} or more; what is beyond them is searched."
         raise InputError("budget.candidates", problem, hint)
     return space
 
@@ -152,7 +155,9 @@ def _check_space(file: SearchFile) -> None:
         for name in getattr(file.space, "steps", ()):
             find_step(name, f"space.steps.{name}")
         return
-    space = make_space(file, layers=known[file.tokenizer_source], tied=False, depths=known)
+    has_law = file.base is not None and file.baselines.kappa
+    measures = Measures(kappa=_ANY_KAPPA) if has_law else UNMEASURED
+    space = make_space(file, layers=known[file.tokenizer_source], tied=False, depths=known, measures=measures)
     axes = [Feature(name, *feature.range, feature.bins) for name, feature in file.features.items()]
     file.optimizer.check(space.parameters, len(file.objectives), "optimizer", axes)
 
