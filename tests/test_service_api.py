@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import httpx
 import numpy as np
 import pytest
 import schemathesis
@@ -400,6 +401,16 @@ def test_the_command_line_asks_a_server(
         assert evomerge("pause", NAME, "--server", url) == 2
         assert "no driver is running" in capsys.readouterr().err
         assert evomerge("resume", NAME, "--server", url, "--set", "seed=1") == 2
+
+
+@pytest.mark.parametrize("text", ["<html>welcome</html>", '{"name": "small"}', "data: {}\n\n"])
+def test_the_client_says_that_an_answer_is_not_of_this_api(text: str) -> None:
+    answer = httpx.MockTransport(lambda request: httpx.Response(200, text=text))
+    with (
+        Client("http://host", TOKEN, answer) as client,
+        pytest.raises(InputError, match=r"answer that cannot be read .* Is it an Evomerge server"),
+    ):
+        _ = [*client.events("x")] if text.startswith("data") else client.status("x")
 
 
 def test_the_client_says_that_nobody_is_there() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from evomerge.errors import InputError
 from evomerge.report.search_status import SearchStatus
@@ -32,6 +31,7 @@ Command = Literal["pause", "resume", "stop", "cancel"]
 
 _TIMEOUT_S = 330.0  # longer than the server's timeout for a check
 _PAGE = 500
+_HINT = "Is it an Evomerge server, and of this version?"
 
 
 class Client:
@@ -108,7 +108,10 @@ class Client:
                     raise _error_of(stream)
                 for line in stream.iter_lines():
                     if line.startswith("data: "):
-                        yield SearchEvent.model_validate(json.loads(line.removeprefix("data: ")))
+                        try:
+                            yield SearchEvent.model_validate_json(line.removeprefix("data: "))
+                        except ValidationError as error:
+                            raise _not_ours(stream, error) from None
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
 
@@ -133,7 +136,10 @@ class Client:
             raise self._unreachable(error) from None
         if not response.is_success:
             raise _error_of(response)
-        return kind.model_validate_json(response.content)
+        try:
+            return kind.model_validate_json(response.content)
+        except ValidationError as error:
+            raise _not_ours(response, error) from None
 
     def _unreachable(self, error: Exception) -> InputError:
         return InputError(self._url, f"cannot be reached ({error})", "Check that `evomerge serve` runs there.")
@@ -143,14 +149,21 @@ def _quoted(name: str) -> str:
     return quote(name, safe="")
 
 
+def _not_ours(response: httpx.Response, error: ValidationError) -> InputError:
+    """The error for an answer that is not one of this API's."""
+    fault = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    what = f"{where}: {fault['msg']}" if where else str(fault["msg"])
+    return InputError(str(response.url), f"gave an answer that cannot be read ({what})", _HINT)
+
+
 def _error_of(response: httpx.Response) -> InputError:
     """The problem that the server reported, as an InputError."""
     try:
         said = response.json()
         faults, title, detail = said.get("faults", []), str(said["title"]), str(said.get("detail", ""))
     except (ValueError, KeyError, AttributeError):
-        problem = f"responded with status {response.status_code}"
-        return InputError(str(response.url), problem, "Is it an Evomerge server?")
+        return InputError(str(response.url), f"responded with status {response.status_code}", _HINT)
     if faults:
         return InputError(faults[0]["field"], faults[0]["problem"], faults[0].get("hint", ""))
     if response.status_code == 401:
