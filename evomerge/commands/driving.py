@@ -25,6 +25,7 @@ from evomerge.commands.controlling import control_winner
 from evomerge.commands.copying import Copying
 from evomerge.commands.failing import failure_code, recorded
 from evomerge.commands.fitting import fit
+from evomerge.commands.observe import missing_lines
 from evomerge.commands.selecting import select
 from evomerge.commands.souping import with_soups
 from evomerge.errors import InputError
@@ -256,18 +257,22 @@ def _session(
     progress = Progress(lambda: time.monotonic() - control.paused_s())
     screen = LiveScreen(console, lambda: status_of(store), pool.state, progress)
     observers = Observers(store, folder, prepared.file.observers)
-    with closing(observers), screen, control.signals(screen.say, lambda: _end_at_once(folder, store)):
-        yield Drive(
-            prepared.setup,
-            store,
-            pool,
-            control,
-            logs=folder / LOGS_NAME,
-            idle=_idle(store, pool, control, screen, observers, artifacts),
-            attempt_s=prepared.file.attempt_hours * 3600,
-            check=prepared.untouched.check,
-            progress=progress,
-        )
+    try:
+        with closing(observers), screen, control.signals(screen.say, lambda: _end_at_once(folder, store)):
+            yield Drive(
+                prepared.setup,
+                store,
+                pool,
+                control,
+                logs=folder / LOGS_NAME,
+                idle=_idle(store, pool, control, screen, observers, artifacts),
+                attempt_s=prepared.file.attempt_hours * 3600,
+                check=prepared.untouched.check,
+                progress=progress,
+            )
+    finally:
+        for line in missing_lines(folder, prepared.file.observers, observers.faults):
+            console.print(line, style="yellow", soft_wrap=True, markup=False)
 
 
 def _end_at_once(folder: Path, store: Store) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -13,13 +15,26 @@ from pydantic import BaseModel, ValidationError
 from evomerge.commands.failing import FAILED
 from evomerge.errors import InputError
 from evomerge.faults import explain
-from evomerge.observers import ObserverList, follow
+from evomerge.observers import ObserverList, ObserverSettings, follow
 from evomerge.search.settings.folder import open_store
 from evomerge.yaml import load_yaml
 
 
 class _Given(BaseModel):
     observers: ObserverList
+
+
+def missing_lines(folder: Path, settings: Sequence[ObserverSettings], faults: Mapping[str, str]) -> Iterator[str]:
+    """What a search says at its end about observers that did not get everything, with the command that makes up for it.
+
+    Args:
+        faults: as of ``Observers``.
+    """
+    for observer in settings:
+        if why := faults.get(observer.kind):
+            given = json.dumps({"kind": observer.kind} | observer.model_dump(mode="json", exclude_defaults=True))
+            again = shlex.join(["evomerge", "observe", str(folder), given])
+            yield f"observer {observer.kind} has not got everything ({why}); to report the rest: {again}"
 
 
 def observe(folder: Path, observers: Sequence[str]) -> int:
