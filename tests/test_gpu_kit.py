@@ -170,6 +170,11 @@ def test_the_exit_code_says_whether_all_rows_hold(
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
+def test_every_kind_of_pass_has_an_example(kit: Any) -> None:
+    checks = kit("check_passes")
+    assert set(checks.kinds()) == {type(plan).__name__ for plan in checks.examples(exact=True).values()}
+
+
 def test_a_new_kind_of_pass_has_a_row_that_fails_until_it_has_an_example(
     kit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from evomerge.merging.arithmetic.jobs import TensorJob, WorkerThreads
 from evomerge.merging.arithmetic.passes import (
     Agreed,
     Combine,
+    Differentiable,
     Disjoint,
     Elementwise,
     Largest,
@@ -58,7 +59,9 @@ def kinds() -> list[str]:
         **dict(inspect.getmembers(passes, inspect.isclass)),
     }
     return [
-        name for name, kind in classes.items() if kind is not Pass and all(member in _names(kind) for member in members)
+        name
+        for name, kind in classes.items()
+        if kind not in (Pass, Differentiable) and all(member in _names(kind) for member in members)
     ]
 
 
