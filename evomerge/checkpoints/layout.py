@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from evomerge.checkpoints.blueprint import Blueprint
 from evomerge.checkpoints.computing import computing_settings, seeing_settings
 from evomerge.checkpoints.layered import LayerSetting, layer_settings, with_text_settings, written_settings
-from evomerge.checkpoints.parts import Cut, Part, check_shape
+from evomerge.checkpoints.parts import COPY_AGAIN, Cut, Part, check_shape
 from evomerge.checkpoints.residual import residual_writers
 from evomerge.checkpoints.roles import model_roles
 from evomerge.checkpoints.stacking import EmptyStack, path_problem
@@ -187,8 +187,7 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
     layers: int = text.num_hidden_layers
     held = sum(0 not in shape for shape in shapes.values())  # a name alone costs nothing
     if layers > held:  # before building that many modules
-        problem = f"config.json: num_hidden_layers is {layers}, but there are {held} tensors"
-        raise InputError(place, problem, "Copy config.json and all files again, of one model.")
+        raise InputError(place, f"config.json: num_hidden_layers is {layers}, but there are {held} tensors", COPY_AGAIN)
     model = empty_model(parsed, place, torch.bfloat16, _TENSORS_AHEAD + 2 * held)  # float32 there is so in any model
     written, stored = checkpoint_parts(model), stored_tensors(model)
     try:

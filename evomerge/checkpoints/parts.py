@@ -15,6 +15,8 @@ from evomerge.errors import InputError
 Cut = int | tuple[int, int]
 """What a piece takes of one dimension: an index, or from a start to a stop."""
 
+COPY_AGAIN = "Copy config.json and all files again, of one model."
+"""What to do about files that are not those of the configuration."""
 
 Fold = Literal["times", "shifted"]
 """How a factor f goes into a stored tensor t: f t, or (1 + t) f - 1 for norms whose weight is 1 + t, as Gemma's."""
@@ -48,7 +50,7 @@ def check_shape(name: str, shape: Sequence[int], wanted: Sequence[int], place: s
     """
     if list(shape) != list(wanted):
         problem = f"{name} has shape {list(shape)} in the files; config.json asks for {list(wanted)}"
-        raise InputError(place, problem, "Copy config.json and all files again, of one model.")
+        raise InputError(place, problem, COPY_AGAIN)
 
 
 def holders(parts: Mapping[str, Part], located: Mapping[Part, str]) -> Iterator[tuple[str, str, Part]]:
