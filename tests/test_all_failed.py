@@ -9,6 +9,7 @@ import pytest
 from helpers_miniature import evomerge, json_of, short_search_file
 from helpers_search import drive, make_setup, simulate, weights_of
 
+from evomerge.commands.failing import recorded
 from evomerge.errors import InputError
 from evomerge.report.failures import all_failed
 from evomerge.report.status import status_of
@@ -100,4 +101,9 @@ def test_status_and_page_say_what_has_ended_the_driver(
         state = Drivers(Root.of(str(tmp_path), tmp_path)).state_of("search", store)
         assert (state.state, state.why) == ("created", "ValueError: an odd number")
         with acquire(store):
+            store.set_state("running")
+            with pytest.raises(InputError), recorded(store):
+                raise InputError("pool", "is gone")
+            assert (status_of(store).state, status_of(store).why) == ("interrupted", "pool: is gone")  # at once
+            store.set_state("running")
             assert status_of(store).why == ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from evomerge.errors import InputError
-from evomerge.store import Store, summaries
+from evomerge.store import Store, current_holder, summaries
 from evomerge.store.events import DriverFailed, LeaseTaken, State
 
 
@@ -35,3 +35,8 @@ def driver_failure(store: Store) -> str:
         return ""
     since = [store.events(kinds=(kind,), since=failed[0].seq, oldest=1) for kind in (State.kind, LeaseTaken.kind)]
     return "" if any(since) else failed[0].read(DriverFailed).why
+
+
+def is_driven(store: Store) -> bool:
+    """Whether a driver holds the lease, and has not failed: it keeps the lease for a moment then."""
+    return current_holder(store) is not None and not driver_failure(store)

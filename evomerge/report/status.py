@@ -23,7 +23,7 @@ from evomerge.report.entries import (
     features_of,
     origin_of,
 )
-from evomerge.report.failures import driver_failure
+from evomerge.report.failures import driver_failure, is_driven
 from evomerge.report.picks import picks_of
 from evomerge.report.quadratics import quadratics_of
 from evomerge.report.search_status import (
@@ -41,7 +41,7 @@ from evomerge.report.spending import Cost, cost_of, seconds_left
 from evomerge.search.estimation.combined import Range
 from evomerge.search.estimation.preference import BEST, KNEE, Preference
 from evomerge.search.settings.folder import open_store
-from evomerge.store import CandidateRow, SearchRow, Store, current_holder
+from evomerge.store import CandidateRow, SearchRow, Store
 from evomerge.store.events import Agreed, ConfirmFailed, Descent, ItemErrors, ItemResponse, Refined, Screening, State
 from evomerge.store.record import Measure, SearchRecord
 from evomerge.store.rows import AnyCandidate, ListedCandidate
@@ -85,7 +85,7 @@ def status_of(store: Store) -> SearchStatus:
     """The status of a search. Takes a few queries, however many candidates there are."""
     search = store.search()
     record = search.record
-    counts, driven = Counts.of(store.counts()), current_holder(store) is not None
+    counts, driven = Counts.of(store.counts()), is_driven(store)
     recent = store.candidates(statuses=["done", "eliminated"], newest=_RECENT)
     front, baselines = store.front(), store.candidates(step=0)
     held = confirmation(store, search, baselines)

@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
-from evomerge.report.failures import driver_failure
+from evomerge.report.failures import driver_failure, is_driven
 from evomerge.search.settings.folder import STORE_VARIABLE
 from evomerge.search.settings.rebudget import change_budget
 from evomerge.search.settings.sections import Budget, Cluster
@@ -59,7 +59,7 @@ class Drivers:
     def state_of(self, name: str, store: Store) -> DriverState:
         """What the driver of a search is doing. This takes a few short queries and reads two small files."""
         search = store.search()
-        if current_holder(store) is not None:
+        if is_driven(store):
             if _last(store, "lease", "began again") > _last(store, "state"):  # it is opening models and tasks
                 return DriverState("starting", "", holds=True)
             return DriverState(search.state, search.why, holds=True)
