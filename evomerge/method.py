@@ -256,7 +256,7 @@ def plan_of(method: Method, facts: Facts, blend: Blend) -> Pass:
     inputs = getattr(made, "inputs", None)
     if inputs is None:
         kind = type(made).__name__
-        raise TypeError(f"{method.name} planned a {kind}, not a pass such as Combine, Elementwise or Whole")
+        raise TypeError(f"{method.name} planned a {kind}, not a pass such as Combine, RowFunction or TensorFunction")
     if None in inputs:
         raise ValueError(f"{method.name} reads a base, and there is none: let it say needs_base=True")
     if unknown := [name for name in inputs if name not in facts.site.refs]:

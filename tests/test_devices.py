@@ -181,7 +181,7 @@ def test_sources_are_kept_for_the_device_of_their_layer(sources: dict[str, Sourc
     assert live.stack is not None
     runners = materialiser._runner
     assert runners is not None
-    for device, runner in runners.of_device.items():
+    for device, runner in runners.by_device.items():
         layers = {sources[name].roles[tensor].layer for name, tensor in runner._kept}
         on_it = {layer for layer in range(LAYERS) if live.stack.devices[layer] == device}
         assert layers == (on_it | {None} if device == FIRST else on_it)

@@ -71,11 +71,11 @@ def test_rows_are_selected_by_name(kit: Any, wanted: list[str], expected: list[s
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("method tie", "'method ties'"), ("x", "there are: method ties, pass Whole")]
+    ("name", "hint"), [("method tie", "'method ties'"), ("x", "there are: method ties, pass TensorFunction")]
 )
 def test_a_row_that_there_is_not_is_refused_with_the_nearest(kit: Any, name: str, hint: str) -> None:
     with pytest.raises(ValueError, match=re.escape(hint)):
-        kit("results").selected(["method ties", "pass Whole"], [name])
+        kit("results").selected(["method ties", "pass TensorFunction"], [name])
 
 
 # ---- rows in a process beside ----------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_a_new_kind_of_pass_has_a_row_that_fails_until_it_has_an_example(
     from evomerge.merging.arithmetic import passes
 
     @dataclass(frozen=True)
-    class Rotate(passes.Whole):
+    class Rotate(passes.TensorFunction):
         """A pass of tomorrow."""
 
     monkeypatch.setattr(passes, "Rotate", Rotate, raising=False)

@@ -11,7 +11,7 @@ from helpers_checkpoints import save_model, tiny_config
 from evomerge.checkpoints.live import live_model
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.merging.arithmetic import device
-from evomerge.merging.arithmetic.device import DeviceRunner, Residency, choose_place
+from evomerge.merging.arithmetic.device import DeviceRunner, Residency, choose_residency
 from evomerge.merging.materialise import Materialiser
 from evomerge.merging.path import merged_tensors
 from evomerge.method import default_parameters, own_methods
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def test_sources_are_kept_where_they_fit(
     sources: int, device_free: int, host_free: int, place: str, reason: str
 ) -> None:
-    found = choose_place(sources * GB, device_free * GB, 80 * GB, host_free * GB)
+    found = choose_residency(sources * GB, device_free * GB, 80 * GB, host_free * GB)
     assert found.residency == place
     assert re.search(reason, found.reason)
 
@@ -104,7 +104,7 @@ def test_where_the_sources_lie_changes_nothing(residency: Residency, sources: di
     runner = DeviceRunner(CPU, materialiser.read, [], residency)
     for _ in range(2):
         assert torch.equal(runner.tensor(("a", "lm_head.weight")), sources["a"].read("lm_head.weight"))
-    assert runner.place.reason == "asked for"
+    assert runner.choice.reason == "asked for"
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della", "sce", "cabs"])

@@ -18,9 +18,9 @@ from evomerge.merging.arithmetic.drops import (
     element_bits,
     level,
     limit,
+    partner_offsets,
     random_words,
     stream_key,
-    turns,
 )
 from evomerge.merging.arithmetic.jobs import TensorJob, WorkerThreads
 from evomerge.merging.arithmetic.passes import SparsePart, Sparsify
@@ -149,10 +149,10 @@ def test_stream_keys_do_not_run_together() -> None:
 
 @given(st.integers(0, 2**40), st.integers(1, 50_000), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 def test_a_row_is_turned_by_any_number_of_places_but_its_length(first: int, length: int, k0: int, k1: int) -> None:
-    found = turns(torch.arange(first, first + 3), length, as_signed((k0, k1))).tolist()
+    found = partner_offsets(torch.arange(first, first + 3), length, as_signed((k0, k1))).tolist()
     assert all(1 <= turn < max(length, 2) for turn in found)
     key = np.uint32(k0), np.uint32(k1)
-    assert found == [compiled_words.row_turn(np.uint64(first + i), np.uint64(length), *key) for i in range(3)]
+    assert found == [compiled_words.partner_offset(np.uint64(first + i), np.uint64(length), *key) for i in range(3)]
 
 
 def chances(source: torch.Tensor, low: float, high: float, seeds: int) -> torch.Tensor:

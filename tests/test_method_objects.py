@@ -17,7 +17,7 @@ from torch import Tensor
 from evomerge.errors import InputError
 from evomerge.mergekit import grammar
 from evomerge.mergekit.grammar import Grammar
-from evomerge.merging.arithmetic.passes import Combine, Elementwise, Pass, Whole
+from evomerge.merging.arithmetic.passes import Combine, Pass, RowFunction, TensorFunction
 from evomerge.method import (
     Method,
     MethodParameter,
@@ -353,11 +353,11 @@ def test_what_a_blend_leaves_out_is_at_its_default() -> None:
         ),
         (lambda facts, blend: Combine({"s0": blend.value("weight")}), {"scope": "source"}, "say which"),
         (
-            lambda facts, blend: Elementwise(("s0",), lambda t, first: t[0].sum(0)),
+            lambda facts, blend: RowFunction(("s0",), lambda t, first: t[0].sum(0)),
             {},
             r"returned \[3\] for tensors \[4, 3\]",
         ),
-        (lambda facts, blend: Whole(("s0",), lambda t: t[0].sum()), {}, r"returned \[\] for tensors \[4, 3\]"),
+        (lambda facts, blend: TensorFunction(("s0",), lambda t: t[0].sum()), {}, r"returned \[\] for tensors \[4, 3\]"),
     ],
 )
 def test_a_method_that_is_wrong_says_what_is(plan: Any, of_method: dict[str, Any], said: str) -> None:

@@ -22,7 +22,7 @@ from evaluators.scoring import score
 from evomerge.checkpoints.source import open_source
 from evomerge.errors import InputError
 from evomerge.inference.reading import Reader
-from evomerge.merging.arithmetic.passes import Elementwise, Pass
+from evomerge.merging.arithmetic.passes import Pass, RowFunction
 from evomerge.merging.building.builders import BuildContext
 from evomerge.merging.measured.facts import Facts
 from evomerge.method import Method
@@ -50,7 +50,7 @@ def _svd_by_rows(facts: Facts, blend: Blend) -> Pass:
         u, s, v = torch.linalg.svd(sum(sources) / len(sources) - base, full_matrices=False)
         return base + (u[:, :1] * s[:1]) @ v[:1]
 
-    return Elementwise((str(blend.base), *blend.sources), rows)  # type: ignore[arg-type]
+    return RowFunction((str(blend.base), *blend.sources), rows)  # type: ignore[arg-type]
 
 
 def test_the_contract_catches_a_decomposition_of_pieces() -> None:
@@ -58,7 +58,7 @@ def test_the_contract_catches_a_decomposition_of_pieces() -> None:
         method = Method("by_rows", _svd_by_rows, needs_base=True)
         tolerance: ClassVar[float] = 1e-5
 
-    with pytest.raises(AssertionError, match="is a Whole, not an Elementwise"):
+    with pytest.raises(AssertionError, match="is a TensorFunction, not a RowFunction"):
         Wrong().test_large_tensors_are_made_as_the_plain_definition_makes_them_whole()
 
 
@@ -66,7 +66,7 @@ def test_the_contract_minds_no_rounding_of_torch(monkeypatch: pytest.MonkeyPatch
     """Where a run is cut decides on the last bit of a power."""
 
     def powers(facts: Facts, blend: Blend) -> Pass:
-        return Elementwise(blend.sources, lambda given, first: given[0].abs() ** 0.3)
+        return RowFunction(blend.sources, lambda given, first: given[0].abs() ** 0.3)
 
     class Powers(MethodContract):
         method = Method("powers", powers)

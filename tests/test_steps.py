@@ -12,7 +12,7 @@ from torch import Tensor
 from evomerge.blends import check_whole, shares_of
 from evomerge.errors import InputError
 from evomerge.mergekit.writing import to_mergekit
-from evomerge.merging.arithmetic.changes import Change, Rescale
+from evomerge.merging.arithmetic.changes import ChangeFunction, Rescale
 from evomerge.merging.arithmetic.passes import Combine, Pass, Sparsify
 from evomerge.merging.measured.facts import Facts
 from evomerge.method import MethodParameter, find_method
@@ -53,7 +53,7 @@ def _clipped(facts: Facts, blend: Blend, values: Values, made: Pass) -> Pass:
         most = float(values["share"]) * float(change.abs().max())
         return change.clamp_(-most, most)
 
-    return Change(str(blend.base), made, clip)
+    return ChangeFunction(str(blend.base), made, clip)
 
 
 class TestActivations(StepContract):

@@ -31,7 +31,7 @@ from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
 from evomerge.merging.arithmetic.jobs import WorkerThreads
 from evomerge.merging.arithmetic.nested import made_whole
-from evomerge.merging.arithmetic.passes import Combine, Elementwise, Pass
+from evomerge.merging.arithmetic.passes import Combine, Pass, RowFunction
 from evomerge.merging.measured.evidence import Evidence, Tensors
 from evomerge.merging.measured.facts import Facts, Weights
 from evomerge.merging.path import Merged
@@ -158,7 +158,7 @@ def _added(base: str, left: Tensor, right: Tensor) -> Pass:
         factors = (left[first_row : first_row + len(own)], right)
         return own.addmm(*(factor.to(own.device) for factor in factors))
 
-    return Elementwise((base,), rows)
+    return RowFunction((base,), rows)
 
 
 def _basis(vectors: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.arithmetic.passes import Combine, Elementwise, Pass, SparsePart, Sparsify
+from evomerge.merging.arithmetic.passes import Combine, Pass, RowFunction, SparsePart, Sparsify
 from evomerge.recipes.stack import Blend
 
 if TYPE_CHECKING:
@@ -118,4 +118,4 @@ def along_kept(
         (origin,) = tensors
         return origin.add(kept[first_row : first_row + len(origin)].to(origin.device), alpha=factor)
 
-    return Elementwise(names[:1], rows)
+    return RowFunction(names[:1], rows)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import Grammar, for_all
-from evomerge.merging.arithmetic.passes import Elementwise, Pass
+from evomerge.merging.arithmetic.passes import Pass, RowFunction
 from evomerge.merging.plans import base_of, number
 from evomerge.method import Method, MethodParameter
 from evomerge.recipes.stack import Blend
@@ -38,7 +38,7 @@ def arcee_fusion(facts: Facts, blend: Blend) -> Pass:
         base, source = tensors
         return source.where(_importance(tensors) >= least, base)
 
-    return Elementwise(names, rows)
+    return RowFunction(names, rows)
 
 
 def _importance(rows: Sequence[Tensor]) -> Tensor:

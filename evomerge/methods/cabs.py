@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merging.arithmetic.passes import RANKED, Combine, Disjoint, Pass
+from evomerge.merging.arithmetic.passes import RANK_BLOCK, Combine, Disjoint, Pass
 from evomerge.merging.plans import base_of, number
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.masked import ALL_KEPT
@@ -31,7 +31,7 @@ def cabs(facts: Facts, blend: Blend) -> Pass:
     for source in blend.sources:
         share, kept = blend.value("weight", source), blend.value("density", source)
         if share and kept > 0:
-            counted[source] = factor * share, max(1, round(kept * RANKED))
+            counted[source] = factor * share, max(1, round(kept * RANK_BLOCK))
     order = sorted(counted, key=lambda source: -blend.value("priority", source))
     if not order:
         return Combine({base_of(blend): 1.0})

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from evomerge.merging.arithmetic.passes import Combine, Pass, Whole
+from evomerge.merging.arithmetic.passes import Combine, Pass, TensorFunction
 from evomerge.merging.plans import added, base_of, choice, number, values
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.parameters import one_weight, scale
@@ -115,7 +115,7 @@ def changed_by_matrix(site: Site, names: tuple[str, ...], solvers: Sequence[Solv
             matrix_of(merged, number_of, site.input_axis).add_(change, alpha=factor)
         return merged
 
-    return Whole(names, whole)
+    return TensorFunction(names, whole)
 
 
 def _products(facts: Facts, names: tuple[str, ...], matrix: int) -> Products:

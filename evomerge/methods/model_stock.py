@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import LAMBDA, Grammar, Setting
 from evomerge.merging.arithmetic import sphere
-from evomerge.merging.arithmetic.passes import Elementwise, Pass
+from evomerge.merging.arithmetic.passes import Pass, RowFunction
 from evomerge.merging.plans import added, base_of, number, switch
 from evomerge.method import Method
 from evomerge.methods.parameters import scale
@@ -40,7 +40,7 @@ def model_stock(facts: Facts, blend: Blend) -> Pass:
         of_rows = torch.tensor(ratios, dtype=torch.float32, device=deltas.device)
         return tensors[0] + factor * of_rows[:, None] * deltas.mean(dim=1)
 
-    return Elementwise((base, *blend.sources), rows)
+    return RowFunction((base, *blend.sources), rows)
 
 
 MODEL_STOCK = Method(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import Grammar, for_all
-from evomerge.merging.arithmetic.passes import Elementwise, Pass
+from evomerge.merging.arithmetic.passes import Pass, RowFunction
 from evomerge.merging.plans import base_of, number
 from evomerge.method import Method, MethodParameter
 from evomerge.recipes.stack import Blend
@@ -31,7 +31,7 @@ def nearswap(facts: Facts, blend: Blend) -> Pass:
         near = (t / (base - source).abs().clamp(min=1e-6)).clamp(0, 1)
         return near * source + (1 - near) * base
 
-    return Elementwise((base_of(blend), *blend.sources), rows)
+    return RowFunction((base_of(blend), *blend.sources), rows)
 
 
 NEARSWAP = Method(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import WEIGHT, Grammar, Setting
 from evomerge.merging.arithmetic import sphere
-from evomerge.merging.arithmetic.passes import Combine, Elementwise, Pass
+from evomerge.merging.arithmetic.passes import Combine, Pass, RowFunction
 from evomerge.merging.plans import along, switch, values
 from evomerge.method import Method
 from evomerge.methods.parameters import one_weight, weight
@@ -73,7 +73,7 @@ def _of_many(facts: Facts, blend: Blend, t: float) -> Pass:
         one, other = _slerp_of_many(inner, t)
         return origin + one * first + other * second
 
-    return Elementwise((*base, *blend.sources), rows)
+    return RowFunction((*base, *blend.sources), rows)
 
 
 def _pairs_of(first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:

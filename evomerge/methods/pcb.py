@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from evomerge.merging.arithmetic.passes import Elementwise, Pass
+from evomerge.merging.arithmetic.passes import Pass, RowFunction
 from evomerge.merging.plans import base_of, number, values
 from evomerge.method import Method, MethodParameter
 from evomerge.methods.parameters import scale, weight
@@ -85,7 +85,7 @@ def pcb(facts: Facts, blend: Blend) -> Pass:
             shares += share
         return base + total / shares.clamp(min=_TINY)
 
-    return Elementwise(names, rows)
+    return RowFunction(names, rows)
 
 
 PCB = Method(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.mergekit.grammar import LAMBDA, Grammar, for_all
-from evomerge.merging.arithmetic.passes import Elementwise, Pass
+from evomerge.merging.arithmetic.passes import Pass, RowFunction
 from evomerge.merging.plans import base_of, number
 from evomerge.method import Method, MethodParameter
 from evomerge.methods.parameters import scale
@@ -63,7 +63,7 @@ def _ram(blend: Blend, factors: Sequence[float]) -> Pass:
         share = torch.where(count > 1, 1 / count.clamp(min=1), alone.to(deltas.device))
         return tensors[0] + factor * (deltas * changed * share).sum(dim=0)
 
-    return Elementwise((base_of(blend), *blend.sources), rows)
+    return RowFunction((base_of(blend), *blend.sources), rows)
 
 
 def _deltas(rows: Sequence[Tensor]) -> Tensor:

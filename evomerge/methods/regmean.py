@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.arithmetic.passes import Combine, Pass, Whole
+from evomerge.merging.arithmetic.passes import Combine, Pass, TensorFunction
 from evomerge.merging.plans import number, values
 from evomerge.method import FRACTION, Method, MethodParameter
 from evomerge.methods.gram import WEIGHT
@@ -64,7 +64,7 @@ def nearest_on(facts: Facts, blend: Blend, input_of: Callable[[str], LayerInput]
         mean = float((own.mean(dim=1) * own.new_tensor(c)).sum())
         return input_side(nearest_by_grams(sides, list(grams), c, c, Filter(_RIDGE * mean)), inputs[0].axis)
 
-    return Whole(tuple(shares), whole)
+    return TensorFunction(tuple(shares), whole)
 
 
 REGMEAN = Method(

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.arithmetic.passes import Combine, Pass, Whole
+from evomerge.merging.arithmetic.passes import Combine, Pass, TensorFunction
 from evomerge.merging.plans import added, base_of, number, values
 from evomerge.method import Method, MethodParameter
 from evomerge.methods.parameters import scale, weight
@@ -49,7 +49,7 @@ def tsv(facts: Facts, blend: Blend) -> Pass:
             matrix.addmm_(left * scaled, right)
         return merged.view(tensors[0].shape)
 
-    return Whole((base,), whole)
+    return TensorFunction((base,), whole)
 
 
 def _vectors(facts: Facts, names: Sequence[str], halvings: int, matrix: int) -> Tensors:

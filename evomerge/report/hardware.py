@@ -18,7 +18,7 @@ from typing import Any, Literal
 from evomerge.checkpoints.placement import device_bytes, place_buffers
 from evomerge.checkpoints.sharding import Heads, heads_of, hidden_size, shard_bytes, sharding_problem, text_config
 from evomerge.inference.proxy import MAX_TOKENS, SHARE_OF_FREE, kept_bytes
-from evomerge.merging.arithmetic.device import Residency, choose_place
+from evomerge.merging.arithmetic.device import Residency, choose_residency
 from evomerge.search.settings.layouts import LAYOUTS
 
 Engine = Literal["transformers", "vllm"]
@@ -291,10 +291,10 @@ def estimate(
     fullest = max(on_device.weights for on_device in by_device)  # it also has the largest share of the sources
     free = gpu.memory - fullest - _CONTEXT
     sources = shape.sources * fullest // shape.weights
-    place = choose_place(sources, free // 2 if _serves(works, engine) else free, gpu.memory, host_free // devices)
-    seconds = merge_seconds(shape, gpu, place.residency, devices)
+    choice = choose_residency(sources, free // 2 if _serves(works, engine) else free, gpu.memory, host_free // devices)
+    seconds = merge_seconds(shape, gpu, choice.residency, devices)
     seconds += sum(work_seconds(shape, gpu, work, engine, devices) for work in works)
-    return GpuEstimate(gpu.name, need, room, place.residency, seconds)
+    return GpuEstimate(gpu.name, need, room, choice.residency, seconds)
 
 
 def lines(shape: ModelShape, works: Sequence[Work], engine: Engine, host_free: int, devices: int = 1) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from evomerge.merging.arithmetic.changes import Change
+from evomerge.merging.arithmetic.changes import ChangeFunction
 from evomerge.merging.arithmetic.passes import Pass
 from evomerge.merging.plans import base_of
 from evomerge.recipes.stack import Blend
@@ -75,7 +75,7 @@ def matrix_by_matrix(
             matrix.copy_(function(Matrix(matrix, of_sources, noise, partial(decomposed, number, matrix))))
         return change
 
-    return Change(base, made, of_tensor, blend.sources if with_sources else ())
+    return ChangeFunction(base, made, of_tensor, blend.sources if with_sources else ())
 
 
 def _origin(facts: Facts, blend: Blend, step: str) -> str:

@@ -126,7 +126,9 @@ def any_value(parameter: MethodParameter) -> st.SearchStrategy[Value]:
     return st.one_of(st.sampled_from([low, high, parameter.default]), between)
 
 
-_WHOLE = "a large tensor is made in pieces of whole rows, so what needs more than a row is a Whole, not an Elementwise"
+_WHOLE = (
+    "large tensors are made in pieces of rows, so what needs more than a row is a TensorFunction, not a RowFunction"
+)
 
 
 def _far(one: Tensor, other: Tensor) -> str:

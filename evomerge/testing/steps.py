@@ -17,7 +17,16 @@ from torch import Tensor
 
 from evomerge.merging.arithmetic import jobs
 from evomerge.merging.arithmetic.jobs import TensorJob, in_grain
-from evomerge.merging.arithmetic.passes import Combine, Elementwise, Pass, Select, SparsePart, Sparsify, Whole, call
+from evomerge.merging.arithmetic.passes import (
+    Combine,
+    Pass,
+    RowFunction,
+    Select,
+    SparsePart,
+    Sparsify,
+    TensorFunction,
+    call,
+)
 from evomerge.merging.measured.evidence import Evidence
 from evomerge.merging.measured.facts import Facts, Weights
 from evomerge.merging.site import Ref, Site
@@ -37,8 +46,8 @@ MADE: Mapping[str, Pass] = {
     ),
     "ranks within rows": Sparsify("b", (SparsePart("s0", 0.5, key=(3, 5), levels=20_000, rise=20_000),)),
     "a selection": Select("b", {"s0": 1.0, "s1": 1.0}, least=0.5),
-    "a function of rows": Elementwise(("s1", "b"), lambda given, first: given[1] + 0.5 * (given[0] - given[1])),
-    "a function of the whole": Whole(("b", "s0"), lambda given: given[0] + (given[1] - given[0]).clamp(-1, 1)),
+    "a function of rows": RowFunction(("s1", "b"), lambda given, first: given[1] + 0.5 * (given[0] - given[1])),
+    "a function of the whole": TensorFunction(("b", "s0"), lambda given: given[0] + (given[1] - given[0]).clamp(-1, 1)),
 }
 """Possible results of a method for the base b and the sources s0 and s1."""
 

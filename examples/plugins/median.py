@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evomerge.merging.arithmetic.passes import Elementwise, Pass
+from evomerge.merging.arithmetic.passes import Pass, RowFunction
 from evomerge.merging.measured.facts import Facts
 from evomerge.merging.plans import base_of
 from evomerge.method import Method, MethodParameter
@@ -27,7 +27,7 @@ def median(facts: Facts, blend: Blend) -> Pass:
         deltas = torch.stack([source - base for source in sources])
         return base + weight * (deltas.mean(dim=0) if mean else deltas.median(dim=0).values)
 
-    return Elementwise((base_of(blend), *blend.sources), rows)
+    return RowFunction((base_of(blend), *blend.sources), rows)
 
 
 MEDIAN = Method(

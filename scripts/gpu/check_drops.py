@@ -8,7 +8,7 @@ from check_passes import by_cpu, by_device
 from kit import CPU, Row, Setting, check, same_bits
 
 from evomerge.merging.arithmetic import words
-from evomerge.merging.arithmetic.drops import LEVELS, as_signed, element_bits, random_words, stream_key, turns
+from evomerge.merging.arithmetic.drops import LEVELS, as_signed, element_bits, partner_offsets, random_words, stream_key
 from evomerge.merging.arithmetic.passes import SparsePart, Sparsify
 
 _FIRST = (0, 1, (1 << 31) - 3, (1 << 33) + 5)
@@ -37,8 +37,8 @@ def _bits(setting: Setting) -> str:
         words.random_words(compiled, np.uint64(first), np.uint32(key[0]), np.uint32(key[1]))
         expected = torch.from_numpy(compiled.astype(np.int64))
         same_bits(random_words(first, count, key, setting.device), expected, f"compiled words from {first}")
-        on_device = turns(rows.to(setting.device), 4096, as_signed(key))
-        same_bits(on_device, turns(rows, 4096, as_signed(key)), f"turns of rows from {first}")
+        on_device = partner_offsets(rows.to(setting.device), 4096, as_signed(key))
+        same_bits(on_device, partner_offsets(rows, 4096, as_signed(key)), f"partner offsets of rows from {first}")
     return f"{len(_FIRST)} streams of {count} elements the same"
 
 

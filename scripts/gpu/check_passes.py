@@ -16,7 +16,7 @@ from kit import CPU, Row, Setting, WrongError, check, close_share, same_bits
 from torch import Tensor
 
 from evomerge.merging.arithmetic import changes, passes
-from evomerge.merging.arithmetic.changes import Change, Rescale
+from evomerge.merging.arithmetic.changes import ChangeFunction, Rescale
 from evomerge.merging.arithmetic.device import DeviceRunner
 from evomerge.merging.arithmetic.jobs import TensorJob, WorkerThreads
 from evomerge.merging.arithmetic.passes import (
@@ -24,14 +24,14 @@ from evomerge.merging.arithmetic.passes import (
     Combine,
     Differentiable,
     Disjoint,
-    Elementwise,
     Largest,
     MaskedMean,
     Pass,
+    RowFunction,
     Select,
     SparsePart,
     Sparsify,
-    Whole,
+    TensorFunction,
 )
 
 NAMES = ("base", "one", "two")
@@ -99,11 +99,11 @@ def examples(*, exact: bool) -> dict[str, Pass]:
         "Disjoint": Disjoint("base", {"two": v, "one": w}, {"two": 100, "one": 60}),
         "Largest": Largest("base", {"one": w, "two": v}),
         "Agreed": Agreed("base", {"one": w, "two": v}, {"one": 0.5 * s, "two": t}, votes=2, scale=scale),
-        "Elementwise": Elementwise(NAMES, _every_other_row),
-        "Whole": Whole(("base", "one"), _between_extremes),
+        "RowFunction": RowFunction(NAMES, _every_other_row),
+        "TensorFunction": TensorFunction(("base", "one"), _between_extremes),
         "Rescale of Select": Rescale("base", Select("base", {"one": s, "two": t}, least=4 * unit * unit), w),
-        "Rescale of Whole": Rescale("base", Whole(("base", "one"), _between_extremes), w),
-        "Change": Change("base", Sparsify("base", sizes, elect=True), _less_of_the_largest),
+        "Rescale of TensorFunction": Rescale("base", TensorFunction(("base", "one"), _between_extremes), w),
+        "ChangeFunction": ChangeFunction("base", Sparsify("base", sizes, elect=True), _less_of_the_largest),
     }
 
 

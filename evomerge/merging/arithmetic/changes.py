@@ -1,7 +1,9 @@
-"""How steps change what was planned: passes that go on with what another one makes, and when none is needed.
+"""Passes of steps: they transform the change that another pass makes to the base.
 
-* ``Rescale``: its change to the base multiplied by a factor, or one for each row or column.
-* ``Change``: any function of its whole change.
+* ``Rescale``: the change multiplied by one factor, or by one for each row or column.
+* ``ChangeFunction``: any function of the whole change.
+
+``scaled`` and ``rescaled`` avoid a second pass where the first one can be planned with other numbers.
 """
 
 from __future__ import annotations
@@ -32,13 +34,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LARGE = 16.0
-"""Factors from which on a combination of sources loses digits of small changes: (1 - f) b + f m cancels in float32."""
+"""From this factor on, (1 - f) b + f m computed as one combination loses digits of small changes to cancellation."""
 
 
 def scaled(base: str, made: Pass, factor: float) -> Pass:
-    """b + f (m - b), m being what ``made`` gives; f is not negative.
+    """A pass for b + f (m - b), where m is the result of ``made``.
 
-    What is a combination, or a sum of masked task vectors of this base, stays one with other numbers.
+    A combination, or a sum of masked task vectors of this base, remains one with other numbers; anything else becomes a
+    ``Rescale``.
+
+    Args:
+        base: name of b.
+        factor: f, not negative.
     """
     if factor == 1:
         return made
@@ -57,25 +64,31 @@ def scaled(base: str, made: Pass, factor: float) -> Pass:
 
 
 def rescaled(base: str, made: Pass, factor: float | Tensor) -> Pass:
-    """b + f (m - b) for a factor of ``Rescale``; what is rescaled already by one such factor is so by their product."""
+    """A pass for b + f (m - b) with any factor that ``Rescale`` takes; successive factors are multiplied, if possible.
+
+    Args:
+        base: name of b.
+        made: gives m.
+        factor: f: a number, or float32 [columns] or [rows, 1].
+    """
     if isinstance(made, Rescale) and made.base == base and _multiply(made.factor, factor):
         return replace(made, factor=made.factor * factor)
     return Rescale(base, made, factor)
 
 
 def _multiply(one: float | Tensor, other: float | Tensor) -> bool:
-    """Whether the product of two factors is a factor: not of rows and columns."""
+    """Whether the product of two factors is a factor again, which it is not for one of rows and one of columns."""
     return isinstance(one, float) or isinstance(other, float) or one.ndim == other.ndim
 
 
 @dataclass(frozen=True)
 class Rescale:
-    """b + f (m - b), m being what another pass makes: at the speed of that pass, of whatever kind it is.
+    """b + f (m - b), where m is the result of another pass of any kind; as fast as that pass.
 
     Attributes:
         base: b.
         made: gives m.
-        factor: f: one for the tensor; float32 [columns] for the last dimension of a matrix, or [rows, 1].
+        factor: f: one number for the tensor, or float32 [columns] (for its last dimension), or float32 [rows, 1].
     """
 
     base: str
@@ -106,7 +119,7 @@ class Rescale:
         return self.made.run(given, first, lambda function, *given: compute(rescale, base, factor, function, *given))
 
     def _factor(self, base: Tensor, first: int) -> Tensor:
-        """The factors of a piece of the base, which broadcast to it."""
+        """The factors of a piece of the base: float32 of a shape that broadcasts to the piece."""
         import torch
 
         if isinstance(self.factor, float):
@@ -118,7 +131,7 @@ class Rescale:
         return self.factor[begin : begin + math.prod(shape)].view(*shape, 1).to(base.device)
 
     def kernel(self) -> Kernel | None:
-        """That of ``made`` on a piece, which is still in the processor's cache when it is rescaled."""
+        """The kernel of ``made``, whose result for a piece is rescaled while it is still in the processor's cache."""
         made = self.made.kernel()
         if made is None or self.grain == "tensor":
             return None
@@ -139,7 +152,7 @@ class Rescale:
 
     @property
     def numbers(self) -> NDArray[np.float64]:
-        """Those of ``made``, and the factor where it is one number. Of a pass that is not differentiable TypeError."""
+        """The numbers of ``made``, and the factor if it is a number. Raises TypeError: ``made`` has no derivatives."""
         own = [self.factor] if isinstance(self.factor, float) else []
         return np.array([*differentiable(self.made).numbers, *own])
 
@@ -159,15 +172,15 @@ class Rescale:
 
 
 @dataclass(frozen=True)
-class Change:
-    """b + g(m - b), m being what another pass makes, and g any function of the whole change.
+class ChangeFunction:
+    """b + g(m - b), where m is the result of another pass and g is any function of the whole change.
 
     Attributes:
         base: b.
         made: gives m.
-        function: (float32 change, in the tensor's own shape; of that shape the task vectors of ``sources``) -> float32
-            of that shape. It may write to what it is given, and use every thread of torch.
-        sources: whose task vectors the function is given.
+        function: g: (change, task vector of each of ``sources``), all float32 in the tensor's own shape -> float32 of
+            that shape. It may overwrite its arguments, and use all threads of torch.
+        sources: names of the sources whose task vectors the function receives.
     """
 
     base: str
@@ -196,12 +209,12 @@ class Change:
 
 
 def differentiable(made: Pass) -> Differentiable:
-    """A pass as one of which derivatives can be taken. Raises TypeError: it is none."""
-    if not hasattr(made, "derivatives"):  # isinstance of a protocol takes as long as a plan
+    """The same pass, typed as differentiable. Raises TypeError: it has no derivatives."""
+    if not hasattr(made, "derivatives"):  # isinstance with a protocol takes as long as planning a tensor
         raise TypeError(f"{type(made).__name__} has no derivative by its numbers")
     return cast(Differentiable, made)
 
 
 def with_base(base: str, made: Pass) -> tuple[str, ...]:
-    """What a pass reads that changes what another one makes of a base: all that this reads, and the base."""
+    """The inputs of a pass that transforms the change made by another one: the inputs of that one, and the base."""
     return made.inputs if base in made.inputs else (*made.inputs, base)

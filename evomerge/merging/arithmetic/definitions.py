@@ -1,4 +1,9 @@
-"""The plain definitions in torch of the passes that are compiled for the CPU."""
+"""Plain definitions in torch of the passes that ``kernels`` compiles for the CPU.
+
+All compute in float32, whatever the float dtypes of their inputs. ``tensors`` are always the inputs of the pass in
+order, of one shape (flat or whole rows, see ``passes.Grain``), and where there is a base it is the first. Results have
+that shape.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from evomerge.merging.arithmetic.drops import element_bits, turns
+from evomerge.merging.arithmetic.drops import element_bits, partner_offsets
 
-RANKED = 256  # ``passes.RANKED``
+RANK_BLOCK = 256  # ``passes.RANK_BLOCK``
 
 
 def combine(tensors: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    """sum_k c_k x_k in float32."""
+    """``Combine``: sum_k c_k x_k. ``coefficients`` are float32 [tensors]."""
     total = coefficients[0] * tensors[0].float()
     for k, tensor in enumerate(tensors[1:], start=1):
         total = total + coefficients[k] * tensor.float()
@@ -23,12 +28,12 @@ def combine(tensors: Sequence[Tensor], coefficients: Tensor) -> Tensor:
 
 
 def _kept(
-    tensors: Sequence[Tensor], k: int, delta: Tensor, numbers: Tensor, draws: Tensor | None, meet: bool
+    tensors: Sequence[Tensor], k: int, delta: Tensor, numbers: Tensor, draws: Tensor | None, ranked: bool
 ) -> Tensor:
-    """The mask of a part of ``sparsify``, ``delta`` being its task vector."""
+    """The mask of part ``k`` of ``sparsify``, whose task vector is ``delta``: bool, of its shape."""
     if draws is None:
         return (delta.abs() >= numbers[k, 1]) & (delta.abs() < numbers[k, 2])
-    return drawn(tensors[0], tensors[k + 1], draws[k], meet)
+    return random_mask(tensors[0], tensors[k + 1], draws[k], ranked)
 
 
 def sparsify(
@@ -37,15 +42,16 @@ def sparsify(
     draws: Tensor | None,
     elect: bool,
     divide: bool,
-    meet: bool,
+    ranked: bool,
 ) -> Tensor:
-    """What ``Sparsify`` says, in float32.
+    """``Sparsify``.
 
     Args:
         tensors: the base and the sources.
         numbers: float32 [parts, 5]: weight, low, high, share, scale.
-        draws: int64 [parts, 5], see ``drawn``; None for masks by magnitude.
-        meet: elements of a row meet; ``tensors`` are then whole rows.
+        draws: int64 [parts, 5], see ``random_mask``; None for masks by magnitude.
+        elect, divide: as in ``Sparsify``.
+        ranked: the chance to be kept rises with the rank in the row; ``tensors`` are then whole rows.
     """
     base = tensors[0].float()
     total, above, below = torch.zeros_like(base), torch.zeros_like(base), torch.zeros_like(base)
@@ -53,7 +59,7 @@ def sparsify(
     for k, tensor in enumerate(tensors[1:]):
         delta = tensor.float() - base
         weight, _, _, share, _ = numbers[k]
-        part = (weight * delta).where(_kept(tensors, k, delta, numbers, draws, meet), 0.0)
+        part = (weight * delta).where(_kept(tensors, k, delta, numbers, draws, ranked), 0.0)
         total = total + part
         above, below = above + part.clamp(min=0), below + part.clamp(max=0)
         shares_above, shares_below = shares_above + share * (part > 0), shares_below + share * (part < 0)
@@ -64,24 +70,26 @@ def sparsify(
     return base + (numbers[0, 4] * (elected / agreeing.where(agreeing != 0, 1.0)) if divide else elected)
 
 
-def drawn(base: Tensor, source: Tensor, draw: Tensor, meet: bool) -> Tensor:
-    """Which elements of a task vector are kept at random: a mask of its shape. See ``Part``.
+def random_mask(base: Tensor, source: Tensor, draw: Tensor, ranked: bool) -> Tensor:
+    """Which elements of a task vector are kept at random: bool, of its shape. See ``SparsePart``.
 
     Args:
-        draw: int64 [5]: the two halves of the stream's key, signed; the largest bits that are kept, of an element that
-            is not larger than the one it meets and of one that is; the number of the first element in the whole.
+        base, source: flat [elements], or whole rows [rows, length] if ``ranked``.
+        draw: int64 [5]: the two halves of the stream's key, signed; the largest bits with which an element is kept, if
+            it is not larger than its partner and if it is; the position of the first element in the whole tensor.
+        ranked: compare each element with its partner (``drops.partner_offsets``).
     """
     key, device = (draw[0].to(torch.int32), draw[1].to(torch.int32)), base.device
     bits = element_bits(draw[4] + torch.arange(base.numel(), device=device).view(base.shape), key)
-    if not meet:
+    if not ranked:
         return bits <= draw[2]
     rows, length = base.shape
-    turned = turns(draw[4] // length + torch.arange(rows, device=device), length, key)
-    met = (torch.arange(length, device=device) + turned[:, None]) % length
-    # Computed again of what is met, not looked up in what was computed: that would have to be written down first.
-    size, met_size = _upper_bits(base, source), _upper_bits(base.gather(1, met), source.gather(1, met))
+    offsets = partner_offsets(draw[4] // length + torch.arange(rows, device=device), length, key)
+    partner = (torch.arange(length, device=device) + offsets[:, None]) % length
+    # The partner's magnitude is computed again: looking it up would need the magnitudes written to memory first.
+    size, partner_size = _upper_bits(base, source), _upper_bits(base.gather(1, partner), source.gather(1, partner))
     coin = (bits >> 16) & 1
-    return bits <= torch.where(size > met_size - coin, draw[3], draw[2])
+    return bits <= torch.where(size > partner_size - coin, draw[3], draw[2])
 
 
 def _upper_bits(base: Tensor, source: Tensor) -> Tensor:
@@ -90,14 +98,14 @@ def _upper_bits(base: Tensor, source: Tensor) -> Tensor:
 
 
 def constants(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor on a device, without waiting for what the device is at: pinned memory is copied in its turn."""
+    """A small tensor on a device, copied from pinned memory so that nobody waits for the device's earlier work."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 def select(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
-    """What ``Select`` says, in float32; ``numbers`` are the shares and then the least variance."""
+    """``Select``. ``numbers`` are float32 [sources + 1]: the shares, and then the minimum variance."""
     base = tensors[0].float()
     deltas = [tensor.float() - base for tensor in tensors[1:]]
     total, mean = torch.zeros_like(base), torch.zeros_like(base).double()
@@ -114,7 +122,7 @@ def select(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
 
 
 def masked_mean(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
-    """What ``MaskedMean`` says, in float32; ``numbers`` are [sources, 3]: share, low, scale."""
+    """``MaskedMean``. ``numbers`` are float32 [sources, 3]: share, low, scale."""
     base = tensors[0].float()
     total, shares = torch.zeros_like(base), torch.zeros_like(base)
     for k, tensor in enumerate(tensors[1:]):
@@ -125,7 +133,7 @@ def masked_mean(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
 
 
 def largest(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """What ``Largest`` says, in float32."""
+    """``Largest``. ``weights`` are float32 [sources]."""
     base = tensors[0].float()
     high = low = weights[0] * (tensors[1].float() - base)
     for k, tensor in enumerate(tensors[2:], start=1):
@@ -135,30 +143,33 @@ def largest(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def disjoint(tensors: Sequence[Tensor], weights: Tensor, kept: Tensor) -> Tensor:
-    """What ``Disjoint`` says, in float32.
+    """``Disjoint``.
 
-    Elements of a block are ordered by a number of 23 bits: the upper bits of the magnitude, then how early the element
-    comes. The least number that is taken is found bit by bit, without sorting.
+    Elements of a block are ordered by a number of 23 bits: the upper bits of the magnitude, then earlier elements
+    before later ones. The smallest number that is taken is found bit by bit, without sorting.
 
     Args:
-        tensors: whole rows of the base and the sources, in the order in which these take.
-        kept: int64 [sources].
+        tensors: whole rows of the base and of the sources, in the order in which sources take elements.
+        weights: float32 [sources].
+        kept: int64 [sources], the elements that each source takes of a block.
     """
     base = tensors[0].float()
     rows, length = base.shape
-    blocks = -(-length // RANKED)
-    beyond = blocks * RANKED - length
-    total, place = base, torch.arange(RANKED, device=base.device)
-    ends = torch.arange(1, blocks + 1, device=base.device) * RANKED
-    sizes = (RANKED - (ends - length).clamp(min=0))[:, None]
-    free = pad(torch.ones_like(base, dtype=torch.bool), (0, beyond)).view(rows, blocks, RANKED)
+    blocks = -(-length // RANK_BLOCK)
+    beyond = blocks * RANK_BLOCK - length
+    total, place = base, torch.arange(RANK_BLOCK, device=base.device)
+    ends = torch.arange(1, blocks + 1, device=base.device) * RANK_BLOCK
+    sizes = (RANK_BLOCK - (ends - length).clamp(min=0))[:, None]
+    free = pad(torch.ones_like(base, dtype=torch.bool), (0, beyond)).view(rows, blocks, RANK_BLOCK)
     for k, tensor in enumerate(tensors[1:]):
         delta = tensor.float() - base
-        order = pad(_upper_bits(base, tensor), (0, beyond)).view(rows, blocks, RANKED) * RANKED + (RANKED - 1 - place)
+        order = pad(_upper_bits(base, tensor), (0, beyond)).view(rows, blocks, RANK_BLOCK) * RANK_BLOCK + (
+            RANK_BLOCK - 1 - place
+        )
         order = order.where(free, -1)
-        wanted = (kept[k] * sizes + RANKED - 1) // RANKED
+        wanted = (kept[k] * sizes + RANK_BLOCK - 1) // RANK_BLOCK
         least = torch.zeros_like(order[..., :1])
-        for bit in reversed(range(15 + RANKED.bit_length() - 1)):
+        for bit in reversed(range(15 + RANK_BLOCK.bit_length() - 1)):
             higher = least + (1 << bit)
             least = torch.where((order >= higher).sum(dim=-1, keepdim=True) >= wanted, higher, least)
         taken = order >= least
@@ -168,11 +179,11 @@ def disjoint(tensors: Sequence[Tensor], weights: Tensor, kept: Tensor) -> Tensor
 
 
 def outer(tensors: Sequence[Tensor], factors: Tensor, left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
-    """What ``Outer`` says, in float32.
+    """``Outer``.
 
     Args:
         tensors: whole rows.
-        factors: float32 [rows, sources], of each row its matrix's.
+        factors: float32 [rows, sources], for each row those of its matrix.
         left: float32 [rows, rank], of these rows.
         right: float32 [matrices, rank, columns].
         matrix: int64 [rows], the matrix of each row.
@@ -187,7 +198,7 @@ def outer(tensors: Sequence[Tensor], factors: Tensor, left: Tensor, right: Tenso
 
 
 def agreed(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
-    """What ``Agreed`` says, in float32; ``numbers`` are [sources, 4]: weight, ratio, votes, scale."""
+    """``Agreed``. ``numbers`` are float32 [sources, 4]: weight, ratio, votes, scale."""
     base = tensors[0].float()
     parts = [numbers[k, 0] * (tensor.float() - base) for k, tensor in enumerate(tensors[1:])]
     total, votes = torch.zeros_like(base), torch.zeros_like(base)
@@ -199,24 +210,28 @@ def agreed(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
 
 
 def rescale(base: Tensor, factor: Tensor, function: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """b + f (m - b) in float32, where m is what the plain definition of another pass gives.
+    """``Rescale``: b + f (m - b), where m is the result of the plain definition of another pass.
 
     Args:
-        factor: float32, which broadcasts to the base.
-        function, arguments: give m, flat or in the shape of the base.
+        base: b, in its own shape.
+        factor: f: float32, of a shape that broadcasts to the base.
+        function, arguments: the definition and what it takes; it gives m, flat or in the shape of the base.
     """
     wide = base.float()
     return wide + factor * (function(*arguments).view(base.shape) - wide)
 
 
-# ---- derivatives by their numbers ------------------------------------------------------------------------------------
+# ---- derivatives with respect to their numbers -----------------------------------------------------------------------
 
 
 def inner_products(gradient: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """<g, x_k> of every tensor: float64 [tensors].
 
-    Sources are close to each other, and what counts is how their products differ: so all but the first are computed as
-    <g, x_1> + <g, x_k - x_1>, the sum in float64.
+    Sources are close to each other, and the differences between their products are what matters. So all but the first
+    are computed as <g, x_1> + <g, x_k - x_1>, with that sum in float64.
+
+    Args:
+        gradient: g, float32 of the tensors' shape.
     """
     first = tensors[0].float()
     own = (gradient * first).sum().double()
@@ -230,19 +245,27 @@ def sparsify_derivatives(
     draws: Tensor | None,
     elect: bool,
     divide: bool,
-    meet: bool,
+    ranked: bool,
 ) -> Tensor:
-    """The derivatives of ``sparsify`` by the weights, the shares and the scale, float64 [2 parts + 1], by formula.
+    """Derivatives of a loss with respect to the numbers of ``sparsify``, by formula.
 
-    With e_k d_k what counts of a part, N = sum_k w_k e_k d_k and S = sum_k s_k e_k: of N, <g, e_k d_k>; of c N / S,
-    <g, c e_k d_k / S> by w_k, -<g, c e_k N / S^2> by s_k, and <g, N / S> by c. Autograd, which gives the same, takes
-    more than twice as long, and of a gradient that would be most beside the passes over the model.
+    Let e_k d_k be the kept elements of a task vector, N = sum_k w_k e_k d_k and S = sum_k s_k e_k. The derivative of N
+    by w_k is <g, e_k d_k>. Those of c N / S are <g, c e_k d_k / S> by w_k, -<g, c e_k N / S^2> by s_k, and <g, N / S>
+    by c. Autograd gives the same, but takes more than twice as long, which would be most of what a gradient costs
+    besides the passes over the model.
+
+    Args:
+        gradient: g, the derivative of the loss with respect to each element: float32 of the tensors' shape.
+        tensors, numbers, draws, elect, divide, ranked: as in ``sparsify``.
+
+    Returns:
+        float64 [2 parts + 1]: by the weights, by the shares, by the scale.
     """
     base, weights = tensors[0].float(), numbers[:, 0]
     counted: list[Tensor] = []  # e_k d_k
     for k, tensor in enumerate(tensors[1:]):
         delta = tensor.float() - base
-        counted.append(delta.where(_kept(tensors, k, delta, numbers, draws, meet), 0.0))
+        counted.append(delta.where(_kept(tensors, k, delta, numbers, draws, ranked), 0.0))
     agreeing: list[Tensor] = []  # e_k
     if elect:
         positive = _weighted(weights, counted) >= 0
@@ -267,13 +290,16 @@ def _weighted(weights: Tensor, parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def by_numbers(run: Callable[..., Tensor], tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-    """The derivative by each element of the numbers that a plain definition takes, in float64 and their shape.
+def autograd_derivatives(run: Callable[..., Tensor], tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
+    """Derivatives of a loss with respect to the numbers of a pass, by autograd through its plain definition.
 
     Args:
-        run: ``Pass.run``. The definition is the one that it has computed; its second argument is the numbers.
-        tensors, first: as of ``run``.
-        gradient: of the loss by the elements of the piece, float32.
+        run: ``Pass.run`` of a pass whose plain definition takes the tensors, and then the numbers as one tensor.
+        tensors, first: as for ``run``.
+        gradient: derivative of the loss with respect to each element of the piece, float32.
+
+    Returns:
+        float64, of the shape of the numbers that the definition takes.
     """
     taken: list[Tensor] = []
 

@@ -1,7 +1,7 @@
-"""Derivatives of a loss by the numbers of passes, from its derivatives by the weights that they make.
+"""Derivatives of a loss with respect to the numbers of passes, from its derivatives with respect to merged weights.
 
-For the result m of a pass and its numbers n, dL/dn = <dL/dm, dm/dn>. Masks are constants: they follow from comparisons,
-which have no derivative, so what is differentiated is the pass with the masks that it has.
+For the result m of a pass and its numbers n, dL/dn = <dL/dm, dm/dn>. Masks count as constants, because they come from
+comparisons, which have no derivative.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from evomerge.merging.arithmetic.changes import Rescale
 from evomerge.merging.arithmetic.jobs import in_grain
 from evomerge.merging.arithmetic.passes import Combine, Differentiable, Pass
 
-_NEXT_TO_NOTHING = 1e-60
+_NEGLIGIBLE = 1e-60
 _PIECE = 1 << 16
-"""Elements of a piece: what a plain definition makes on its way stays in the processor's cache."""
+"""Elements of a piece: few enough that intermediate results of a plain definition stay in the processor's cache."""
 
 
 def derivatives_of(plan: Differentiable, tensors: Sequence[Tensor], gradient: Tensor) -> Tensor:
-    """The derivative by each number of a pass over a whole tensor: float64 [numbers], where ``tensors`` are.
+    """The derivative of a loss with respect to each number of a pass over a whole tensor.
 
     Args:
-        tensors: what ``plan.inputs`` names, contiguous.
-        gradient: of the loss by the elements of the tensor, of its shape and any float dtype.
+        tensors: what ``plan.inputs`` names, contiguous, of any float dtypes.
+        gradient: derivative of the loss with respect to each element of the tensor, of its shape and any float dtype.
+
+    Returns:
+        float64 [numbers], on the device of ``tensors``.
     """
     shape, total, grain = gradient.shape, gradient.numel(), plan.grain
     row = shape[-1] if shape else 1
@@ -40,12 +43,12 @@ def derivatives_of(plan: Differentiable, tensors: Sequence[Tensor], gradient: Te
 
 
 def with_every_source(plan: Pass) -> Pass:
-    """The same pass, but for a combination that leaves out sources whose coefficient is zero: it reads these, too.
+    """The same pass, except that a combination also reads the sources whose coefficient is zero.
 
-    Their coefficients are next to nothing, and zero in float32, in which it computes.
+    Such a coefficient becomes so small that it is zero in float32, in which the pass computes.
     """
     if isinstance(plan, Rescale):
         return replace(plan, made=with_every_source(plan.made))
     if isinstance(plan, Combine):
-        return Combine({name: c or _NEXT_TO_NOTHING for name, c in plan.coefficients.items()})
+        return Combine({name: c or _NEGLIGIBLE for name, c in plan.coefficients.items()})
     return plan

@@ -1,8 +1,8 @@
-"""Passes run on a GPU: where the sources lie, and the plain definitions of ``passes`` compiled for the device.
+"""How passes run on a GPU: where sources are kept, and plain definitions compiled for the device.
 
-Sources are read for every candidate, so where they lie decides what a merge costs: in the device's memory that is its
-bandwidth, in pinned host memory that of the bus, in mapped files that of the bus with a copy by the processor before
-it.
+Sources are read for every candidate, so where they are kept determines the speed of a merge. It is limited by the
+memory bandwidth of the device, or by that of the bus if they are in pinned host memory. If they are mapped files, the
+processor must also copy them first.
 """
 
 from __future__ import annotations
@@ -27,38 +27,38 @@ log = logging.getLogger(__name__)
 Residency = Literal["device", "pinned", "mapped"]
 
 _PIECE = 1 << 24  # elements: intermediate results of a definition that is not compiled take a few hundred MB
-_COMPILED_PIECE = 1 << 30  # elements: there are none, and 32 bits count what a kernel is given
+_COMPILED_PIECE = 1 << 30  # elements: a compiled one has no intermediate results, and counts elements in 32 bits
 _MAX_COMPILED = 128  # variants of all definitions together
-# What is used twice is computed twice. torch would write long expressions down in float32 and read them again, which
-# takes longer than anything that a definition computes.
+# One kernel for each definition, even if it computes some expressions twice. By default torch would write long ones to
+# memory in float32 and read them again, which takes longer than anything that a definition computes.
 _ONE_KERNEL = {"realize_opcount_threshold": 100_000, "realize_reads_threshold": 1_000}
-_SPARE = 0.25  # share of the device's memory that is left to scoring: activations, cache, evaluators
-_HOST_SHARE = 0.5  # of the free memory of the host, which other workers want as well
+_SCORING_SHARE = 0.25  # share of the device's memory that is left to scoring: activations, cache, evaluators
+_HOST_SHARE = 0.5  # share of the host's free memory that one worker may pin; other workers need some as well
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where sources lie for a worker, and why."""
+class ResidencyChoice:
+    """Where a worker keeps the sources, and why, as shown in logs."""
 
     residency: Residency
     reason: str
 
 
-def choose_place(sources: int, device_free: int, device_total: int, host_free: int) -> Place:
-    """Where sources are best kept.
+def choose_residency(sources: int, device_free: int, device_total: int, host_free: int) -> ResidencyChoice:
+    """Where to keep sources: in the fastest memory that has enough space.
 
     Args:
         sources: bytes of all of them.
-        device_free, device_total: bytes of the device's memory, with the live model there already.
-        host_free: bytes of the host's memory that are available.
+        device_free, device_total: bytes of the device's memory, with the live model already in it.
+        host_free: available bytes of the host's memory.
     """
-    room = device_free - int(_SPARE * device_total)
+    room = device_free - int(_SCORING_SHARE * device_total)
     if sources <= room:
-        return Place("device", f"the sources ({_gb(sources)}) fit beside the model ({_gb(room)} to spare)")
+        return ResidencyChoice("device", f"the sources ({_gb(sources)}) fit beside the model ({_gb(room)} to spare)")
     why = f"the sources ({_gb(sources)}) do not fit beside the model ({_gb(max(room, 0))} to spare)"
     if sources <= _HOST_SHARE * host_free:
-        return Place("pinned", f"{why}; host memory takes them ({_gb(host_free)} free)")
-    return Place("mapped", f"{why}, nor into half of the host's free memory ({_gb(host_free)})")
+        return ResidencyChoice("pinned", f"{why}; host memory takes them ({_gb(host_free)} free)")
+    return ResidencyChoice("mapped", f"{why}, nor into half of the host's free memory ({_gb(host_free)})")
 
 
 def _gb(count: int) -> str:
@@ -69,10 +69,10 @@ class DeviceRunner:
     """Makes the tensors of a live model on its device.
 
     Args:
-        device: of the live model.
-        read: gives a tensor of a source on the CPU.
-        refs: every tensor of every source that is kept for this device, for counting bytes.
-        residency: where sources are kept; chosen by what fits when None.
+        device: where the live model is.
+        read: reads a tensor of a source to the CPU.
+        refs: every tensor of every source that is kept for this device, to count their bytes.
+        residency: where to keep sources; None chooses the fastest memory in which they fit.
         devices: how many devices of this worker share the host's memory.
     """
 
@@ -88,29 +88,29 @@ class DeviceRunner:
         self._device = device
         self._read = read
         self._kept: dict[Ref, Tensor] = {}
-        self.place = Place(residency, "asked for") if residency else self._choose(refs)
-        log.info("sources are kept in %s memory: %s", self.place.residency, self.place.reason)
+        self.choice = ResidencyChoice(residency, "asked for") if residency else self._choose(refs)
+        log.info("sources are kept in %s memory: %s", self.choice.residency, self.choice.reason)
 
-    def _choose(self, refs: Iterable[Ref]) -> Place:
+    def _choose(self, refs: Iterable[Ref]) -> ResidencyChoice:
         if self._device.type != "cuda":
-            return Place("mapped", f"a {self._device.type} device reads the mapped files")
+            return ResidencyChoice("mapped", f"a {self._device.type} device reads the mapped files")
         free, total = torch.cuda.mem_get_info(self._device)
         size = sum(self._read(ref).nbytes for ref in refs)
-        return choose_place(size, free, total, psutil.virtual_memory().available // self._devices)
+        return choose_residency(size, free, total, psutil.virtual_memory().available // self._devices)
 
     def tensor(self, ref: Ref, device: torch.device | None = None) -> Tensor:
         """A tensor of a source on the device, or on another one."""
         device = device or self._device
-        if self.place.residency == "mapped":
+        if self.choice.residency == "mapped":
             return self._read(ref).to(device)
         if ref not in self._kept:
             read = self._read(ref)
-            self._kept[ref] = read.to(self._device) if self.place.residency == "device" else read.pin_memory()
-        # The device waits for the copy before it computes: both stand in one stream.
+            self._kept[ref] = read.to(self._device) if self.choice.residency == "device" else read.pin_memory()
+        # Without blocking: copy and computation are in one stream of the device, so they run in order.
         return self._kept[ref].to(device, non_blocking=True)
 
     def run(self, plan: Pass, refs: Sequence[Ref], out: Tensor) -> None:
-        """Make one tensor in place.
+        """Compute one tensor in place.
 
         Args:
             refs: what ``plan.inputs`` names.
@@ -121,59 +121,64 @@ class DeviceRunner:
 
 @torch.no_grad()
 def compute_on(device: torch.device, plan: Pass, tensors: Sequence[Tensor], out: Tensor) -> None:
-    """Make one tensor in place, from tensors on the device where it is."""
+    """Compute one tensor in place.
+
+    Args:
+        tensors: what ``plan.inputs`` names, contiguous, on ``device``.
+        out: contiguous, on ``device``, of their shape and any float dtype.
+    """
     row, total, grain = out.shape[-1] if out.shape else 1, out.numel(), plan.grain
-    # What has no compiled form on the CPU has none here: it is run as it stands, with all its intermediate results.
+    # A pass without a kernel for the CPU is not compiled here either, and has large intermediate results.
     most = _COMPILED_PIECE if is_compiled(device) and plan.kernel() is not None else _PIECE
     flat, whole = [tensor.reshape(-1) for tensor in tensors], out.view(-1)
     step = {"element": most, "row": max(1, most // max(row, 1)) * row, "tensor": total}[grain] or 1
     for begin in range(0, total, step):
         *pieces, target = (in_grain(grain, tensor[begin : begin + step], out.shape) for tensor in (*flat, whole))
-        made = plan.run(pieces, begin, computer(device, target))
+        made = plan.run(pieces, begin, compute_function(device, target))
         if made is not target:
             target.copy_(made.reshape(target.shape))
 
 
 class DeviceRunners:
-    """Makes the tensors of a live model whose layers several devices share out, each on the device where it lies.
+    """Makes the tensors of a live model whose layers are divided among several devices, each tensor on its own device.
 
     Args:
-        homes: every tensor of every source, with the device for which it is kept: that of the layer with its number.
-            A path that has the layer elsewhere brings it there.
-        read, residency: as of ``DeviceRunner``; where sources are kept is chosen for each device.
+        device_of: for every tensor of every source, the device for which it is kept: that of the layer with the same
+            number. If a path has the layer elsewhere, the tensor is copied there.
+        read, residency: as for ``DeviceRunner``; a residency of None is chosen for each device.
     """
 
     def __init__(
-        self, homes: Mapping[Ref, torch.device], read: Callable[[Ref], Tensor], residency: Residency | None = None
+        self, device_of: Mapping[Ref, torch.device], read: Callable[[Ref], Tensor], residency: Residency | None = None
     ) -> None:
         kept: dict[torch.device, list[Ref]] = {}
-        for ref, device in homes.items():
+        for ref, device in device_of.items():
             kept.setdefault(device, []).append(ref)
-        self._homes = homes
-        self.of_device = {
+        self._device_of = device_of
+        self.by_device = {
             device: DeviceRunner(device, read, refs, residency, len(kept)) for device, refs in kept.items()
         }
 
     def tensor(self, ref: Ref, device: torch.device) -> Tensor:
-        """A tensor of a source on a device, from where it is kept."""
-        return self.of_device[self._homes[ref]].tensor(ref, device)
+        """A tensor of a source on any of the devices, copied there if it is kept for another one."""
+        return self.by_device[self._device_of[ref]].tensor(ref, device)
 
     def run(self, plan: Pass, refs: Sequence[Ref], out: Tensor, device: torch.device) -> None:
-        """Make one tensor in place, which is contiguous and on ``device``; ``refs`` are what ``plan.inputs`` names."""
+        """Compute ``out`` in place, which is contiguous and on ``device``; ``refs`` are what ``plan.inputs`` names."""
         compute_on(device, plan, [self.tensor(ref, device) for ref in refs], out)
 
 
 def is_compiled(device: torch.device) -> bool:
-    """Whether plain definitions are compiled for a device: on CUDA, where torch brings Triton."""
+    """Whether plain definitions are compiled for a device: on CUDA, if Triton is installed."""
     return device.type == "cuda" and find_spec("triton") is not None
 
 
-def computer(device: torch.device, target: Tensor) -> Compute:
-    """How plain definitions are run on a device: compiled, or as they stand.
+def compute_function(device: torch.device, target: Tensor) -> Compute:
+    """How plain definitions run on a device: compiled, or as plain torch.
 
-    Compiled, one kernel reads the sources and writes ``target`` in its dtype, which is then the result: what a
-    definition gives in float32 is never in memory. Compiling takes some ten seconds for each method and number of
-    sources; torch keeps the result on disk.
+    If compiled, one kernel reads the sources and writes ``target`` in its dtype, and ``target`` is the result; the
+    definition's result in float32 is never in memory. Compiling takes about ten seconds for each method and number of
+    sources; torch caches it on disk.
     """
     if not is_compiled(device):
         return call
@@ -187,13 +192,13 @@ def computer(device: torch.device, target: Tensor) -> Compute:
 
 @cache
 def compiled(function: Callable[..., Tensor]) -> Callable[..., None]:
-    """(where to, the function's arguments) -> nothing: a plain definition whose result is written in place."""
+    """(target, the function's arguments) -> None: a compiled plain definition that writes its result to the target."""
 
     def write(target: Tensor, *arguments: Any) -> None:
         target.copy_(function(*arguments))
 
-    # A worker meets another number of sources, dtype or setting now and then; beyond so many, and that is 8 unless one
-    # says otherwise, torch runs all others as they stand.
+    # Another number of sources, dtype or setting is compiled again. Beyond this limit, which is 8 by default, torch
+    # would run all further variants without compiling them.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _MAX_COMPILED)
     return torch.compile(write, dynamic=True, options=dict(_ONE_KERNEL))

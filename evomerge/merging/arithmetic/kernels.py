@@ -1,7 +1,9 @@
 """The passes over weights, compiled: they read the sources once, compute in float32 in registers, and write once.
 
-The functions release the GIL: threads that run them on chunks of a tensor run side by side. Nothing here depends on
-where a chunk begins, so the number of threads and the size of chunks change no bit of a result.
+The functions release the GIL, so threads can run them on pieces of a tensor at the same time. Nothing here depends on
+where a piece begins, so the number of threads and the size of pieces change no bit of a result.
+
+An "array of pairs" holds a tensor as ``words`` describes: uint32 [pairs] of bfloat16, or float32 [elements].
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from evomerge.merging.arithmetic.words import (
     fma,
     pair,
     pairs,
+    partner_offset,
     put_pair,
     random_words,
-    row_turn,
     upper_bits,
     with_sign,
 )
@@ -37,13 +39,13 @@ HALF = np.float32(0.5)
 ONE = np.float32(1)
 TINY = np.float32(1e-6)
 LOWEST = np.int16(-(1 << 15))
-RANKED = 256  # ``passes.RANKED``
-TAKEN = np.int16((1 << 15) - 1)  # above the upper bits of every number, infinity among them
+RANK_BLOCK = 256  # ``passes.RANK_BLOCK``
+TAKEN = np.int16((1 << 15) - 1)  # larger than the upper bits of every number, including infinity
 
 
 @compiled
 def combine(sources: Any, coefficients: Any, out: Any, stream: Any) -> None:
-    """out = sum_k c_k x_k, each step a fused multiply-add in float32.
+    """``passes.Combine``: out = sum_k c_k x_k, each step a fused multiply-add in float32.
 
     Args:
         sources: tuple of arrays of pairs, of one dtype.
@@ -70,22 +72,22 @@ def sparsify(
     base: Any, sources: Any, weights: Any, low: Any, high: Any, keys: Any, keep: Any, rises: Any, shares: Any,
     elect: Any, scale: Any, first: Any, row: Any, out: Any, stream: Any,
 ) -> None:  # fmt: skip
-    """out = base + scale * sum_k w_k m_k d_k, with masks m_k of zeros and ones, and a sign elected where asked.
+    """``passes.Sparsify``: out = base + scale * sum_k w_k m_k d_k, with masks m_k of zeros and ones.
 
     Args:
         base, sources: array and tuple of arrays of pairs, of one dtype.
         weights: tuple of float32.
-        low, high: tuples of float32; high may be None. Without keys an element is kept where low <= |d| < high.
-        keys: tuple of two uint32 for each source, or None: an element is kept where its 16 random bits, in the upper
-            half of an int32, are at most its limit.
-        keep: tuple of int32: that limit; with ``rises``, the limit of the smaller element.
-        rises: tuple of int32, or None: how many levels more keep the larger element of two that meet; these arrays then
-            begin with a row.
+        low, high: tuples of float32; high may be None. Without keys an element is kept if low <= |d| < high.
+        keys: tuple of two uint32 for each source, or None: an element is kept if its 16 random bits, in the upper half
+            of an int32, are at most its limit.
+        keep: tuple of int32: that limit; with ``rises``, the limit of an element that is not larger than its partner.
+        rises: tuple of int32, or None: for how many more values of its bits an element is kept that is larger than its
+            partner (see ``passes.SparsePart``); the arrays must then begin with a row.
         shares: tuple of float32, or None: divide by the sum of the shares of the sources that agree.
-        elect: True, or None: only sources whose sign is that of the sum are kept.
-        scale: float32, for the sum after the division.
-        first: number of the tensor's pair at which these arrays begin.
-        row: pairs in a row of the tensor, within which elements meet.
+        elect: True, or None: keep only sources that have the sign of the sum.
+        scale: float32, multiplies the sum after the division.
+        first: position in the tensor, in pairs, at which the arrays begin.
+        row: pairs in a row of the tensor, within which elements have their partners.
         out: array of pairs.
         stream: write past the caches.
     """
@@ -106,9 +108,9 @@ def sparsify(
                 if rises is not None:
                     if place == 0:
                         _sizes(base, sources[k], start, sizes[k])
-                    turn = row_turn(number, U64(2) * row, keys[k][0], keys[k][1])
+                    offset = partner_offset(number, U64(2) * row, keys[k][0], keys[k][1])
                     raised = np.int16(np.int16(keep[k] >> np.int32(16)) + rises[k])
-                    _meet(sizes[k], U64(2) * place, turn, raised, bits.view(np.int16))
+                    _keep_larger(sizes[k], U64(2) * place, offset, raised, bits.view(np.int16))
         for i in range(count):
             bx, by = pair(base, start + i)
             up_x, up_y, down_x, down_y = ZERO, ZERO, ZERO, ZERO
@@ -124,8 +126,9 @@ def sparsify(
                 up_x = scale * _elected(up_x, parts, U64(0), i, shares)
                 up_y = scale * _elected(up_y, parts, U64(1), i, shares)
             elif elect is not None:
-                # With halves of the parts, the sum of those of one sign is their sum and that of their magnitudes: two
-                # additions a part, where keeping both signs takes two more and four comparisons.
+                # The parts are halved: then the sum of all, plus the sum of their magnitudes with its sign, is the sum
+                # of those with that sign. This takes two additions per part; separate sums for both signs would take
+                # two more and four comparisons.
                 up_x, up_y = up_x + with_sign(down_x, up_x), up_y + with_sign(down_y, up_y)
             put_pair(block, i, bx + up_x, by + up_y)
         flush(block, out, start, count, stream)
@@ -137,12 +140,12 @@ def sparsify(
 def sparsify_products(
     gradient: Any, base: Any, sources: Any, weights: Any, low: Any, high: Any, elect: Any, found: Any
 ) -> None:
-    """found[k] += <g, e_k d_k>: the derivatives by the weights of ``sparsify``, masked by magnitude and not divided.
+    """found[k] += <g, e_k d_k>: derivatives with respect to the weights of ``sparsify``, without keys and shares.
 
     Args:
         gradient, base, sources: array, array and tuple of arrays, float32 [elements].
-        weights, low, high: arrays of float32 [sources]: an element counts where low <= |d| < high.
-        elect: whether of each element only the sources whose part has the sign of the sum of all count.
+        weights, low, high: arrays of float32 [sources]: an element counts (e_k = 1) if low <= |d_k| < high.
+        elect: True if, in addition, w_k d_k must have the sign of the sum of these.
         found: float64 [sources].
     """
     total, sums = np.empty(BLOCK, np.float32), np.zeros((len(sources), BLOCK), np.float32)
@@ -177,7 +180,7 @@ def _part(x: Any, y: Any, weight: Any, k: Any, i: Any, low: Any, high: Any, keys
         if high is not None:
             x, y = x if size_x < high[k] else ZERO, y if size_y < high[k] else ZERO
         return x, y
-    # The lower element's bits stand beneath the upper one's, where a limit has ones: they need no masking out.
+    # The bits of the lower element are below those of the upper one, where limits have only ones: no mask is needed.
     word = words[U64(k), i]
     kept_x, kept_y = as_signed(U32(word << U32(16))) <= keep[k], as_signed(word) <= keep[k]
     return weight * x if kept_x else ZERO, weight * y if kept_y else ZERO
@@ -185,9 +188,9 @@ def _part(x: Any, y: Any, weight: Any, k: Any, i: Any, low: Any, high: Any, keys
 
 @compiled
 def _elected(total: Any, parts: Any, half: Any, i: Any, shares: Any) -> Any:
-    """The sum of the parts (rows ``half``, ``half`` + 2, ...) that have the sign of the total, by that of their shares.
+    """The sum of the parts (rows ``half``, ``half`` + 2, ...) with the sign of the total, over the sum of their shares.
 
-    A total of -0 is one of zeros alone, of which none agrees.
+    The total is -0 only if all parts are zeros, and these never agree.
     """
     sign = U32(as_bits(total) & SIGN)
     elected, agreeing = ZERO, ZERO
@@ -201,7 +204,7 @@ def _elected(total: Any, parts: Any, half: Any, i: Any, shares: Any) -> Any:
 
 @compiled
 def _sizes(base: Any, source: Any, start: Any, sizes: Any) -> None:
-    """The magnitudes of the task vector of one row, from pair ``start`` on: int16, the upper bits of a float32."""
+    """Write the magnitudes (int16, see ``upper_bits``) of a row of a task vector, from pair ``start``, to ``sizes``."""
     for i in range(U64(len(sizes) // 2)):
         bx, by = pair(base, start + i)
         x, y = pair(source, start + i)
@@ -209,19 +212,19 @@ def _sizes(base: Any, source: Any, start: Any, sizes: Any) -> None:
 
 
 @compiled
-def _meet(sizes: Any, place: Any, turn: Any, high: Any, bits: Any) -> None:
-    """Let larger elements be kept where their bits are at most ``high``: give them the lowest bits. See ``Part``.
+def _keep_larger(sizes: Any, place: Any, offset: Any, high: Any, bits: Any) -> None:
+    """Give the lowest bits to elements that are larger than their partners and whose bits are at most ``high``.
 
     Args:
         sizes: of a whole row, from ``_sizes``.
-        place: number in the row of the first of ``bits``.
-        turn: how many places further the element stands that one meets, the row being a ring.
+        place: position in the row of the first of ``bits``.
+        offset: from an element to its partner, modulo the length of the row.
         high: int16.
         bits: int16, the random bits of elements, written.
     """
     row, count = U64(len(sizes)), U64(len(bits))
-    begin = U64((place + turn) % row)
-    ahead = min(count, U64(row - begin))  # then the ring closes
+    begin = U64((place + offset) % row)
+    ahead = min(count, U64(row - begin))  # from there on partners are at the beginning of the row
     for i in range(ahead):
         larger = np.int16(sizes[begin + i] - np.int16(bits[i] & np.int16(1))) < sizes[place + i]
         bits[i] = LOWEST if larger & (bits[i] <= high) else bits[i]
@@ -232,14 +235,14 @@ def _meet(sizes: Any, place: Any, turn: Any, high: Any, bits: Any) -> None:
 
 @compiled
 def select(base: Any, sources: Any, shares: Any, least: Any, out: Any, stream: Any) -> None:
-    """out = base + sum_k g_k e_k d_k / sum_k g_k e_k where the d_k vary by ``least`` at least, else base.
+    """``passes.Select``: out = base + sum_k g_k e_k d_k / sum_k g_k e_k if the d_k vary enough, else base.
 
     e_k is 1 where d_k has the sign of sum_k d_k (a sum of zero counts as positive), else 0.
 
     Args:
         base, sources: array and tuple of arrays of pairs, of one dtype.
         shares: tuple of float32, the g_k.
-        least: float32, compared with ``variance``.
+        least: float32, the minimum ``variance``.
         out: array of pairs.
         stream: write past the caches.
     """
@@ -270,7 +273,7 @@ def select(base: Any, sources: Any, shares: Any, least: Any, out: Any, stream: A
 
 @compiled
 def variance(base: Any, sources: Any, index: Any) -> Any:
-    """Variances over the sources of their differences to the base, of the two elements of a pair; sums in float64."""
+    """The variances over the sources of x_k - b, for the two elements of a pair: float32, from sums in float64."""
     bx, by = pair(base, index)
     sum_x, sum_y = 0.0, 0.0
     for k in range(len(sources)):
@@ -287,7 +290,7 @@ def variance(base: Any, sources: Any, index: Any) -> Any:
 
 @compiled
 def masked_mean(base: Any, sources: Any, shares: Any, lows: Any, scale: Any, out: Any, stream: Any) -> None:
-    """out = base + scale * sum_k g_k m_k d_k / sum_k g_k m_k, where m_k is 1 where |d_k| >= low_k, else 0.
+    """``passes.MaskedMean``: out = base + scale * sum_k g_k m_k d_k / sum_k g_k m_k; m_k is 1 if |d_k| >= low_k.
 
     Args:
         base, sources: array and tuple of arrays of pairs, of one dtype.
@@ -317,7 +320,7 @@ def masked_mean(base: Any, sources: Any, shares: Any, lows: Any, scale: Any, out
 
 @compiled
 def largest(base: Any, sources: Any, weights: Any, out: Any, stream: Any) -> None:
-    """out = base + the w_k d_k of largest magnitude; of equally large ones the positive one.
+    """``passes.Largest``: out = base + the w_k d_k of largest magnitude; of equally large ones, a positive one.
 
     Args:
         base, sources: array and tuple of arrays of pairs, of one dtype.
@@ -344,22 +347,24 @@ def largest(base: Any, sources: Any, weights: Any, out: Any, stream: Any) -> Non
 
 @compiled
 def disjoint(base: Any, sources: Any, weights: Any, kept: Any, row: Any, out: Any, stream: Any) -> None:
-    """out = base + sum_k w_k m_k d_k, where source k has of each block the kept_k largest that none before it has.
+    """``passes.Disjoint``: out = base + sum_k w_k m_k d_k with masks of which no two have an element in common.
+
+    In each block, source k takes its ``kept[k]`` largest elements among those that no earlier source took.
 
     Args:
         base, sources: array and tuple of arrays of pairs, of one dtype, that begin with a row.
         weights: tuple of float32, the w_k.
-        kept: tuple of int16.
-        row: pairs in a row, which is cut into blocks of ``RANKED`` elements; the last may be shorter.
+        kept: tuple of int16; of a shorter block, a source takes the same share, rounded up.
+        row: pairs in a row, which is cut into blocks of ``RANK_BLOCK`` elements; the last may be shorter.
         out: array of pairs.
         stream: write past the caches.
     """
     block = block_like(out)
-    deltas, sums = np.empty(RANKED, np.float32), np.empty(RANKED, np.float32)
-    sizes, taken = np.empty(RANKED, np.int16), np.empty(RANKED, np.int16)
+    deltas, sums = np.empty(RANK_BLOCK, np.float32), np.empty(RANK_BLOCK, np.float32)
+    sizes, taken = np.empty(RANK_BLOCK, np.int16), np.empty(RANK_BLOCK, np.int16)
     start = U64(0)
     while start < pairs(out):
-        count = min(U64(RANKED // 2), U64(row - start % row))
+        count = min(U64(RANK_BLOCK // 2), U64(row - start % row))
         length = U64(2) * count
         sums[:], taken[:] = ZERO, 0
         for k in range(len(sources)):
@@ -370,7 +375,7 @@ def disjoint(base: Any, sources: Any, weights: Any, kept: Any, row: Any, out: An
                 deltas[U64(2) * i], deltas[U64(2) * i + U64(1)] = x - bx, y - by
             for i in range(length):
                 sizes[i] = np.int16(upper_bits(deltas[i]) | taken[i])
-            wanted = np.int16((np.int32(kept[k]) * np.int32(length) + np.int32(RANKED - 1)) // np.int32(RANKED))
+            wanted = np.int16((np.int32(kept[k]) * np.int32(length) + np.int32(RANK_BLOCK - 1)) // np.int32(RANK_BLOCK))
             _take(sizes[: np.int64(length)], wanted)
             for i in range(length):
                 sums[i] += weight * deltas[i] if sizes[i] == TAKEN else ZERO
@@ -386,11 +391,11 @@ def disjoint(base: Any, sources: Any, weights: Any, kept: Any, row: Any, out: An
 
 @compiled
 def _take(sizes: Any, wanted: Any) -> None:
-    """Write ``TAKEN`` in place of the ``wanted`` largest of some sizes, of equal ones the first.
+    """Overwrite the ``wanted`` largest sizes with ``TAKEN``; of equal ones, the first.
 
     Args:
-        sizes: int16 [at most RANKED]; those below zero are never taken.
-        wanted: int16; all are taken where there are fewer.
+        sizes: int16 [at most RANK_BLOCK]; negative ones are never taken.
+        wanted: int16; if there are fewer, all are taken.
     """
     least = np.int16(0)
     reached = _count(sizes, least)
@@ -404,7 +409,7 @@ def _take(sizes: Any, wanted: Any) -> None:
                     break
     higher = np.int16(least + np.int16(1))
     end, equal = U64(len(sizes)), np.int16(wanted - _count(sizes, higher))
-    if reached > wanted:  # before which element there are as many of the least size as are taken
+    if reached > wanted:  # find the element before which there are as many of the least size as are taken
         end = U64(0)
         for step in (128, 64, 32, 16, 8, 4, 2, 1):
             part = sizes[np.int64(end) : np.int64(end) + step]
@@ -430,14 +435,14 @@ def _count(sizes: Any, least: Any) -> Any:
 def outer(
     base: Any, sources: Any, factors: Any, left: Any, right: Any, first: Any, row: Any, out: Any, stream: Any
 ) -> None:
-    """out = base + sum_k f_k d_k + L R, row by row, with the numbers of the row's matrix.
+    """``outer.Outer``: out = base + sum_k f_k d_k + L R, row by row, with the numbers of the row's matrix.
 
     Args:
         base, sources: array and tuple of arrays of pairs, of one dtype, that begin with a row.
         factors: float32 [matrices, sources], the f_k.
         left: float32 [rows of all matrices, rank].
         right: float32 [matrices, rank, columns].
-        first: number of the tensor's row at which these arrays begin.
+        first: position in the tensor, in rows, at which the arrays begin.
         row: pairs in a row.
         out: array of pairs.
         stream: write past the caches.
@@ -469,12 +474,14 @@ def outer(
 
 @compiled
 def agreed(base: Any, sources: Any, weights: Any, ratios: Any, votes: Any, scale: Any, out: Any, stream: Any) -> None:
-    """out = base + scale * sum_k v_k where |v_k| > r_k |sum_j v_j - v_k| for enough k, else base; v_k = w_k d_k.
+    """``passes.Agreed``: out = base + scale * sum_k v_k if |v_k| > r_k |sum_j v_j - v_k| for enough k, else base.
+
+    v_k is w_k d_k.
 
     Args:
         base, sources: array and tuple of arrays of pairs, of one dtype.
         weights, ratios: tuples of float32, the w_k and r_k.
-        votes: float32, how many are enough.
+        votes: float32, how many k are enough.
         scale: float32.
         out: array of pairs.
         stream: write past the caches.
@@ -503,15 +510,14 @@ def agreed(base: Any, sources: Any, weights: Any, ratios: Any, votes: Any, scale
 def rescale(
     base: Any, made: Any, factors: Any, by_row: Any, by_column: Any, first: Any, row: Any, out: Any, stream: Any
 ) -> None:
-    """out = base + f (made - base).
+    """``changes.Rescale``: out = base + f (made - base).
 
     Args:
         base: array of pairs.
         made: array of pairs, of float32.
-        factors: float32, one; with ``by_row`` one for each row of the tensor, with ``by_column`` for each element of a
-            row.
+        factors: float32 [1]; with ``by_row`` [rows of the tensor], with ``by_column`` [elements of a row].
         by_row, by_column: True, or None.
-        first: number of the tensor's pair at which these arrays begin.
+        first: position in the tensor, in pairs, at which the arrays begin.
         row: pairs in a row of the tensor.
         out: array of pairs.
         stream: write past the caches.

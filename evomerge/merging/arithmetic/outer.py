@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outer:
-    """b + sum_k f_k d_k + L R, of each matrix of a tensor with its own numbers.
+    """b + sum_k f_k d_k + L R, with other numbers for each matrix of a tensor.
 
     Attributes:
-        sources: by name, k in their order.
+        base: name of b.
+        sources: names of the sources, in the order of k.
         factors: f_k, float32 [matrices, sources].
         left: L, float32 [rows of all matrices, rank].
         right: R, float32 [matrices, rank, columns].

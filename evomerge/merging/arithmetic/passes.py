@@ -1,25 +1,27 @@
-"""What a merge does to one tensor, as data, and how it is done.
+"""Passes: what a merge does to one tensor, as data, and how it is computed.
 
 A merge method does not touch weights. It plans: from its numbers and from statistics of the sources it decides which
 pass makes the tensor, and with which coefficients.
 
 * ``Combine``: a linear combination of tensors. Everything in the span of the sources is one (linear, SLERP, task
-  arithmetic, model stock, Karcher mean, ...), since angles and norms are known from inner products beforehand.
-* ``Sparsify``: the base and a sum of task vectors, each masked by magnitude or at random, with or without an elected
+  arithmetic, model stock, Karcher mean, ...), because angles and norms are known beforehand from inner products.
+* ``Sparsify``: the base plus a sum of task vectors, each masked by magnitude or at random, with or without an elected
   sign.
-* ``Select``: the base and a mean of task vectors, over the elements that vary most between sources.
-* ``Disjoint``: the base and a sum of task vectors, of which each takes the largest elements that are left to it.
-* ``Largest``: the base and of every element the largest change.
-* ``MaskedMean``: the base and a mean of task vectors, of each element over those that are large there.
-* ``Agreed``: the base and a sum of task vectors, over the elements that matter to enough sources.
-* ``Elementwise``: any function of the rows of a tensor, for what is neither. It runs in plain torch, several times
-  slower than those before, which are compiled for the CPU.
-* ``Whole``: any function of whole tensors, such as a decomposition, in plain torch.
+* ``Select``: the base plus a mean of task vectors, for the elements that vary most between sources.
+* ``Disjoint``: the base plus a sum of task vectors, each masked to its largest elements that no earlier one took.
+* ``Largest``: the base plus the largest change of each element.
+* ``MaskedMean``: the base plus a mean of task vectors, for each element over those that are large there.
+* ``Agreed``: the base plus a sum of task vectors, for the elements that matter to enough sources.
+* ``RowFunction``: any function of the rows of a tensor, in plain torch. It is several times slower than those above,
+  which are compiled for the CPU.
+* ``TensorFunction``: any function of whole tensors, such as a decomposition, in plain torch.
 
-Others may be added: whatever has the members of ``Pass``, and of ``Differentiable`` where its numbers are to have
-derivatives, as those of all above but the last two have. ``run`` is the plain definition in torch, for any device;
-``kernel`` the same compiled for pairs of elements on the CPU, which ``jobs`` prefers where there is one. Both import
-what they compute with when they are called: methods, which make passes, are looked up where no tensor is near.
+In formulas, b is the base, x_k a source and d_k = x_k - b its task vector.
+
+A new pass needs the members of ``Pass``, and those of ``Differentiable`` if its numbers have derivatives, as all above
+except the last two. ``run`` is the plain definition in torch, for any device; ``kernel`` is the same compiled for pairs
+of elements on the CPU, and ``jobs`` prefers it. Both import what they compute with only when they are called, because
+methods are also looked up by programs that never load torch.
 """
 
 from __future__ import annotations
@@ -39,19 +41,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Compute: TypeAlias = "Callable[..., Tensor]"
-"""(function, its arguments) -> its result: how a plain definition is run, as it stands or compiled for a device."""
+"""(function, its arguments) -> its result: runs a plain definition, either directly or compiled for a device."""
 
 Grain = Literal["element", "row", "tensor"]
-"""What a pass must be given whole: nothing but elements, whole rows (of the last dimension), or whole tensors."""
+"""The smallest unit that a pass can compute alone: an element, a row (of the last dimension), or the whole tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where a run of elements lies in its tensor, for a compiled pass.
+    """The position of a piece in its tensor, for a compiled pass.
 
     Attributes:
-        first: number of the first element, even.
-        row: elements in a row.
+        first: position of the first element, even.
+        row: elements in a row of the tensor.
         stream: write past the caches.
     """
 
@@ -61,7 +63,7 @@ class Span:
 
 
 Kernel = Callable[[tuple[Any, ...], Any, Span], None]
-"""(arrays of pairs, one an input; the array to write; where) -> nothing. Arrays are as ``words.pair`` reads them."""
+"""(array of pairs of each input, array of pairs to write, span) -> None. ``words.pair`` reads such arrays."""
 
 
 class Pass(Protocol):
@@ -73,46 +75,49 @@ class Pass(Protocol):
 
     @property
     def grain(self) -> Grain:
-        """What ``run`` must be given whole. What it gives for that may hang on nothing else."""
+        """The unit that ``run`` needs whole. Its result for one may depend on nothing outside it."""
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute) -> Tensor:
-        """Make a piece, on the device of ``tensors``, in float32.
+        """Compute a piece.
 
         Args:
-            tensors: flat [elements] of grain "element", [rows, length] of grain "row", in the shape of the tensor of
-                grain "tensor"; of any float dtypes.
-            first: number of the piece's first element in the whole.
-            compute: runs functions of tensors, as they stand or compiled for the device.
+            tensors: of ``inputs``, of any float dtypes; [elements] for grain "element", [rows, length] for grain "row",
+                and the tensor's own shape for grain "tensor".
+            first: position in the whole tensor of the piece's first element.
+            compute: runs functions of tensors, either directly or compiled for the device.
+
+        Returns:
+            float32 of the shape of ``tensors``, on their device; or what ``compute`` returned, in the dtype it wrote.
         """
 
     def kernel(self) -> Kernel | None:
-        """The same compiled for the CPU; None where there is nothing but ``run``, and that does not use ``compute``."""
+        """The same compiled for the CPU; None if there is only ``run``, which then does not use ``compute``."""
 
 
 class Differentiable(Pass, Protocol):
-    """A pass with numbers that what it makes follows without jumps, while its masks stay as they are."""
+    """A pass whose result is a differentiable function of its numbers as long as its masks do not change."""
 
     @property
     def numbers(self) -> NDArray[np.float64]:
-        """These numbers: float64 [numbers], in an order that the kind of pass and its inputs decide."""
+        """These numbers: float64 [numbers], in an order determined by the kind of pass and its inputs."""
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        """The derivative of a loss by each number, as far as it follows from a piece: float64 [numbers].
+        """What a piece adds to the derivative of a loss with respect to each number: float64 [numbers].
 
         Args:
-            tensors, first: as of ``run``.
-            gradient: float32 of the piece's shape, the derivative of the loss by its elements.
+            tensors, first: as for ``run``.
+            gradient: derivative of the loss with respect to each element of the piece, float32 of its shape.
         """
 
 
 def call(function: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """Run a plain definition as it stands."""
+    """Run a plain definition directly: the ``Compute`` that compiles nothing."""
     return function(*arguments)
 
 
 @dataclass(frozen=True)
 class Combine:
-    """sum_k c_k x_k, by name of the source; the base may be one."""
+    """sum_k c_k x_k, with coefficients by name of the source; the base may be one of them."""
 
     coefficients: Mapping[str, float]
 
@@ -122,7 +127,7 @@ class Combine:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The sources that are read, in order: those whose coefficient is not zero, one of them at least."""
+        """The sources that are read, in order: those whose coefficient is not zero, or the first if all are."""
         used = tuple(name for name, c in self.coefficients.items() if c != 0)
         return used or tuple(self.coefficients)[:1]
 
@@ -156,17 +161,17 @@ class SparsePart:
 
     Attributes:
         source: its name.
-        weight: w, with every factor that rescales what is kept.
-        low, high: kept are the magnitudes of low <= |x - b| < high.
-        key: of the stream of random bits; None where nothing is drawn.
-        levels: how many of the 65,536 values of an element's bits keep it, one at least.
-        rise: None where the chance does not hang on the magnitude, else how many more keep an element that is larger
-            than the one it meets. Each element of a row meets the one so many places further as ``drops.turns``
-            says, the row being a ring. What it meets is then any other element of its row with equal chance, so the
-            chance to be the larger is its rank in the row, from 0 to 1, and the chance to be kept rises evenly with
-            the rank: no element is ever ranked. Magnitudes are compared by their upper 16 bits, about half a percent
-            apart; between equals the lowest of the element's bits decides.
-        share: what the sum of elected parts is divided by, summed over those that agree; see ``Sparsify``.
+        weight: w, including every factor that rescales what is kept.
+        low, high: elements with low <= |x - b| < high are kept.
+        key: of the stream of random bits (``drops.stream_key``); None if nothing is random.
+        levels: for how many of the 65,536 values of its bits an element is kept; at least one.
+        rise: None if the chance to be kept does not depend on the magnitude. Otherwise an element is kept for this many
+            more values if it is larger than its partner. The partner is the element of the same row at the distance
+            given by ``drops.partner_offsets``, modulo the length of the row, so it is any other element of the row with
+            equal chance. The chance to be larger is therefore the element's rank in the row, from 0 to 1, and the
+            chance to be kept rises linearly with the rank, although nothing is sorted. Magnitudes are compared by
+            their upper 16 bits, about half a percent apart; between equals, the lowest of the element's bits decides.
+        share: its share in the sum by which elected parts are divided; see ``Sparsify.divide``.
     """
 
     source: str
@@ -181,12 +186,14 @@ class SparsePart:
 
 @dataclass(frozen=True)
 class Sparsify:
-    """b + scale * sum_k w_k m_k (x_k - b), all parts masked in the same way.
+    """b + scale * sum_k w_k m_k (x_k - b), where all parts have the same kind of mask.
 
     Attributes:
-        elect: keep of each element only the parts whose sign is that of their sum (a sum of zero counts as positive).
-        divide: divide by the sum of the shares of the kept parts, where that is not zero.
-        scale: used with ``divide``; elsewhere it is in the weights.
+        base: name of b.
+        parts: one for each source.
+        elect: of each element, keep only the parts that have the sign of their sum (a sum of zero counts as positive).
+        divide: divide by the sum of the shares of the kept parts, unless it is zero. Only with ``elect``.
+        scale: used with ``divide``; otherwise the weights include it.
     """
 
     base: str
@@ -204,18 +211,17 @@ class Sparsify:
         return "element" if self.parts[0].rise is None else "row"
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
-        """``tensors`` are flat from element ``first`` of the whole, or whole rows where elements of a row meet."""
         from evomerge.merging.arithmetic.definitions import sparsify
 
         return compute(sparsify, tensors, *self._constants(first, tensors[0].device))
 
     def _constants(self, first: int, device: torch.device) -> tuple[Any, ...]:
-        """What the plain definition takes beside the tensors."""
+        """What the plain definition takes besides the tensors."""
         import torch
 
         from evomerge.merging.arithmetic.definitions import constants
 
-        parts, meet = self.parts, self.parts[0].rise is not None
+        parts, ranked = self.parts, self.parts[0].rise is not None
         numbers = [[part.weight, part.low, part.high, part.share, self.scale] for part in parts]
         draws = [
             [*as_signed(part.key), limit(part.levels), limit(part.levels + (part.rise or 0)), first]
@@ -223,7 +229,7 @@ class Sparsify:
             if part.key is not None
         ]
         drawn = constants(draws, torch.int64, device) if draws else None
-        return constants(numbers, torch.float32, device), drawn, self.elect, self.divide, meet
+        return constants(numbers, torch.float32, device), drawn, self.elect, self.divide, ranked
 
     @property
     def numbers(self) -> NDArray[np.float64]:
@@ -252,7 +258,7 @@ class Sparsify:
         from evomerge.merging.arithmetic import kernels
 
         parts = self.parts
-        drawn, meeting = parts[0].key is not None, parts[0].rise is not None
+        drawn, ranked = parts[0].key is not None, parts[0].rise is not None
         windowed = not drawn and any(part.high < math.inf for part in parts)
         arguments = (
             tuple(np.float32(part.weight) for part in parts),
@@ -260,7 +266,7 @@ class Sparsify:
             tuple(np.float32(part.high) for part in parts) if windowed else None,
             tuple((np.uint32(k), np.uint32(m)) for k, m in (part.key or (0, 0) for part in parts)) if drawn else None,
             tuple(np.int32(limit(part.levels)) for part in parts),
-            tuple(np.int32(part.rise or 0) for part in parts) if meeting else None,
+            tuple(np.int32(part.rise or 0) for part in parts) if ranked else None,
             tuple(np.float32(part.share) for part in parts) if self.divide else None,
             True if self.elect else None,
             np.float32(self.scale),
@@ -275,11 +281,14 @@ class Sparsify:
 
 @dataclass(frozen=True)
 class Select:
-    """b + sum_k g_k e_k d_k / sum_k g_k e_k where the task vectors vary enough between the sources, else b.
+    """b + sum_k g_k e_k d_k / sum_k g_k e_k where the d_k vary enough between the sources, else b.
+
+    e_k is 1 where d_k has the sign of sum_k d_k (a sum of zero counts as positive), else 0.
 
     Attributes:
+        base: name of b.
         shares: g_k, by source.
-        least: smallest variance over the sources of an element that is selected.
+        least: an element is selected if the variance of its d_k over the sources is at least this.
     """
 
     base: str
@@ -314,18 +323,19 @@ class Select:
         return np.array([*self.shares.values()])
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        from evomerge.merging.arithmetic.definitions import by_numbers
+        from evomerge.merging.arithmetic.definitions import autograd_derivatives
 
-        return by_numbers(self.run, tensors, first, gradient)[:-1]
+        return autograd_derivatives(self.run, tensors, first, gradient)[:-1]
 
 
 @dataclass(frozen=True)
 class MaskedMean:
-    """b + scale * sum_i g_i m_i d_i / sum_i g_i m_i, with m_i = 1 where |d_i| is at least ``lows[i]``; b where none is.
+    """b + scale * sum_k g_k m_k d_k / sum_k g_k m_k, where m_k is 1 if |d_k| >= ``lows[k]``, else 0; b where all are 0.
 
     Attributes:
-        shares: g_i, by source.
-        lows: by source.
+        base: name of b.
+        shares: g_k, by source.
+        lows: the smallest magnitude that counts, by source.
     """
 
     base: str
@@ -366,18 +376,19 @@ class MaskedMean:
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
         from torch import cat
 
-        from evomerge.merging.arithmetic.definitions import by_numbers
+        from evomerge.merging.arithmetic.definitions import autograd_derivatives
 
-        found = by_numbers(self.run, tensors, first, gradient)
+        found = autograd_derivatives(self.run, tensors, first, gradient)
         return cat([found[:, 0], found[:1, 2]])
 
 
 @dataclass(frozen=True)
 class Largest:
-    """b + w_i d_i, of each element that whose magnitude is largest; of equally large ones the positive one.
+    """b + the w_k d_k of largest magnitude, for each element; of equally large ones, a positive one.
 
     Attributes:
-        weights: w_i, by source.
+        base: name of b.
+        weights: w_k, by source.
     """
 
     base: str
@@ -410,27 +421,28 @@ class Largest:
         return np.array([*self.weights.values()])
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        from evomerge.merging.arithmetic.definitions import by_numbers
+        from evomerge.merging.arithmetic.definitions import autograd_derivatives
 
-        return by_numbers(self.run, tensors, first, gradient)
+        return autograd_derivatives(self.run, tensors, first, gradient)
 
 
-RANKED = 256
-"""Elements of a row among which ``Disjoint`` ranks."""
+RANK_BLOCK = 256
+"""Elements in a block of a row, within which ``Disjoint`` ranks them."""
 
 
 @dataclass(frozen=True)
 class Disjoint:
-    """b + sum_i w_i m_i d_i with masks m_i of which no two have an element in common.
+    """b + sum_k w_k m_k d_k with masks m_k of which no two have an element in common.
 
-    A row is cut into blocks of ``RANKED`` elements, the last one shorter. One source after another takes of each block
-    the ``kept[i]`` largest magnitudes among the elements that no source before it took (of a shorter block as large a
-    share, rounded up), or all where so many are not left. Magnitudes are ranked by their upper 16 bits, about half a
-    percent apart; between equals the first element comes first.
+    A row is cut into blocks of ``RANK_BLOCK`` elements; the last may be shorter. In each block, the sources in order
+    take their ``kept[k]`` elements of largest magnitude among those that no earlier source took, or all of these if
+    there are fewer. Of a shorter block they take the same share, rounded up. Magnitudes are ranked by their upper 16
+    bits, about half a percent apart; of equals, the first element is taken first.
 
     Attributes:
-        weights: w_i, by source, in the order in which they take.
-        kept: from 1 to ``RANKED``, by source.
+        base: name of b.
+        weights: w_k, by source, in the order in which they take elements.
+        kept: elements taken of each block, from 1 to ``RANK_BLOCK``, by source.
     """
 
     base: str
@@ -469,18 +481,19 @@ class Disjoint:
         return np.array([*self.weights.values()])
 
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
-        from evomerge.merging.arithmetic.definitions import by_numbers
+        from evomerge.merging.arithmetic.definitions import autograd_derivatives
 
-        return by_numbers(self.run, tensors, first, gradient)
+        return autograd_derivatives(self.run, tensors, first, gradient)
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """b + scale * sum_i v_i, v_i = w_i d_i, where |v_i| > r_i |sum_j v_j - v_i| for enough sources i, else b.
+    """b + scale * sum_k v_k where |v_k| > r_k |sum_j v_j - v_k| for enough sources k, else b; v_k = w_k d_k.
 
     Attributes:
-        weights: w_i, by source.
-        ratios: r_i, by source.
+        base: name of b.
+        weights: w_k, by source.
+        ratios: r_k, by source.
         votes: how many sources are enough.
     """
 
@@ -524,20 +537,20 @@ class Agreed:
     def derivatives(self, tensors: Sequence[Tensor], first: int, gradient: Tensor) -> Tensor:
         from torch import cat
 
-        from evomerge.merging.arithmetic.definitions import by_numbers
+        from evomerge.merging.arithmetic.definitions import autograd_derivatives
 
-        found = by_numbers(self.run, tensors, first, gradient)
+        found = autograd_derivatives(self.run, tensors, first, gradient)
         return cat([found[:, 0], found[:1, 3]])
 
 
 @dataclass(frozen=True)
-class Elementwise:
+class RowFunction:
     """Any function of whole rows.
 
     Attributes:
         inputs: names of the tensors that it takes.
-        function: (float32 tensors [rows, length], number of the first row) -> float32 of that shape. What it gives for
-            a row may hang on that row alone.
+        function: (float32 tensors [rows, length], position of the first row in the tensor) -> float32 [rows, length].
+            Each row of the result may depend only on the same row of the tensors.
     """
 
     inputs: tuple[str, ...]
@@ -548,7 +561,7 @@ class Elementwise:
         return "row"
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
-        """``tensors`` are whole rows [rows, length] from element ``first`` of the whole."""
+        """See ``Pass.run``. Raises ValueError: the function returned another shape than that of its tensors."""
         made = self.function([tensor.float() for tensor in tensors], first // max(tensors[0].shape[-1], 1))
         return _of_shape(made, tensors[0])
 
@@ -557,12 +570,12 @@ class Elementwise:
 
 
 @dataclass(frozen=True)
-class Whole:
+class TensorFunction:
     """Any function of whole tensors.
 
     Attributes:
         inputs: names of the tensors that it takes.
-        function: (float32 tensors, in their own shape) -> float32 of that shape. It may use every thread of torch.
+        function: (float32 tensors in their own shape) -> float32 of that shape. It may use all threads of torch.
     """
 
     inputs: tuple[str, ...]
@@ -573,6 +586,7 @@ class Whole:
         return "tensor"
 
     def run(self, tensors: Sequence[Tensor], first: int, compute: Compute = call) -> Tensor:
+        """See ``Pass.run``. Raises ValueError: the function returned another shape than that of its tensors."""
         return _of_shape(self.function([tensor.float() for tensor in tensors]), tensors[0])
 
     def kernel(self) -> None:
@@ -580,7 +594,7 @@ class Whole:
 
 
 def _of_shape(made: Tensor, given: Tensor) -> Tensor:
-    """What a function made, which else would be spread over the elements, or fail far from it."""
+    """The result of a function, after checking its shape: a wrong one would broadcast, or fail far from its cause."""
     if made.shape != given.shape:
         raise ValueError(f"the function of a pass returned {list(made.shape)} for tensors {list(given.shape)}")
     return made

@@ -1,7 +1,7 @@
-"""Readings of weights for statistics, compiled: each adds what it finds in a chunk to an array that the caller keeps.
+"""Compiled scans of weights for statistics: each adds the contribution of a piece of a tensor to the caller's array.
 
-As in ``kernels``, tensors come flat, two elements at a time. Sums are taken in float64 over float32 differences, in an
-order that depends on the chunks alone, never on the machine's vector width or the number of threads.
+As in ``kernels``, inputs are arrays of pairs, of one dtype. Sums are float64 over float32 differences, in an order that
+depends only on the pieces, not on the machine's vector width or the number of threads.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from evomerge.merging.arithmetic.kernels import variance
 from evomerge.merging.arithmetic.words import U32, U64, ZERO, as_bits, as_signed, compiled, pair, pairs
 
 _BLOCK = 512  # pairs
-_LANES = 16  # sums kept side by side: enough to fill the vector units of today's processors
+_LANES = 16  # independent partial sums: enough to fill the vector units of today's processors
 BINS = 1 << 15  # the upper 16 bits of a float32 magnitude, whose sign bit is 0
-FINE_BINS = 1 << 16  # its lower 16 bits
+FINE_BINS = 1 << 16  # the lower 16 bits of a float32
 RANK_BINS = 128
 
 
@@ -24,8 +24,8 @@ RANK_BINS = 128
 def inner_products(arrays: Any, total: Any) -> None:
     """Add to ``total`` (float64 [n, n], lower triangle) the inner products of x_0, x_1 - x_0, x_2 - x_0, ...
 
-    Differences are taken first because fine-tunes of one base differ in the last digits: from the products of the
-    weights themselves, those of task vectors would be rounding errors.
+    Differences are taken first because fine-tunes of one base differ only in the last digits: inner products of task
+    vectors that were derived from products of the weights would be rounding errors.
     """
     block = np.zeros((len(arrays), 2 * _BLOCK), np.float32)
     for start in range(U64(0), pairs(arrays[0]), U64(_BLOCK)):
@@ -59,7 +59,7 @@ def _dot(first: Any, second: Any) -> Any:
 
 @compiled
 def change(base: Any, made: Any, total: Any) -> None:
-    """Add to ``total`` (float64 [1]) the squared norm of what was made less the base."""
+    """Add to ``total`` (float64 [1]) the squared norm of the difference between a merged tensor and the base."""
     deltas = np.zeros(2 * _BLOCK, np.float32)
     for start in range(U64(0), pairs(base), U64(_BLOCK)):
         count = min(U64(_BLOCK), U64(pairs(base) - start))
@@ -74,7 +74,7 @@ def change(base: Any, made: Any, total: Any) -> None:
 
 @compiled
 def squares(array: Any, total: Any) -> None:
-    """Add to ``total`` (float64 [1]) the squared norm."""
+    """Add to ``total`` (float64 [1]) the squared norm of one tensor."""
     values = np.zeros(2 * _BLOCK, np.float32)
     for start in range(U64(0), pairs(array), U64(_BLOCK)):
         count = min(U64(_BLOCK), U64(pairs(array) - start))
@@ -87,7 +87,7 @@ def squares(array: Any, total: Any) -> None:
 
 @compiled
 def count_deltas(base: Any, source: Any, counts: Any) -> None:
-    """Count in ``counts`` (int64 [BINS]) the magnitudes |x - b| by their upper 16 bits."""
+    """Add to ``counts`` (int64 [BINS]) the number of magnitudes |x - b| with each value of their upper 16 bits."""
     bins = np.empty(2 * _BLOCK, np.int32)
     for start in range(U64(0), pairs(base), U64(_BLOCK)):
         count = min(U64(_BLOCK), U64(pairs(base) - start))
@@ -101,7 +101,7 @@ def count_deltas(base: Any, source: Any, counts: Any) -> None:
 
 @compiled
 def count_deltas_in(base: Any, source: Any, upper: Any, counts: Any) -> None:
-    """Count in ``counts`` (int64 [FINE_BINS]), by their lower bits, the magnitudes whose upper bits are ``upper``."""
+    """Add to ``counts`` (int64 [FINE_BINS]), by lower bits, the number of magnitudes whose upper bits are ``upper``."""
     for i in range(pairs(base)):
         bx, by = pair(base, i)
         x, y = pair(source, i)
@@ -117,14 +117,14 @@ def _upper(delta: Any) -> Any:
 
 @compiled
 def count_values(values: Any, counts: Any) -> None:
-    """As ``count_deltas``, of the magnitudes of float32 ``values``."""
+    """As ``count_deltas``, for the magnitudes of ``values`` (float32 [values])."""
     for i in range(len(values)):
         counts[U64(_upper(values[i]))] += 1
 
 
 @compiled
 def count_values_in(values: Any, upper: Any, counts: Any) -> None:
-    """As ``count_deltas_in``, of the magnitudes of float32 ``values``."""
+    """As ``count_deltas_in``, for the magnitudes of ``values`` (float32 [values])."""
     for i in range(len(values)):
         if _upper(values[i]) == upper:
             counts[U64(as_bits(values[i]) & U32(0xFFFF))] += 1
@@ -147,10 +147,10 @@ def window_sums(base: Any, source: Any, low: Any, high: Any, total: Any) -> None
 def rank_sums(base: Any, source: Any, row: Any, first_bin: Any, total: Any) -> None:
     """Add to ``total`` (float64 [2]) the sum of |d|, and of |d| times its rank in its row of ``row`` pairs.
 
-    A rank is from 0 for the smallest to 1 for the largest; magnitudes in one bin share the mean of theirs.
+    Ranks go from 0 for the smallest to 1 for the largest; all magnitudes in one bin get their mean rank.
 
     Args:
-        first_bin: number of the lowest bin.
+        first_bin: see ``magnitude_bin``.
     """
     counts, sums = np.empty(RANK_BINS, np.int64), np.empty(RANK_BINS, np.float64)
     for number in range(pairs(base) // row):
@@ -173,18 +173,25 @@ def rank_sums(base: Any, source: Any, row: Any, first_bin: Any, total: Any) -> N
 
 @compiled
 def magnitude_bin(delta: Any, first_bin: Any) -> Any:
-    """The bin of a magnitude in a table of ranks: eight bins an octave, 16 octaves, the lowest taking all below."""
+    """The bin of a magnitude (int32, 0 to RANK_BINS - 1): eight bins per factor of two, for 16 factors of two.
+
+    Args:
+        delta: float32.
+        first_bin: int32, the exponent and upper three mantissa bits of the lowest bin, which also takes all smaller
+            magnitudes; the highest takes all larger ones.
+    """
     bin_number = np.int32(as_signed(U32(as_bits(delta) & U32(0x7FFFFFFF))) >> np.int32(20)) - first_bin
     return np.int32(min(max(np.int32(bin_number), np.int32(0)), np.int32(RANK_BINS - 1)))
 
 
 @compiled
 def delta_signs(arrays: Any, total: Any) -> None:
-    """Add up how the signs of task vectors d_k = x_(k+1) - x_0 lie to each other.
+    """Add up, for each two task vectors d_k = x_(k+1) - x_0, how often their signs agree.
 
     Args:
-        total: float64 [3, n, n] for n task vectors, lower triangles, added to: the number of elements where both are
-            not zero, that of equal signs less that of opposite ones, and on the diagonal the sum of |d_k|.
+        arrays: the base, then the sources.
+        total: float64 [3, n, n] for n task vectors, lower triangles. Added are the number of elements where both are
+            nonzero, the number of equal signs minus that of opposite ones, and (on the diagonal) the sum of |d_k|.
     """
     count_of = len(arrays) - 1
     deltas, signs = np.zeros((count_of, 2 * _BLOCK), np.float32), np.zeros((count_of, 2 * _BLOCK), np.int8)
@@ -221,7 +228,7 @@ def _sum_of_sizes(values: Any) -> Any:
 
 @compiled
 def _sign_products(first: Any, second: Any) -> Any:
-    """Of two rows of signs -1, 0, 1: how many products are not zero, and the sum of the products."""
+    """For two rows of signs -1, 0, 1: the number of nonzero products, and the sum of the products."""
     both, total = np.int32(0), np.int32(0)
     for i in range(U64(len(first))):
         product = np.int8(first[i] * second[i])
@@ -232,7 +239,7 @@ def _sign_products(first: Any, second: Any) -> Any:
 
 @compiled
 def count_variances(arrays: Any, counts: Any) -> None:
-    """As ``count_deltas``, of the variances over the sources (the base is the first of ``arrays``)."""
+    """As ``count_deltas``, for the variances of task vectors over the sources (``arrays``: the base, then sources)."""
     variances = np.empty(2 * _BLOCK, np.float32)
     for start in range(U64(0), pairs(arrays[0]), U64(_BLOCK)):
         count = _variances(arrays, start, variances)
@@ -242,7 +249,7 @@ def count_variances(arrays: Any, counts: Any) -> None:
 
 @compiled
 def count_variances_in(arrays: Any, upper: Any, counts: Any) -> None:
-    """As ``count_deltas_in``, of the variances over the sources."""
+    """As ``count_deltas_in``, for the variances that ``count_variances`` counts."""
     variances = np.empty(2 * _BLOCK, np.float32)
     for start in range(U64(0), pairs(arrays[0]), U64(_BLOCK)):
         count = _variances(arrays, start, variances)
@@ -253,7 +260,7 @@ def count_variances_in(arrays: Any, upper: Any, counts: Any) -> None:
 
 @compiled
 def energies(arrays: Any, least: Any, total: Any) -> None:
-    """Add to ``total`` (float64 [sources]) the squared norms over the elements that vary by ``least`` at least."""
+    """Add to ``total`` (float64 [sources]) each task vector's squared norm over elements of variance >= ``least``."""
     variances, deltas = np.empty(2 * _BLOCK, np.float32), np.zeros(2 * _BLOCK, np.float32)
     for start in range(U64(0), pairs(arrays[0]), U64(_BLOCK)):
         count = _variances(arrays, start, variances)
@@ -269,7 +276,7 @@ def energies(arrays: Any, least: Any, total: Any) -> None:
 
 @compiled
 def _variances(arrays: Any, start: Any, variances: Any) -> Any:
-    """Write the variances of a block of pairs to ``variances``, and return how many these are."""
+    """Write the variances of the elements of a block of pairs to ``variances``, and return how many there are."""
     count = min(U64(_BLOCK), U64(pairs(arrays[0]) - start))
     for i in range(count):
         variances[U64(2) * i], variances[U64(2) * i + U64(1)] = variance(arrays[0], arrays[1:], start + i)

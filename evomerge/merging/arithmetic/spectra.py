@@ -1,9 +1,9 @@
-"""Singular values and vectors of changes to a matrix, and bases made orthogonal.
+"""Singular values and vectors of changes to a matrix, and orthonormal bases.
 
-Everything goes through the Gram matrix of the short side, in float64: its eigenvectors are the singular vectors of that
-side, the roots of its eigenvalues the singular values. One product and one symmetric eigenproblem take a tenth or less
-of what a singular value decomposition takes. The price is that values below 1e-7 of the largest cannot be told
-from none, which is where float32 has its own end: a decomposition in float32 knows no more.
+Everything is computed from the Gram matrix of the short side, in float64: its eigenvectors are the singular vectors of
+that side, and the square roots of its eigenvalues are the singular values. One product and one symmetric eigenproblem
+take at most a tenth of the time of a singular value decomposition. The price is that singular values below 1e-7 of the
+largest cannot be distinguished from zero; in float32, a decomposition cannot do so either.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from evomerge.errors import InputError
 
 _EPS64, _EPS32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 
-_SAME = 1e-12
-"""Of the largest eigenvalue of a Gram matrix of directions: below it two of them are one but for rounding."""
+_SAME_DIRECTION = 1e-12
+"""Eigenvalues of a Gram matrix below this fraction of the largest are rounding: two directions are the same."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A change D = U S V^T of rank r, by the vectors of its short side.
+    """The singular values of a change D = U S V^T of rank r, and the singular vectors of its short side.
 
     Attributes:
-        vectors: float64 [short, r]: U where a matrix is no taller than wide, or V.
-        sizes: float64 [r], the singular values, the largest first, none of them zero.
+        vectors: float64 [short side, r]: U if the matrix has no more rows than columns, otherwise V.
+        sizes: float64 [r], the singular values, the largest first, all positive.
     """
 
     vectors: Tensor
     sizes: Tensor
 
     def left(self, change: Tensor) -> Tensor:
-        """U, float64 [rows, r], of the change [rows, columns] of which this is the spectrum."""
+        """U, float64 [rows, r]. ``change`` [rows, columns] is the matrix of which this is the spectrum."""
         if change.shape[0] <= change.shape[1]:
             return self.vectors
         return torch.mm(change.double(), self.vectors) / self.sizes
 
     def resized(self, change: Tensor, sizes: Tensor) -> Tensor:
-        """The change with other singular values, of the same norm; as it is where it has no singular values.
+        """The change with other singular values, scaled to the same norm; unchanged if it has none.
 
         Args:
-            change: [rows, columns], of which this is the spectrum.
-            sizes: float64 [r].
+            change: float32 [rows, columns], the matrix of which this is the spectrum.
+            sizes: float64 [r], the new singular values up to a common factor.
 
         Returns:
             float32 [rows, columns].
@@ -60,22 +60,23 @@ class Spectrum:
 
 
 def spectrum(change: Tensor, noise: float = 0.0, *, name: str) -> Spectrum:
-    """The singular values of a change to a matrix, and the vectors of its short side.
+    """The singular values of a change to a matrix, and the singular vectors of its short side.
 
-    What rounding made is left out: it has no direction, and whoever makes singular values larger would make it large.
+    Singular values that are only rounding errors are left out: their directions mean nothing, and steps that raise
+    small singular values would amplify them.
 
     Args:
-        change: [rows, columns].
-        noise: singular values up to this one are rounding; see ``rounding``.
+        change: [rows, columns], any float dtype.
+        noise: singular values up to this one are rounding errors; see ``rounding``.
         name: of the tensor, for errors.
 
     Raises:
-        InputError: it has NaN or infinities, or no decomposition is found.
+        InputError: the change has NaN or infinities, or torch finds no decomposition.
     """
     side = _wide(change.double())
     values, vectors = _eigen(_gram(side), name)
     sizes = values.clamp(min=0).sqrt()
-    # What float64 loses in a Gram matrix, and float32 in the change itself.
+    # The relative rounding errors of a Gram matrix in float64, and of the change itself in float32.
     lost = max(math.sqrt(len(sizes) * _EPS64), 4 * _EPS32)
     least = max(noise, lost * float(sizes[0])) if len(sizes) else 0.0
     rank = int((sizes > least).sum())
@@ -83,9 +84,14 @@ def spectrum(change: Tensor, noise: float = 0.0, *, name: str) -> Spectrum:
 
 
 def decomposed(change: Tensor, noise: float = 0.0, *, most: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """U [rows, k], S [k] and V [columns, k] in float64, of the k largest singular values: ``most``, or all there are.
+    """The largest singular values and their vectors: U [rows, k], S [k] and V [columns, k], float64.
 
-    Args, Raises: as ``spectrum``.
+    Args:
+        change, noise, name: as for ``spectrum``.
+        most: the largest k; it is smaller if ``spectrum`` has fewer singular values.
+
+    Raises:
+        InputError: as for ``spectrum``.
     """
     found = spectrum(change, noise, name=name)
     short, sizes = found.vectors[:, :most], found.sizes[:most]
@@ -94,50 +100,54 @@ def decomposed(change: Tensor, noise: float = 0.0, *, most: int, name: str) -> t
 
 
 def rounding(shape: Sequence[int], size: float) -> float:
-    """The largest singular value that float32 may leave where changes are added to a matrix and taken from it again.
+    """An upper bound for the singular values of the rounding errors of a change computed in float32.
 
-    A matrix of independent errors of size e has one of e (sqrt(rows) + sqrt(columns)). What is rounded once has an e of
-    a third of an eps of its weights; sums of several sources, with weights beyond one, have a few times as much.
+    The largest singular value of a matrix of independent errors of standard deviation e is about e (sqrt(rows) +
+    sqrt(columns)). Rounding once gives an e of about a third of the float32 epsilon times ``size``; sums of several
+    sources, with weights above one, give a few times as much. The bound takes four epsilons.
 
     Args:
-        shape: rows and columns, last.
-        size: of the matrix's weights, the root of their mean square.
+        shape: of the tensor; its last two dimensions are rows and columns.
+        size: root mean square of the matrix's weights.
     """
     rows, columns = shape[-2:]
     return 4 * _EPS32 * size * (math.sqrt(rows) + math.sqrt(columns))
 
 
 def _wide(matrix: Tensor) -> Tensor:
-    """The matrix, or its transpose, with its short side first."""
+    """The matrix, or its transpose if that has fewer rows."""
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
 
 def nearest_orthogonal(vectors: Tensor, *, name: str) -> Tensor:
-    """P Q^T of X = P D Q^T, the orthonormal vectors that lie nearest to some vectors (the Procrustes problem).
+    """The orthonormal vectors nearest to given ones (the orthogonal Procrustes problem).
 
-    It is X (X^T X)^(-1/2). Directions that X has not are none of the result: where two vectors are the same, both
-    become their shared direction over sqrt(2).
+    For the singular value decomposition X = P D Q^T, the result is P Q^T = X (X^T X)^(-1/2). Its columns span the same
+    space as X: if two vectors are equal, both become their direction divided by sqrt(2).
 
     Args:
-        vectors: float64 [length, count].
+        vectors: X, float64 [length, count].
         name: of the tensor, for errors.
 
     Returns:
         float64 [length, count].
+
+    Raises:
+        InputError: the vectors have NaN or infinities, or torch finds no decomposition.
     """
     values, turn = _eigen(_gram(vectors.T), name)
-    there = values > _SAME * values[:1]
+    there = values > _SAME_DIRECTION * values[:1]
     turn = turn[:, there]
     return vectors @ ((turn / values[there].sqrt()) @ turn.T)
 
 
-_FEW = 256  # rows, of which a product takes little
+_FEW_ROWS = 256  # rows: below this, computing inner products twice costs little
 
 
 def _gram(rows: Tensor) -> Tensor:
     """The inner products of rows [n, length] with each other, each computed once: [n, n]."""
     count = len(rows)
-    if count <= _FEW:
+    if count <= _FEW_ROWS:
         return rows @ rows.T
     upper, lower = rows[: count // 2], rows[count // 2 :]
     gram = rows.new_empty(count, count)
@@ -148,7 +158,7 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 def _eigen(gram: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, the largest first, and eigenvectors of a symmetric matrix."""
+    """Eigenvalues [n], the largest first, and eigenvectors [n, n] of a symmetric matrix."""
     if not torch.isfinite(gram).all():
         problem = "its changes have NaN or infinities, or are too large to be squared"
         raise InputError(name, problem, "A source is broken; `evomerge inspect` names it.")

@@ -1,7 +1,10 @@
-"""Means on a sphere, by coefficients: all that they need of the vectors is a matrix of inner products.
+"""Means on a sphere, as coefficients of the vectors, computed from the matrix of their inner products alone.
 
-A vector in the span of x_1 ... x_n is given by its coefficients c; its inner product with another is c^T G c'. So these
-iterations cost nothing next to one reading of a weight. All are float64.
+A vector in the span of x_1 ... x_n is represented by its coefficients c; the inner product of two is c^T G c', where
+G is the matrix of inner products. So the iterations here take almost no time compared with reading the weights once.
+
+All arrays are float64. ``inner`` is G [n, n], and ``weights`` and results are [n]; the vectors need not be of unit
+length.
 """
 
 from __future__ import annotations
@@ -14,17 +17,22 @@ from numpy.typing import NDArray
 Vector = NDArray[np.float64]
 
 _SMALL = 1e-8  # what mergekit adds to lengths before it divides by them
-_BALANCED = 1e-6  # length of a mean of directions that says nothing: some hundred times the rounding of inner products
+_BALANCED = 1e-6  # a mean of directions shorter than this has no direction: about 100 rounding errors of inner products
 
 
 def slerp(inner: Vector, t: float, colinear: float) -> Vector:
-    """Coefficients of sin((1-t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2, with the angle a between the two.
+    """Coefficients of sin((1-t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2, where a is the angle between the two.
 
-    Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985). Where |cos a| reaches ``colinear``: 1 - t and
-    t. A vector of zero has no direction; as in mergekit it counts as one at a right angle to the other.
+    Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985). A zero vector has no direction; as in
+    mergekit, it counts as orthogonal to the other.
 
     Args:
-        inner: [2, 2] inner products of x_1 and x_2, which need not be of unit length.
+        inner: [2, 2] inner products of x_1 and x_2.
+        t: position between x_1 (0) and x_2 (1).
+        colinear: from this |cos a| on, interpolate linearly instead: 1 - t and t.
+
+    Returns:
+        [2] coefficients.
     """
     norms = math.sqrt(inner[0, 0]), math.sqrt(inner[1, 1])
     cosine = inner[0, 1] / (norms[0] * norms[1]) if all(norms) else 0.0
@@ -37,13 +45,20 @@ def slerp(inner: Vector, t: float, colinear: float) -> Vector:
 def multislerp(inner: Vector, weights: Vector) -> Vector:
     """Coefficients of the barycentre of directions, in the tangent space at their weighted mean, at the mean length.
 
-    The rule of mergekit's multislerp (Goddard): with units u_i and m the direction of sum_i w_i u_i, the tangent
-    v = sum_i w_i (u_i - <u_i, m> m) is followed from m, and the result is as long as the weighted mean of the lengths.
-    Where the directions balance each other out there is no m: then the plain weighted mean. A vector of zero has no
-    direction, and counts in the mean length alone.
+    The rule of mergekit's multislerp (Goddard): for unit vectors u_i, and m the direction of sum_i w_i u_i, the tangent
+    v = sum_i w_i (u_i - <u_i, m> m) is followed from m, and the result has the weighted mean of the lengths. If the
+    directions cancel out, there is no m, and the result is the plain weighted mean. A zero vector has no direction, and
+    counts only in the mean length.
+
+    Args:
+        inner: [n, n] inner products.
+        weights: [n], the w_i.
+
+    Returns:
+        [n] coefficients.
     """
     norms = np.sqrt(np.diag(inner))
-    # Coefficients of directions. Any multiple of a zero vector would do, but for the rounding of whoever takes it.
+    # Coefficients of unit vectors. For a zero vector any would do; 0 avoids dividing by zero.
     directions = np.divide(1, norms, where=norms > 0, out=np.zeros_like(norms))
     if _norm(weights * directions, inner) < _BALANCED:
         return weights
@@ -62,13 +77,19 @@ def multislerp(inner: Vector, weights: Vector) -> Vector:
 def karcher(inner: Vector, weights: Vector, steps: int = 10, tolerance: float = 1e-5) -> Vector:
     """Coefficients of the Karcher mean of directions (the point of least mean squared angle), at the mean length.
 
-    Karcher, "Riemannian center of mass and mollifier smoothing" (1977), by its gradient descent: follow the mean of the
-    logarithms of all points from the point at hand, until it is shorter than ``tolerance``. A vector that is shorter
-    than ``tolerance`` has no direction, and counts in the mean length alone; one opposite to the point at hand pulls
-    every way, which is to say not at all.
+    Karcher, "Riemannian center of mass and mollifier smoothing" (1977), by gradient descent: the current point moves
+    along the mean of the logarithms of all points there. A vector that is shorter than ``tolerance`` has no direction,
+    and counts only in the mean length; one opposite to the current point has no defined logarithm, and is left out of
+    that step.
 
     Args:
-        weights: of sum 1.
+        inner: [n, n] inner products.
+        weights: [n], of sum 1.
+        steps: at most this many.
+        tolerance: stop when a step is shorter than this, in radians.
+
+    Returns:
+        [n] coefficients.
     """
     norms = np.sqrt(np.diag(inner))
     valid = norms > tolerance
@@ -94,10 +115,10 @@ def karcher(inner: Vector, weights: Vector, steps: int = 10, tolerance: float = 
 
 
 def stock_ratio(inner: Vector) -> float:
-    """How far to go from the base to the mean of the sources: n cos / (1 + (n - 1) cos).
+    """How far to go from the base (0) to the mean of the sources (1): n cos / (1 + (n - 1) cos).
 
     Jang et al., "Model Stock: all we need is just a few fine-tuned models" (arXiv 2403.19522), equation 5 for n models;
-    cos is the mean cosine between two task vectors. 0 where the quotient has no finite value.
+    cos is the mean cosine between two task vectors. The ratio is 0 if the quotient is not finite.
 
     Args:
         inner: [n, n] inner products of the task vectors.
@@ -112,4 +133,5 @@ def stock_ratio(inner: Vector) -> float:
 
 
 def _norm(coefficients: Vector, inner: Vector) -> float:
+    """The length of the vector with these coefficients."""
     return math.sqrt(max(float(coefficients @ inner @ coefficients), 0.0))

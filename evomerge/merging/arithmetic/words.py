@@ -1,9 +1,10 @@
-"""What compiled code is made of: numba's settings, bits of floats, pairs of elements, random words.
+"""Building blocks of compiled code: numba's settings, bits of floats, pairs of elements, random words.
 
-Compiled code sees a tensor flat and two elements at a time. bfloat16 comes as uint32 words of two neighbours, so that a
-word is one load and widening it two bit operations; float32 comes as it is. What the compiler needs to know to fuse a
-pass (the number of sources, their dtype, whether masks are drawn) is in the types of the arguments: ``None`` for what
-is not wanted, tuples for what each source has. Each combination is compiled once and kept on disk by numba.
+Compiled code reads a flat tensor two elements at a time, from an "array of pairs". bfloat16 is read as uint32 words of
+two neighbours each, so that a pair takes one load and two bit operations to widen; float32 is read as it is. What the
+compiler must know to fuse a pass (the number of sources, their dtype, whether masks are random) is in the types of the
+arguments: ``None`` turns a feature off, and a tuple has one entry for each source. numba compiles each combination
+once and caches it on disk.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from numba.extending import intrinsic, overload
 
 from evomerge.compiling import compiler
 
-# Numba types every sum of uint32 as uint64; to stay in 32 bits each step is cast back.
+# numba types sums of uint32 as uint64; to stay in 32 bits, each step is cast back.
 U32 = np.uint32
-U64 = np.uint64  # of indices: an unsigned index cannot count from the end, which spares a test that bars vectorising
+U64 = np.uint64  # for indices: with unsigned ones numba omits its test for negative indices, which prevents vectorising
 ZERO = np.float32(0)
 SIGN = np.uint32(0x80000000)
 BLOCK = 1024  # pairs computed at a time into a buffer that stays in the first-level cache
@@ -31,7 +32,7 @@ compiled = compiler([Path(__file__).with_name(name) for name in ("words.py", "ke
 
 
 def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of compiled code that says itself which instructions it is."""
+    """Decorator of a function for compiled code that generates its own LLVM instructions (numba's ``intrinsic``)."""
     return cast(Callable[..., Any], intrinsic(function))
 
 
@@ -52,13 +53,13 @@ def as_bits(_context: Any, _number: Any) -> Any:
 
 @instruction
 def as_signed(_context: Any, _bits: Any) -> Any:
-    """The same 32 bits as a signed number, which vector units compare in one step."""
+    """The same 32 bits as a signed number, which vector units compare with one instruction."""
     return types.int32(types.uint32), lambda _c, _b, _s, args: args[0]
 
 
 @instruction
 def fma(_context: Any, _a: Any, _b: Any, _c: Any) -> Any:
-    """a b + c, rounded once: on every machine alike, where a compiler's own choice to fuse would not be."""
+    """a b + c, rounded once. On its own, a compiler would fuse on some machines and not on others."""
     kind = types.float32
     return kind(kind, kind, kind), lambda _x, builder, _s, args: builder.fma(*args)
 
@@ -85,7 +86,7 @@ def _stream32(_context: Any, _to: Any, _from: Any) -> Any:
 
 @instruction
 def fence(_context: Any) -> Any:
-    """Wait until streamed stores are seen by all."""
+    """Wait until all threads can see streamed stores."""
 
     def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
         builder.fence("seq_cst")
@@ -98,7 +99,7 @@ def fence(_context: Any) -> Any:
 
 
 def pair(array: Any, index: Any) -> Any:
-    """Elements 2 index and 2 index + 1 as float32."""
+    """Elements 2 index and 2 index + 1 of an array of pairs, as float32."""
 
 
 @overload(pair, inline="always")  # type: ignore[untyped-decorator]
@@ -114,7 +115,7 @@ def _pair(array: Any, index: Any) -> Any:
 
 
 def put_pair(array: Any, index: Any, first: Any, second: Any) -> Any:
-    """Write elements 2 index and 2 index + 1; to bfloat16 rounded to nearest, ties to even, as torch does."""
+    """Write elements 2 index and 2 index + 1 of an array of pairs; bfloat16 is rounded to nearest, ties to even."""
     raise NotImplementedError("compiled code only")
 
 
@@ -134,7 +135,7 @@ def _put_pair(array: Any, index: Any, first: Any, second: Any) -> Any:
 
 
 def pairs(array: Any) -> Any:
-    """How many pairs an array holds."""
+    """The number of pairs in an array of pairs."""
     raise NotImplementedError("compiled code only")
 
 
@@ -151,18 +152,19 @@ def _pairs(array: Any) -> Any:
 
 @compiled
 def block_like(out: Any) -> Any:
-    """Room for a block of pairs of the dtype of ``out``, aligned for streaming."""
-    room = np.empty(2 * BLOCK + 8, out.dtype)
-    skip = (-room.ctypes.data % 32) // 4
-    return room[skip : skip + 2 * BLOCK]
+    """A buffer for a block of pairs of the dtype of ``out``, aligned for streaming."""
+    buffer = np.empty(2 * BLOCK + 8, out.dtype)
+    skip = (-buffer.ctypes.data % 32) // 4
+    return buffer[skip : skip + 2 * BLOCK]
 
 
 @compiled
 def flush(block: Any, out: Any, start: Any, count: Any, stream: Any) -> None:
     """Write ``count`` computed pairs to ``out`` from pair ``start`` on.
 
-    A plain store first reads the line that it will overwrite; a streamed one does not, which is a quarter of the
-    traffic of a merge of two. Small tensors, which the model will find in the cache, are better stored plainly.
+    A plain store first reads the cache line that it overwrites; a streamed one does not, which saves a quarter of the
+    memory traffic of a merge of two sources. Small tensors are better stored plainly, because the model will find them
+    in the cache.
     """
     width = len(out) // pairs(out)
     size = count * width * 4
@@ -181,16 +183,16 @@ def flush(block: Any, out: Any, start: Any, count: Any, stream: Any) -> None:
 
 @compiled
 def random_words(words: Any, first: Any, key: Any, second_key: Any) -> None:
-    """Fill ``words`` (uint32) with the random words number first, first + 1, ... of a stream; see ``drops``."""
+    """Fill ``words`` (uint32) with the random words at positions first, first + 1, ... of a stream; see ``drops``."""
     number = U32(first)
     for i in range(len(words)):
         words[i] = random_word(number, key, second_key)
-        number = U32(number + U32(1))  # counted in 32 bits: first + i in 64 takes half as long as the hash itself
+        number = U32(number + U32(1))  # counting in 64 bits would take half as long as the hash itself
 
 
 @compiled
 def random_word(number: Any, key: Any, second_key: Any) -> Any:
-    """One random word, by the lower 32 bits of its number."""
+    """The random word (uint32) at one position of a stream, given the lower 32 bits of the position."""
     x = U32(number ^ key)
     x = U32(U32(x ^ U32(x >> U32(16))) * U32(0x7FEB352D))
     x = U32(x + second_key)
@@ -199,13 +201,13 @@ def random_word(number: Any, key: Any, second_key: Any) -> Any:
 
 
 @compiled
-def row_turn(number: Any, length: Any, key: Any, second_key: Any) -> Any:
-    """By how many places the row of this number is turned; see ``drops``."""
+def partner_offset(number: Any, length: Any, key: Any, second_key: Any) -> Any:
+    """The distance (uint64) from an element to its partner in row ``number``; see ``drops.partner_offsets``."""
     word = U64(random_word(U32(number), second_key, key))
     return U64(U64(1) + U64(U64(word * U64(length - U64(1))) >> U64(32)))
 
 
 @compiled
 def upper_bits(delta: Any) -> Any:
-    """The upper 16 bits of a magnitude, about half a percent apart, as a number that sorts as magnitudes do."""
+    """The upper 16 bits of a float32 magnitude: an int16 that sorts as magnitudes do, to about half a percent."""
     return np.int16(as_signed(U32(as_bits(delta) & U32(0x7FFFFFFF))) >> np.int32(16))
