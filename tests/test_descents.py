@@ -17,7 +17,7 @@ from evomerge.genome import Baseline, Genome
 from evomerge.optimizers import CmaSettings, Observation, ProxyDescentSettings, Settings
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.descents import HALVINGS, PATIENCE
-from evomerge.search.estimation.agreement import MAX_POINTS, MIN_POINTS, Agreement, along
+from evomerge.search.estimation.agreement import MAX_POINTS, MIN_POINTS, Agreement, fitted_values
 from evomerge.search.preparing.prepare import prepare
 from evomerge.search.preparing.setup import EvaluatorInfo, ProxyInfo, Setup
 from evomerge.search.settings.search_file import load_search_file
@@ -145,8 +145,8 @@ def test_a_proxy_that_the_objective_contradicts_rests_without_another_try(tmp_pa
 
 def test_the_proxy_at_a_point_is_read_off_a_line_through_its_steps() -> None:
     noisy = 3.0 - 0.25 * np.arange(16) + np.resize([0.1, -0.1, -0.1, 0.1], 16)  # of no slope and no mean
-    assert along(noisy, (8, 16)) == pytest.approx([1.0, -1.0])
-    assert along(np.array([2.0]), (1,)) == [2.0]
+    assert fitted_values(noisy, (8, 16)) == pytest.approx([1.0, -1.0])
+    assert fitted_values(np.array([2.0]), (1,)) == [2.0]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_proxy_is_dropped_only_if_the_objectives_surely_disagree(
     """Of six points, tau has a standard deviation of 0.355 by chance, and 1.28 of these are 0.454."""
     agreement = Agreement()
     for value, loss in enumerate(losses):
-        agreement.take(float(value), [loss])
+        agreement.add(float(value), [loss])
     assert agreement.tau == pytest.approx(tau)
     assert agreement.is_low == low
 
@@ -166,11 +166,11 @@ def test_a_proxy_is_dropped_only_if_the_objectives_surely_disagree(
 def test_points_that_failed_say_nothing_of_the_proxy() -> None:
     agreement = Agreement()
     for value in range(MIN_POINTS):
-        agreement.take(float(value), [math.inf])
+        agreement.add(float(value), [math.inf])
     assert agreement.points == 0
     assert not agreement.is_low
     for value in range(MIN_POINTS):
-        agreement.take(float(value), [-value, 2.0 * value])  # of two objectives, of which one agrees
+        agreement.add(float(value), [-value, 2.0 * value])  # of two objectives, of which one agrees
     assert agreement.tau == 0.0
 
 

@@ -11,7 +11,7 @@ from helpers_miniature import evomerge, json_of, short_search_file
 
 from evomerge.errors import InputError
 from evomerge.report.team import choose_team, team_of
-from evomerge.search.estimation.team import agreement, coverage, greedy_team
+from evomerge.search.estimation.team import coverage, greedy_team, majority
 from evomerge.store import Store
 
 
@@ -47,8 +47,8 @@ def test_no_exchange_of_one_member_covers_more(seed: int) -> None:
 
 def test_more_than_half_must_solve_an_item() -> None:
     scores = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0.0]])
-    assert agreement(scores).tolist() == [1, 1, 0, 0]
-    assert agreement(scores[:2]).tolist() == [1, 0, 0, 0]
+    assert majority(scores).tolist() == [1, 1, 0, 0]
+    assert majority(scores[:2]).tolist() == [1, 0, 0, 0]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from rich.table import Table
 from evomerge.errors import InputError
 from evomerge.report.confirmed import better, held_out
 from evomerge.search.estimation.statistics import paired_difference
-from evomerge.search.estimation.team import agreement, coverage, greedy_team
+from evomerge.search.estimation.team import coverage, greedy_team, majority
 from evomerge.store import CandidateRow, Store
 from evomerge.store.events import TeamChosen
 from evomerge.store.record import Measure
@@ -150,7 +150,7 @@ def team_of(store: Store) -> Team | None:
         objectives=objectives,
         members=[_member(members[place], place, known, objectives) for place in range(len(members))],
         coverage=float(covered.mean()),
-        majority=float(agreement(known).mean()),
+        majority=float(majority(known).mean()),
         against={name: _share(covered, other) for name, other in beside.items()},
         solved=["".join(str(min(9, int(value * 9.99))) for value in np.clip(one, 0, 1)) for one in known],
     )

@@ -37,7 +37,7 @@ from evomerge.report.team import maximised, search_scores
 from evomerge.search.driving.control import Control
 from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
-from evomerge.search.estimation.team import agreement, coverage, greedy_team
+from evomerge.search.estimation.team import coverage, greedy_team, majority
 from evomerge.search.opening.session import create_search, fingerprints_of, recipe_of
 from evomerge.search.pools.in_process import InProcessPool
 from evomerge.search.preparing.prepare import Prepared, prepare
@@ -195,7 +195,7 @@ class Teams:
 
     @property
     def majority(self) -> float:
-        return float(np.mean([agreement(team).mean() for team in self.solved]))
+        return float(np.mean([majority(team).mean() for team in self.solved]))
 
     @property
     def best_member(self) -> float:

@@ -19,7 +19,7 @@ from evomerge.front import extend_front
 from evomerge.genome import Genome
 from evomerge.search.driving.candidates import PROXY, START, Candidate
 from evomerge.search.driving.dispatch import Dispatcher, NonCandidateRecorder, Pending, feed_of, write_log
-from evomerge.search.estimation.agreement import Agreement, along
+from evomerge.search.estimation.agreement import Agreement, fitted_values
 from evomerge.search.preparing.setup import ProxyInfo, Setup
 from evomerge.search.work.jobs import Descend, Descended, Failed, Finished, Measured
 from evomerge.store import Store
@@ -116,7 +116,7 @@ class Descents:
     def _audit(self, path: Sequence[Candidate]) -> None:
         """Compare what was scored of the points of a step with what the proxy was there."""
         for candidate, value in zip(path, self._values.get(path[0].step, ()), strict=False):
-            self.agreement.take(value, candidate.losses or ())
+            self.agreement.add(value, candidate.losses or ())
 
     def _begin_again(self) -> None:
         assert self.rate is not None  # there was a descent
@@ -135,7 +135,7 @@ class _Run(NonCandidateRecorder):
 
     def measured(self, pending: Pending, finished: Finished, result: Measured | Descended) -> None:
         assert isinstance(result, Descended)
-        self.points, self.values = result.points, along(result.losses, self._descend.keep)
+        self.points, self.values = result.points, fitted_values(result.losses, self._descend.keep)
         steps = len(result.losses)
         gradient = [None if np.isnan(slope) else slope for slope in result.gradient.tolist()]
         self._store.record_event(

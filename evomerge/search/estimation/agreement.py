@@ -1,7 +1,7 @@
-"""How far the proxy can be trusted: whether the objectives, too, find better what it finds better.
+"""How far the proxy can be trusted: whether what it finds better is also better in the objectives.
 
-Points that descents lead to are scored like any candidate, so each of them is an audit: it has a value of the proxy,
-and a loss of every objective. Kendall's tau of the latest of these says whether it pays to follow on.
+The points that descents reach are scored like any candidate, so each has both a value of the proxy and a loss in every
+objective. Kendall's tau over the latest of these points says whether following the proxy is worthwhile.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from numpy.typing import NDArray
 from evomerge.search.estimation.statistics import kendall_tau
 
 MIN_POINTS = 6
-"""Points before they say anything: three descents."""
+"""Points that are needed for a conclusion: those of three descents."""
 
 MAX_POINTS = 12
-"""Only the latest points count: a proxy that leads far from poor models may say nothing of good ones."""
+"""Only the latest points count: a proxy that improves poor models may say nothing about good ones."""
 
-SURE = 1.28
-"""Standard deviations of tau below 0 at which the proxy surely leads away: one-sided, with 90%.
+SURE_DEVIATIONS = 1.28
+"""How many standard deviations below 0 tau must be to prove disagreement: one-sided, with 90% confidence.
 
-Where a path no longer improves, tau is as often below 0 as above, and what helps is a lower rate.
+A lower limit than 0 is needed because on a path that no longer improves, tau is as often below 0 as above, and what
+helps there is a lower rate.
 """
 
 
 class Agreement:
-    """What is known of a proxy by the points that it led to."""
+    """How well a proxy agrees with the objectives at the points that its descents reached."""
 
     def __init__(self) -> None:
         self._points: deque[tuple[float, Sequence[float]]] = deque(maxlen=MAX_POINTS)
@@ -40,7 +41,7 @@ class Agreement:
 
     @property
     def tau(self) -> float:
-        """Kendall's tau of the proxy and a loss, the mean over objectives; NaN where either has no ranks."""
+        """Kendall's tau between the proxy and the loss, averaged over objectives; NaN if one of them is constant."""
         if not self._points:
             return float("nan")
         values, losses = np.array([value for value, _ in self._points]), np.array([each for _, each in self._points])
@@ -48,26 +49,30 @@ class Agreement:
 
     @property
     def is_low(self) -> bool:
-        """Whether the objectives surely disagree with the proxy.
+        """Whether the objectives disagree with the proxy, with the confidence of ``SURE_DEVIATIONS``.
 
         Without correlation the variance of tau is 2 (2n + 5) / (9n (n - 1)) (Kendall, Biometrika 30, 1938).
         """
         n = self.points
-        return n >= MIN_POINTS and self.tau < -SURE * math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
+        return n >= MIN_POINTS and self.tau < -SURE_DEVIATIONS * math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
 
-    def take(self, value: float, losses: Sequence[float]) -> None:
-        """Take a point: the proxy there, and its losses; one that failed says nothing."""
+    def add(self, value: float, losses: Sequence[float]) -> None:
+        """Add a point with its value of the proxy and its losses in all objectives; ignored if one is not finite."""
         if np.isfinite(value) and np.isfinite(losses).all():
             self._points.append((value, losses))
 
 
-def along(losses: NDArray[np.float64], steps: Sequence[int]) -> list[float]:
-    """The proxy on a path, after so many steps each, by the straight line through what it was before every step.
+def fitted_values(losses: NDArray[np.float64], steps: Sequence[int]) -> list[float]:
+    """The proxy at points of a path, read off a straight line fitted to its values before every step.
 
-    Each step's items are others, so one value alone says little.
+    Every step uses other items, so a single value is noisy.
 
     Args:
-        losses: float64 [steps]: before each step.
+        losses: float64 [steps], the proxy's loss before each step.
+        steps: for each point, the number of steps before it.
+
+    Returns:
+        The fitted loss at each point.
     """
     if len(losses) < 2:
         return [float(losses[0])] * len(steps)

@@ -1,14 +1,15 @@
-"""Item response: what the scores of known models on every item say of a new one that was scored on a few.
+"""Item response theory: predicts the scores of a candidate on all items from its scores on a few.
 
-Merges of the same sources find the same items hard. A logistic model of two parameters an item (2PL: Birnbaum, 1968) is
-fitted to the models that were scored on every item, and a candidate's one number, its ability, to the few items that
-it was scored on. That is the idea of tinyBenchmarks (Maia Polo et al., arXiv:2402.14992) and MERGE3 (Mencattini et al.,
-arXiv:2502.10436). MERGE3 takes a merge's ability for a linear combination of its sources'. With one dimension every
-number is one, so what is left of that here is the prior: a candidate is about as able as the models that are known.
+Merges of the same sources find the same items hard. A logistic model with two parameters per item (2PL: Birnbaum, 1968)
+is fitted to the models that were scored on every item; then the only parameter of a candidate, its ability, is fitted
+to the few items that it was scored on. This is the idea of tinyBenchmarks (Maia Polo et al., arXiv:2402.14992) and
+MERGE3 (Mencattini et al., arXiv:2502.10436). MERGE3 assumes that a merge's ability is a linear combination of those of
+its sources. With a single dimension, any ability is such a combination, so only a prior is left of that here: a
+candidate is about as able as the known models.
 
-Their estimator, ``p_irt``, is as wrong as the model is. Here the model's predictions go into the difference estimator
-of ``racing.py``, which is nearly unbiased whatever they are, and exact when every item is scored; a good model makes
-what it misses, and so the error, small. ``held_out_error`` says whether it does.
+Their estimator, ``p_irt``, has all errors of the model. Here, the model's predictions enter the difference estimator of
+``racing.py``, which is nearly unbiased whatever they are, and exact when every item is scored; the better they are, the
+smaller its standard error. ``held_out_error`` measures whether they help.
 """
 
 from __future__ import annotations
@@ -27,34 +28,34 @@ from evomerge.search.estimation.racing import difference_estimate
 Matrix = NDArray[np.float64]
 Items = NDArray[np.int64]
 
-# Standard deviations of the normal priors, in logits. They hold the slopes of a few models near 1, which is the Rasch
-# model of one parameter an item, and let many models show slopes of their own; and they keep the difficulty of items
-# that all models solve, or none, finite.
+# Standard deviations of the normal priors, in logits. With few models they keep slopes near 1, which is the Rasch model
+# with one parameter per item; with many models slopes are free to differ. They also keep the difficulty of items finite
+# that all models solve, or none.
 ABILITY_SPREAD = 1.0
 EASINESS_SPREAD = 2.0
 SLOPE_SPREAD = 0.5
 
 MIN_SPREAD = 0.1
-"""Of a new candidate's ability about the known ones, in logits: a merge may be better than all that went into it."""
+"""Smallest spread of a candidate's prior ability, in logits, because a merge may be better than all of its sources."""
 
 FOLDS = 10
-"""Models are left out one by one up to this many, and beyond in this many groups: each needs a fit of its own."""
+"""Groups of models that are left out in turn: with up to this many models, one by one. Each group needs its own fit."""
 
 NEWTON_STEPS = 30
 LONGEST_STEP = 1.0
-"""Of Newton's method in the ability, in logits; a step of the full length overshoots where all scores are equal."""
+"""Limit for steps of Newton's method in the ability, in logits: full steps overshoot if all scores are equal."""
 
 
 @dataclass(frozen=True)
 class ItemModel:
-    """How probable a right answer is: special.expit(easiness + slope * ability), for each item.
+    """The probability of a right answer to each item: special.expit(easiness + slope * ability).
 
     Attributes:
-        easiness: float64 [n_items].
+        easiness: float64 [n_items], in logits.
         slope: float64 [n_items].
-        abilities: float64 [models], of those that it was fitted to.
-        low: the least score that they have; the model's 0.
-        width: from there to the greatest; the model's 1.
+        abilities: float64 [models], those of the models that it was fitted to, in logits.
+        low: the lowest score of these models, which counts as probability 0.
+        width: the highest score, which counts as probability 1, minus the lowest.
     """
 
     easiness: Matrix
@@ -64,10 +65,14 @@ class ItemModel:
     width: float
 
     def ability(self, items: Items, scores: Matrix) -> float:
-        """The most probable ability of a candidate with these scores [k] on these items [k].
+        """The most probable ability of a candidate, in logits.
 
-        Its prior has the mean and the spread of the known abilities. Scores outside the range that the known models
-        have are taken for its ends.
+        Its prior has the mean and the standard deviation of the known abilities. Scores outside the range of the known
+        models are clipped to it.
+
+        Args:
+            items: int64 [k], indices of scored items.
+            scores: float64 [k], the candidate's scores on them.
         """
         y = np.clip((scores - self.low) / self.width, 0.0, 1.0)
         slope, easiness = self.slope[items], self.easiness[items]
@@ -81,19 +86,19 @@ class ItemModel:
         return ability
 
     def predict(self, items: Items, scores: Matrix) -> Matrix:
-        """The expected score on every item, float64 [n_items], of a candidate with these scores on these items."""
+        """The expected score of a candidate on every item: float64 [n_items]. Arguments are as for ``ability``."""
         p: Matrix = special.expit(self.easiness + self.slope * self.ability(items, scores))
         return self.low + self.width * p
 
 
 def fit(responses: Matrix) -> ItemModel:
-    """Fit items and abilities together, at the maximum of the posterior.
+    """Fit the parameters of items and the abilities of models together, at the maximum of the posterior.
 
     Args:
-        responses: float64 [models, items], the scores of models on every item. Of any bounded metric: the least score
-            seen becomes 0 and the greatest 1, and a score between them counts as that share of a right answer (Papke &
+        responses: float64 [models, items], the scores of models on every item, in any bounded metric. The lowest score
+            becomes 0 and the highest 1, and a score between them counts as that share of a right answer (Papke &
             Wooldridge, Econometric Methods for Fractional Response Variables, 1996). A metric without bounds, such as
-            a log-likelihood, gives a model that predicts badly, and ``held_out_error`` shows it.
+            a log-likelihood, gives a model that predicts badly, which ``held_out_error`` shows.
 
     Raises:
         ValueError: there are no models or no items, or a score is not finite.
@@ -117,7 +122,10 @@ def fit(responses: Matrix) -> ItemModel:
 
 
 def _loss(y: Matrix, flat: Matrix, centre: float) -> tuple[float, Matrix]:
-    """Minus the log posterior of y [models, items] at abilities, easiness and slopes in a row, and its gradient."""
+    """The negative log posterior of y [models, items], and its gradient.
+
+    ``flat`` is float64 [models + 2 items]: abilities, easiness, slopes. ``centre`` is the prior mean of the easiness.
+    """
     models, n = y.shape
     ability, easiness, slope = np.split(flat, [models, models + n])
     logits = easiness + ability[:, None] * slope
@@ -133,7 +141,12 @@ def _loss(y: Matrix, flat: Matrix, centre: float) -> tuple[float, Matrix]:
 
 
 def p_irt(model: ItemModel, items: Items, scores: Matrix) -> float:
-    """The mean of the scores, where there are scores, and of the predictions elsewhere (arXiv:2402.14992, p-IRT)."""
+    """The p-IRT estimate of arXiv:2402.14992: the mean over all items of known scores, and of predictions elsewhere.
+
+    Args:
+        items: int64 [k], indices of scored items.
+        scores: float64 [k], the candidate's scores on them.
+    """
     full = model.predict(items, scores)
     full[items] = scores
     return float(full.mean())
@@ -141,11 +154,11 @@ def p_irt(model: ItemModel, items: Items, scores: Matrix) -> float:
 
 @dataclass(frozen=True)
 class HeldOutError:
-    """Mean absolute errors of estimates of the full mean, over models that the item model has not seen.
+    """Mean absolute errors of estimates of the mean over all items, for models that the item model was not fitted to.
 
     Attributes:
-        reference: of the difference estimator with one known model's scores as the prediction.
-        item_response: of the same with the item model's. Use item response where this is the less.
+        reference: of the difference estimator, with one known model's scores as the prediction.
+        item_response: of the same estimator, with the item model's predictions; use these if this error is the smaller.
         p_irt: of ``p_irt``.
     """
 
@@ -155,12 +168,12 @@ class HeldOutError:
 
 
 def held_out_error(responses: Matrix, subsets: Sequence[Items], order: ItemOrder, reference: Matrix) -> HeldOutError:
-    """Cross validation over models: each is estimated from each subset by a fit to the others.
+    """Cross-validation over models: each is estimated from each subset with an item model fitted to the others.
 
     Args:
-        responses: float64 [models, items], two models or more.
-        subsets: items [k] to estimate from, as the search would draw them.
-        order: says which stratum each item is in.
+        responses: float64 [models, items], of two or more models.
+        subsets: int64 [k] each, indices of the items to estimate from, as the search would choose them.
+        order: gives the stratum of each item.
         reference: float64 [items], the scores of the known model.
 
     Raises:

@@ -1,9 +1,9 @@
 """The order in which items are scored: a stratified sample that favours the items on which models differ.
 
-An item that every baseline solves, or none, says little of a merge of them. So items are divided into strata by how
-much the baselines' scores differ, and every stratum gets its part of each rung by Neyman's rule, n_h ~ N_h S_h
-(Cochran, Sampling Techniques, 3rd ed. 1977, eq. 5.26). No stratum is left out: estimates stay unbiased because each is
-weighted by its size (``racing.py``), and an item that all baselines agree on may still tell two merges apart.
+An item that every baseline solves, or none, says little about a merge. So items are divided into strata by how much the
+baselines' scores differ, and every stratum gets its share of each rung by Neyman allocation, n_h ~ N_h S_h (Cochran,
+Sampling Techniques, 3rd ed. 1977, eq. 5.26). No stratum is left out, and estimates remain unbiased because each is
+weighted by its size (``racing.py``); two merges may differ even on an item on which all baselines agree.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from evomerge.optimizers.base import random_state
 from evomerge.search.estimation.racing import Sample
 
 STRATA = 3
-"""Items on which the baselines agree, and two halves of the others by how much they differ."""
+"""One for items on which the baselines agree, and two for the others, divided at the median of their variance."""
 
 PRIOR_MODELS = 1.0
-"""Weight, in models, of the average item in an item's variance: a few baselines that agree prove little."""
+"""How many models the average variance counts as in an item's variance: a few baselines that agree prove little."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,25 @@ class ItemOrder:
     """The order in which one evaluator's items are scored, the same for all candidates of a search.
 
     Attributes:
-        positions: int32 [n], positions in the search split, in the order scored.
-        strata: int64 [n], the stratum of the item at each position.
+        positions: int32 [n], positions in the search split, in the order in which they are scored.
+        strata: int64 [n], the stratum of the item at each position of the split.
     """
 
     positions: NDArray[np.int32]
     strata: NDArray[np.int64]
 
     def sample(self, items: NDArray[np.int32], most: int) -> Sample:
-        """What scores of these items are a sample of: the first ``most`` positions of the split."""
+        """Scored items as a stratified sample of the first ``most`` items of the split.
+
+        Args:
+            items: int32 [k], positions of the scored items.
+        """
         population = np.bincount(self.strata[:most], minlength=STRATA)
         return Sample(self.strata[items], population)
 
 
 def plain_order(count: int) -> ItemOrder:
-    """Items as they lie in the split, all in one stratum: for evaluators that are always asked for every item."""
+    """The order of the split itself, in one stratum: for evaluators that always score every item."""
     return ItemOrder(np.arange(count, dtype=np.int32), np.zeros(count, dtype=np.int64))
 
 
@@ -66,7 +70,7 @@ def item_order(scores: NDArray[np.float64], seed: int) -> ItemOrder:
     order = []
     for _ in range(count):
         left = np.array([bool(queue) for queue in queues])
-        # Whoever is farthest behind its part; two items of each first, for a variance.
+        # The stratum that is furthest behind its share; but first two items of each, for a variance.
         behind = np.where(taken < 2, np.inf, wanted / np.maximum(taken, 1))
         h = int(np.argmax(np.where(left, behind, -1.0)))
         order.append(queues[h].pop())
@@ -75,7 +79,7 @@ def item_order(scores: NDArray[np.float64], seed: int) -> ItemOrder:
 
 
 def _strata(variances: NDArray[np.float64]) -> NDArray[np.int64]:
-    """0 where the baselines agree; the others halved by rank, equal variances together."""
+    """int64 [n]: 0 where the baselines agree, otherwise 1 up to the median variance and 2 above it."""
     strata = np.zeros(len(variances), dtype=np.int64)
     differ = variances > 0
     if differ.any():

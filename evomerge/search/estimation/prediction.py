@@ -1,7 +1,7 @@
-"""Predictions of a candidate's scores on all items from a few: by the best baseline, or by item response.
+"""Predictions of a candidate's scores on all items from a few: the scores of the best baseline, or item response.
 
-The best baseline and not the best candidate: one that leads was chosen by the items that come first, does better on
-these than on the others, and would make whatever is estimated by its scores look worse than it is.
+The best baseline is used, not the best candidate. The latter was chosen by the items that come first and does better on
+these than on the others, so everything estimated from its scores would look worse than it is.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from evomerge.search.estimation.scores import Prediction, ScoreTable
 from evomerge.search.preparing.setup import MeasureInfo, Setup
 
 GROWTH = 1.25
-"""The growth in models scored on every item that triggers a new fit: each fit costs a cross-validation."""
+"""The growth in the number of models scored on every item that triggers a new fit, which costs a cross-validation."""
 
 
 class Predictions:
-    """Gives each measure its prediction, and learns from every model that was scored on all items."""
+    """The prediction for each measure; item response is fitted to the models that were scored on all items."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
@@ -34,7 +34,7 @@ class Predictions:
 
     @property
     def learns(self) -> bool:
-        """Whether models scored on every item teach it anything: with ``estimate: item_response`` alone."""
+        """Whether models scored on every item are used: only with ``estimate: item_response``."""
         return self._setup.racing is not None and self._setup.racing.estimate == "item_response"
 
     def of(self, measure: MeasureInfo) -> Prediction | None:
@@ -51,12 +51,12 @@ class Predictions:
         return by_reference
 
     def take_baselines(self, baselines: Sequence[ScoreTable], best: ScoreTable, orders: Sequence[ItemOrder]) -> None:
-        """Take the baselines that were scored, and the best of them."""
+        """Add the scored baselines, and use the best of them as the reference; one order of items per evaluator."""
         self._reference = best
         self.take(baselines, orders)
 
     def take(self, scored: Sequence[ScoreTable], orders: Sequence[ItemOrder]) -> None:
-        """Take models that were scored on every item; fits again when there are enough new ones."""
+        """Add models that were scored on every item, and fit again if there are enough new ones."""
         if not self.learns:
             return
         self._scored.extend(scored)
@@ -70,7 +70,7 @@ class Predictions:
         responses = np.array([table.values(measure) for table in self._scored], dtype=np.float64)
         items = order.positions[: self._setup.rungs[0][measure.evaluator]].astype(np.int64)
         subset = np.sort(items[items < measure.items])
-        if len(subset) == measure.items:  # always scored whole
+        if len(subset) == measure.items:  # always scored on every item
             return
         reference = self._reference.values(measure).astype(np.float64)
         error = held_out_error(responses, [subset], order, reference)

@@ -20,13 +20,13 @@ from evomerge.search.preparing.setup import Setup
 from evomerge.store import CandidateRow, Estimate, SearchRow, Store, summaries
 
 Losses = NDArray[np.float64]
-"""Losses of models, float64 [models, objectives]; less is better."""
+"""Losses of models, float64 [models, objectives]; lower is better."""
 
 BEST, KNEE = "best", "knee"
 
 _SCALARS = {"weighted_sum": "weighted sum", "chebyshev": "chebyshev distance"}  # names of objectives have no spaces
 
-_EQUAL = 1e-9  # of scaled sums: rounding alone tells them apart
+_EQUAL = 1e-9  # scaled sums that differ by less differ only by rounding
 
 _SCALARISATION: TypeAdapter[Scalarisation] = TypeAdapter(Scalarisation)
 
@@ -41,8 +41,8 @@ class Preference:
     """How a search chooses among models.
 
     Attributes:
-        objectives: whether more is better, by the objectives' names, in order.
-        scalarisation: what makes one number of several objectives; None with one, and for a front.
+        objectives: whether higher is better, by the objectives' names, in order.
+        scalarisation: makes one number of several objectives; None if there is one objective, or for a front.
     """
 
     objectives: Mapping[str, bool]
@@ -50,19 +50,23 @@ class Preference:
 
     @classmethod
     def of_setup(cls, setup: Setup) -> Preference:
-        """That of a search as its driver knows it."""
+        """The preference of a search as its driver knows it."""
         mix = getattr(setup.optimizer, "scalarisation", None)
         return cls({objective.name: objective.maximise for objective in setup.objectives}, mix)
 
     @classmethod
     def of_search(cls, search: SearchRow) -> Preference:
-        """That of a recorded search."""
+        """The preference of a recorded search."""
         objectives = {o.name: o.maximise for o in search.record.objectives}
         return cls.of(objectives, search.record.optimizer.scalarisation)
 
     @classmethod
     def of(cls, objectives: Mapping[str, bool], scalarisation: Mapping[str, object] | None) -> Preference:
-        """That of these objectives and a scalarisation as a search file says it."""
+        """The preference with these objectives and a scalarisation as in a search file.
+
+        Raises:
+            pydantic.ValidationError: the scalarisation is not valid.
+        """
         return cls(objectives, None if scalarisation is None else _SCALARISATION.validate_python(scalarisation))
 
     @property
@@ -77,7 +81,7 @@ class Preference:
 
     @property
     def parts(self) -> list[Preference]:
-        """Preferences of one best: this one where it has one, else that of each objective by itself."""
+        """Preferences that each have a single best: this one if it has one, otherwise one for each objective."""
         return [self] if self.decides else [Preference({name: up}, None) for name, up in self.objectives.items()]
 
     @property
@@ -87,11 +91,11 @@ class Preference:
 
     @property
     def sign(self) -> float:
-        """What ``order`` is multiplied by to be shown: a sum of what is maximised as one, a distance as it is."""
+        """The factor by which ``order`` is shown: -1 for a weighted sum (higher is better), and 1 for a distance."""
         return -1.0 if self.scalarisation is None or self.scalarisation.name == "weighted_sum" else 1.0
 
     def losses(self, models: Sequence[Mapping[str, Estimate]]) -> Losses:
-        """The losses of models by what is known of each; NaN where an objective is not known."""
+        """The losses of models from their estimates by objective; NaN where there is no estimate."""
         rows = [
             [
                 (-1.0 if up else 1.0) * (known[name].mean if name in known else np.nan)
@@ -102,10 +106,14 @@ class Preference:
         return np.array(rows, dtype=np.float64).reshape(len(models), len(self.objectives))
 
     def order(self, losses: Losses, among: Losses) -> NDArray[np.float64]:
-        """What models are ordered by, float64 [models], less is better: the loss, the scalarisation, or, with neither,
-        how far they are from the best in all objectives together, of which the knee has the least.
+        """The number by which models are ordered: float64 [models], lower is better.
 
-        ``among`` [more models, objectives] gives the range that objectives are scaled by, where any is needed.
+        It is the loss in the only objective, or the scalarisation. For a front it is the sum of the scaled distances to
+        the best in each objective; the knee has the smallest.
+
+        Args:
+            losses: of the models to order.
+            among: float64 [more models, objectives]: losses that give the range by which objectives are scaled.
         """
         finite = among[np.isfinite(among).all(axis=1)]
         if len(self.objectives) == 1 or not len(finite):
@@ -117,9 +125,9 @@ class Preference:
         return np.asarray(((losses - best) / np.where(worst > best, worst - best, 1.0)).sum(axis=1))
 
     def choose(self, losses: Losses, among: Losses | None = None) -> dict[str, int]:
-        """The row of ``losses`` in each role; none of no rows with finite losses. Of equals the first is taken.
+        """The row of ``losses`` that has each role, the first of equals; empty if no row is finite.
 
-        ``among`` is as for ``order``; these models themselves unless given.
+        ``among`` is as for ``order``; None stands for ``losses``.
         """
         known = np.flatnonzero(np.isfinite(losses).all(axis=1))
         if not len(known):
@@ -130,14 +138,14 @@ class Preference:
         by_role = {}
         for place, name in enumerate(self.objectives):
             others = rows[:, np.arange(rows.shape[1]) != place]
-            # Of equals in this objective the one that is best in the next, so that it is never a dominated one.
+            # Of equals in this objective, the one that is best in the next, so that a dominated one is never chosen.
             keys = [*others.T[::-1], rows[:, place]]
             by_role[best_at(name)] = int(known[np.lexsort(keys)[0]])
         return by_role | {KNEE: int(known[self._knee(rows, rows if among is None else among)])}
 
     def _knee(self, rows: Losses, among: Losses) -> int:
-        """The row that is the knee. Where none is better than the line through the ends of the front, as of a front of
-        two, the one is taken that gives away least of what ``among`` spans.
+        """The row that is the knee. If no row is better than the line through the ends of the front, for example on a
+        front of two, the row is chosen that loses least relative to the range of ``among``.
         """
         row, all_ = knee(rows), among[np.isfinite(among).all(axis=1)]
         sums = self.order(rows, rows)
@@ -148,9 +156,9 @@ class Preference:
 
 
 def ranked(store: Store, preference: Preference, k: int) -> list[CandidateRow]:
-    """The k best eligible candidates on the search split, best first; of equals those on the front.
+    """The k best eligible candidates on the search split, best first; of equals, those on the front come first.
 
-    For several objectives they are ordered in memory, by light queries: 10,000 candidates take some 100 ms.
+    With several objectives they are ordered in memory: 10,000 candidates take about 100 ms.
     """
     (first, up), *others = preference.objectives.items()
     if not others:
@@ -161,9 +169,9 @@ def ranked(store: Store, preference: Preference, k: int) -> list[CandidateRow]:
 
 
 def best_so_far(store: Store, preference: Preference) -> list[tuple[int, float]]:
-    """The candidates that were the best when they came, and what they are ordered by, more is better.
+    """The candidates that were the best when they were scored, with the number that orders them, higher is better.
 
-    Of a front that is how near a compromise comes to the best in all objectives, as the front is now.
+    For a front this is how near a compromise comes to the best in all objectives, relative to the present front.
     """
     (first, up), *others = preference.objectives.items()
     if not others:
@@ -177,7 +185,7 @@ def best_so_far(store: Store, preference: Preference) -> list[tuple[int, float]]
 
 def _eligible(store: Store, preference: Preference) -> tuple[NDArray[np.int64], Losses, NDArray[np.bool_], Losses]:
     """The numbers of eligible candidates with scores of their own, their losses, and whether they are on the front;
-    and the losses of the front and the baselines, which give the range of objectives in every place.
+    then the losses of the front and the baselines, which always give the range of objectives.
     """
     known = summaries.columns(store, ("number", "eligible", "same_as", "on_front", "step"))
     numbers = np.array(known["number"], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""From what workers measured to what the store keeps, and to what candidates are judged by."""
+"""Scores of items: from the results of workers to rows of the store, and to estimates of a candidate's measures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from evomerge.store import Answers, Estimate, Scores
 
 
 def to_scores(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[Scores]:
-    """Per-item scores in the store's form, one for each task of the job."""
+    """The scores of a job as rows of the store, one for each task."""
     return [
         Scores(
             evaluator=setup.evaluators[task.evaluator].version,
@@ -32,7 +32,7 @@ def to_scores(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[Sco
 
 
 def to_answers(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[Answers]:
-    """What the model wrote and drew, in the store's form; nothing of what the search does not keep."""
+    """The answers and drawings of a job as rows of the store, for the tasks whose answers the search keeps."""
     nothing: list[Mapping[int, Any]] = [{}] * len(tasks)
     given = zip(tasks, result.answers or nothing, result.drawings or nothing, strict=True)
     return [
@@ -43,7 +43,7 @@ def to_answers(setup: Setup, result: Measured, tasks: Sequence[Task]) -> list[An
 
 
 def uses_by_name(setup: Setup, result: Measured, tasks: Sequence[Task]) -> dict[str, ExpertUse]:
-    """How a model of experts used them, by the evaluator's name."""
+    """How a model with routed experts used them, by the evaluator's name; empty for other models."""
     names = [setup.evaluators[task.evaluator].name for task in tasks]
     pairs = [(name, use) for name, use in zip(names, result.uses, strict=False) if use is not None]
     found = {name: together(use for of, use in pairs if of == name) for name in names}
@@ -51,9 +51,9 @@ def uses_by_name(setup: Setup, result: Measured, tasks: Sequence[Task]) -> dict[
 
 
 class ScoreTable:
-    """A candidate's scores on the search split as far as they are known.
+    """The known scores of a candidate on the search split.
 
-    For each evaluator and metric float32 [items], by position in the split; NaN where there is no score yet.
+    For each evaluator and metric it has float32 [items], by position in the split; NaN where there is no score yet.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class ScoreTable:
 
     @property
     def count(self) -> int:
-        """How many items are scored, of all evaluators."""
+        """The number of scored items, summed over evaluators."""
         return sum(int((~np.isnan(next(iter(metrics.values())))).sum()) for metrics in self._values.values())
 
     @classmethod
@@ -83,7 +83,13 @@ class ScoreTable:
         items: NDArray[np.int32] | Sequence[int],
         metrics: Mapping[str, NDArray[np.float32]],
     ) -> None:
-        """Enter scores of items at these positions."""
+        """Enter scores of an evaluator.
+
+        Args:
+            evaluator: its index in the setup.
+            items: positions in the search split.
+            metrics: for each metric float32 [items], in the order of ``items``.
+        """
         count = setup.evaluators[evaluator].search_items
         mine = self._values.setdefault(evaluator, {})
         for metric, values in metrics.items():
@@ -92,19 +98,19 @@ class ScoreTable:
             )
 
     def values(self, measure: MeasureInfo) -> NDArray[np.float32]:
-        """The scores that a measure is the mean of: float32 [measure.items], NaN where there is none."""
+        """The scores whose mean is a measure: float32 [measure.items], NaN where there is none."""
         mine = self._values.get(measure.evaluator, {}).get(measure.metric)
         return np.full(measure.items, np.nan, dtype=np.float32) if mine is None else mine[: measure.items]
 
     def missing(self, evaluator: int, positions: NDArray[np.int32]) -> list[int]:
-        """Which of these positions have no score of an evaluator yet, rising."""
+        """Which of these positions have no score of an evaluator yet, in ascending order."""
         mine = next(iter(self._values.get(evaluator, {}).values()), None)
-        wanted = positions if mine is None else positions[np.isnan(mine[positions])]
-        rising: list[int] = np.sort(wanted).tolist()
-        return rising
+        missing = positions if mine is None else positions[np.isnan(mine[positions])]
+        ascending: list[int] = np.sort(missing).tolist()
+        return ascending
 
     def scores(self, setup: Setup) -> list[Scores]:
-        """In the store's form, items rising."""
+        """All scores as rows of the store, items in ascending order."""
         scores = []
         for evaluator, metrics in sorted(self._values.items()):
             known = np.flatnonzero(~np.isnan(next(iter(metrics.values())))).astype(np.int32)
@@ -113,7 +119,7 @@ class ScoreTable:
         return scores
 
     def take(self, setup: Setup, other: ScoreTable, evaluator: int, positions: NDArray[np.int32]) -> None:
-        """Enter what another table knows of an evaluator's items at these positions."""
+        """Copy the scores of an evaluator at these positions from another table, where it has any."""
         theirs = other._values.get(evaluator, {})
         if not theirs:
             return
@@ -122,12 +128,12 @@ class ScoreTable:
             self.add(setup, evaluator, known, {metric: values[known] for metric, values in theirs.items()})
 
     def update(self, setup: Setup, other: ScoreTable) -> None:
-        """Enter all that another table knows."""
+        """Copy all scores from another table."""
         for evaluator in other._values:
             self.take(setup, other, evaluator, np.arange(setup.evaluators[evaluator].search_items, dtype=np.int32))
 
     def within(self, setup: Setup, orders: Sequence[ItemOrder], counts: Counts) -> ScoreTable:
-        """What would be known had no more than each evaluator's first items, in its order, been scored."""
+        """A table of only the scores among each evaluator's first ``counts`` items, in the order of ``orders``."""
         table = ScoreTable()
         for evaluator, count in counts.items():
             table.take(setup, self, evaluator, orders[evaluator].positions[:count])
@@ -135,15 +141,19 @@ class ScoreTable:
 
 
 Prediction = Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray[np.float64]]
-"""From the positions of the items scored and the scores there to a score for every item."""
+"""(int64 [k] positions of scored items, float64 [k] their scores) -> float64 [n], a predicted score for every item."""
 
 
 def estimate(measure: MeasureInfo, table: ScoreTable, order: ItemOrder, predict: Prediction | None) -> Estimate | None:
-    """A measure's mean over all of its items, with its standard error; None without a score.
+    """A measure's mean over all of its items, with its standard error; None if no item is scored.
 
-    When some are not scored, they are estimated: each as it is predicted, plus the mean of what the prediction misses
-    on the items that were scored. A mean cannot lie beyond the scores that it is of, and what is added on one end may
-    carry an estimate there: it is kept within the least and the greatest score that is known or predicted.
+    If some are not scored, the mean is estimated (``racing.difference_estimate``, or without a prediction
+    ``racing.stratified_estimate``). The correction by the errors of the prediction may lead beyond the range of
+    possible means, so the mean is clipped to the range of known and predicted scores.
+
+    Args:
+        order: that of the measure's evaluator.
+        predict: predicts the scores on all items; None for no prediction.
     """
     values = table.values(measure)
     known = np.flatnonzero(~np.isnan(values))
@@ -164,7 +174,7 @@ def estimate(measure: MeasureInfo, table: ScoreTable, order: ItemOrder, predict:
 
 
 def missing_tasks(table: ScoreTable, orders: Sequence[ItemOrder], counts: Counts) -> list[Task]:
-    """What is still to be scored so that each evaluator's first items, in its order, are all known."""
+    """The tasks that are left until each evaluator's first ``counts`` items, in its order, are all scored."""
     tasks = []
     for evaluator, count in sorted(counts.items()):
         if missing := table.missing(evaluator, orders[evaluator].positions[:count]):

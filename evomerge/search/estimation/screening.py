@@ -1,9 +1,9 @@
 """The screen: a cheap metric that decides which candidates are worth generating answers for, while it can be trusted.
 
-Trust is measured. Every candidate that is scored on the objective too gives a pair, and the screen decides only while
-Kendall's tau of the pairs, the share of pairs of candidates in the same order minus that in the other, is high. Of the
-candidates it would leave out, one in each generation is scored all the same, chosen at random: without these, tau would
-be known only among those that the screen likes.
+Trust is measured. Every candidate that is also scored on the objective gives a pair of scores, and the screen decides
+only while Kendall's tau of these pairs is high. Of the candidates that it would leave out, one in each generation is
+scored all the same, chosen at random. Without these audits, tau would be known only for candidates that the screen
+prefers.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from evomerge.search.estimation.statistics import kendall_tau
 from evomerge.search.preparing.setup import ScreenInfo
 
 MIN_PAIRS = 25
-"""Pairs before the screen may decide. Of 25 without correlation tau has a standard deviation of 0.14."""
+"""Pairs that are needed before the screen may decide. For 25 uncorrelated ones, tau's standard deviation is 0.14."""
 
 MAX_PAIRS = 60
-"""Only the latest pairs count: a screen that tells bad merges from good ones may not tell good ones apart."""
+"""Only the latest pairs count: a screen that separates bad merges from good ones may not distinguish good ones."""
 
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A candidate by both metrics; it stands for ``weight`` candidates of its generation."""
+    """A candidate's means in both metrics, higher is better; it represents ``weight`` candidates of its generation."""
 
     screen: float
     objective: float
@@ -36,7 +36,7 @@ class ScoredPair:
 
 
 class Screener:
-    """What is known of a screen, and what it decides."""
+    """A screen: how well it agrees with the objective, and which candidates it leaves out."""
 
     def __init__(self, info: ScreenInfo, seed: int) -> None:
         self.info = info
@@ -49,7 +49,7 @@ class Screener:
 
     @property
     def tau(self) -> float:
-        """Kendall's tau of the latest pairs, positive where both metrics find the same candidates better; else NaN."""
+        """Kendall's tau of the latest pairs, positive if both metrics prefer the same candidates; NaN if undefined."""
         return weighted_tau(list(self._pairs))
 
     @property
@@ -57,10 +57,13 @@ class Screener:
         return self.pairs >= MIN_PAIRS and self.tau >= self.info.least_tau
 
     def poorest(self, means: Mapping[int, float]) -> set[int]:
-        """Which candidates to leave out of a generation: of its poorest by the screen all but one, at random.
+        """Which candidates of a generation to leave out: the poorest by the screen, except for one chosen at random.
 
         Args:
             means: each candidate's mean of the screen's metric, by its number.
+
+        Returns:
+            Their numbers; empty while the screen may not decide.
         """
         count = math.floor(self.info.drop * len(means))
         if count < 2 or not self.is_on:
@@ -70,11 +73,11 @@ class Screener:
         return set(poorest) - {audited}
 
     def remember(self, screened: Mapping[int, float], scored: Mapping[int, float]) -> None:
-        """Take what a generation showed.
+        """Add the pairs of a generation.
 
         Args:
             screened: each candidate's mean of the screen's metric, by its number.
-            scored: the mean of the objective of those that were scored on it.
+            scored: the mean of the objective (higher is better) of those that were scored on it.
         """
         left_out = len(screened.keys() - scored.keys())
         zone = set(self._poorest_first(screened)[: left_out + 1]) if left_out else set()
@@ -87,11 +90,11 @@ class Screener:
         return sorted(means, key=lambda number: (self._better(means[number]), number))
 
     def _better(self, mean: float) -> float:
-        """The screen's mean so that more is better."""
+        """The screen's mean, with the sign that makes higher better."""
         return mean if self.info.maximise else -mean
 
     def predict(self, mean: float) -> float:
-        """The objective of a candidate by its screen, from the line through the pairs (least squares)."""
+        """A candidate's objective (higher is better), predicted from its screen by weighted least squares."""
         x, y, weights = (np.array(column) for column in zip(*_columns(self._pairs), strict=True))
         centre, height = np.average(x, weights=weights), np.average(y, weights=weights)
         spread = np.average((x - centre) ** 2, weights=weights)
@@ -104,9 +107,9 @@ def _columns(pairs: Sequence[ScoredPair] | deque[ScoredPair]) -> list[tuple[floa
 
 
 def weighted_tau(pairs: Sequence[ScoredPair]) -> float:
-    """Kendall's tau-b, two pairs counting by the product of their weights; NaN where either metric is constant.
+    """Kendall's tau-b, where two candidates count with the product of their weights; NaN if either metric is constant.
 
-    Kendall, "The treatment of ties in ranking problems", Biometrika 33, 1945. With equal weights it is the usual one.
+    Kendall, "The treatment of ties in ranking problems", Biometrika 33, 1945. With equal weights it is the usual tau-b.
     """
     if len(pairs) < 2:
         return math.nan

@@ -1,10 +1,10 @@
-"""Which of many sources to search over: a race of each alone, objective by objective, then whoever adds most.
+"""Which of many sources to search over: a race between single sources in each objective, then a greedy choice.
 
-In an objective a source leaves the race when it is surely worse there than as many others as have a place, or than the
-base: in no other way is it known to be of no use. Of more than half of public fine-tunes that is so (arXiv 2511.21437:
-they are below their base). Who is left is put in an order by what it adds to those before it (the greedy cover of
-``team``, in place of cosines between task vectors, which say little of merges: arXiv 2410.12613), counted from what the
-base solves. Items are a random sample, the same for all, so a gain has a standard error.
+A source leaves the race of an objective when it is surely worse there than the base, or than as many others as there
+are places; only then is it known to be useless. More than half of public fine-tunes are worse than their base (arXiv
+2511.21437). The sources that are left are ordered by what each adds to those before it and to the base: the greedy
+cover of ``team``, and not cosines between task vectors, which say little about merges (arXiv 2410.12613). Items are a
+random sample, the same for all sources, so a gain has a standard error.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from evomerge.search.estimation.statistics import Difference, mean_and_error, su
 
 Matrix = NDArray[np.float64]
 Row = NDArray[np.float64]
+"""Scores of one source in one objective, float64 [items]."""
 
 
 class ObjectiveRace:
@@ -30,13 +31,13 @@ class ObjectiveRace:
 
     Args:
         sources: all of them.
-        places: how many are wanted for this objective.
-        population: how many items the objective has, of which those scored are a random sample.
+        places: how many sources to keep for this objective.
+        population: the number of items of the objective, of which the scored ones are a random sample.
         confidence: one-sided, of a single comparison.
 
     Attributes:
-        racing: the sources that need more items, in the order given.
-        out: those that the base, or as many others as there are places, surely better.
+        racing: the sources that need more items, in the given order.
+        out: the sources that are surely worse than the base, or have no place left.
     """
 
     def __init__(self, sources: Sequence[str], places: int, population: int, confidence: float) -> None:
@@ -44,11 +45,11 @@ class ObjectiveRace:
         self._places, self._population, self._confidence = places, population, confidence
 
     def judge(self, base: Row, scores: Matrix) -> None:
-        """Let those leave whose place is clear.
+        """Remove the sources for which the race is decided.
 
         Args:
-            base: float64 [k], the base's scores of k items, more is better.
-            scores: float64 [racing, k], those of the sources that still race.
+            base: float64 [k], the base's scores on k items, higher is better.
+            scores: float64 [racing, k], those of the sources that are still in the race.
         """
         sample = Sample(np.zeros(len(base), dtype=np.int64), np.array([self._population]))
         less, _ = surely_less(np.vstack([base, scores]), sample, self._confidence)
@@ -65,7 +66,7 @@ class ObjectiveRace:
 
 @dataclass(frozen=True)
 class Gain:
-    """What a source adds to those chosen before it: the mean over objectives of what more is solved, and its error."""
+    """What a source adds to those chosen before it: the mean over objectives of the gain in coverage, and its error."""
 
     mean: float
     stderr: float
@@ -73,7 +74,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A source with what it adds to those chosen before it."""
+    """A chosen source, and what it adds to those chosen before it."""
 
     name: str
     gain: Gain
@@ -82,14 +83,18 @@ class Chosen:
 def by_gain(
     base: Sequence[Row], sources: Mapping[str, Sequence[Row]], most: int, confidence: float, least: int = 0
 ) -> Iterator[Chosen]:
-    """Sources one after the other, whoever surely adds most; beyond the ``least`` no more where nobody adds anything.
+    """Choose sources greedily, each time the one that surely adds most to those chosen before.
 
     Args:
-        base: for each objective the base's scores, float64 [items], more is better.
-        sources: of each source the same, NaN where it has no score.
-        most: how many at most.
-        confidence: one-sided: they are ordered by the bounds that their gains surely exceed, so that who was scored on
+        base: for each objective the base's scores, float64 [items], higher is better.
+        sources: for each source the same, NaN where it has no score.
+        most: how many sources to choose at most.
+        confidence: one-sided. Sources are ordered by the lower bounds of their gains, so that one that was scored on
             few items does not come first by luck.
+        least: how many to choose even if they add nothing.
+
+    Yields:
+        The chosen sources, in order.
     """
     covered, left, reach = [row.copy() for row in base], dict(sources), float(special.ndtri(confidence))
     for number in range(min(most, len(left))):
@@ -103,16 +108,17 @@ def by_gain(
 
 
 def start_by_gains(kept: Sequence[Chosen], weights: Sequence[Parameter]) -> dict[str, float]:
-    """How much of each source a search begins with: in proportion to what it adds, and nothing of the others.
+    """The weight of each source at which a search starts: proportional to its gain, and 0 for sources without one.
 
-    Whoever adds most begins in the middle of its weight's range. All of them there would be a merge that is much too
-    strong (docs/select.md).
+    The source that adds most starts in the middle of its weight's range. If all started there, the merge would be much
+    too strong (docs/select.md).
 
     Args:
-        weights: the parameters of the search; those that are no source's share are left out.
+        kept: the chosen sources.
+        weights: the parameters of the search; those that are not the share of a source are ignored.
 
     Returns:
-        By source; empty where nobody adds anything.
+        The weights by source, within their ranges; empty if no source adds anything.
     """
     gains = {chosen.name: chosen.gain.mean for chosen in kept}
     most, start = max(gains.values(), default=0.0), dict[str, float]()
@@ -124,7 +130,7 @@ def start_by_gains(kept: Sequence[Chosen], weights: Sequence[Parameter]) -> dict
 
 
 def _gain(covered: Sequence[Row], rows: Sequence[Row]) -> Gain:
-    """What a source adds to what is covered, over the items that it is scored on."""
+    """What a source adds to the covered scores, over the items that it is scored on."""
     more = [np.maximum(0.0, scores - reached) for scores, reached in zip(rows, covered, strict=True)]
     estimates = [mean_and_error(values[~np.isnan(values)]) for values in more if not np.isnan(values).all()]
     errors = [estimate.stderr or 0.0 for estimate in estimates]
@@ -132,10 +138,11 @@ def _gain(covered: Sequence[Row], rows: Sequence[Row]) -> Gain:
 
 
 def pooled_difference(ours: Sequence[Row], theirs: Sequence[Row]) -> Difference:
-    """How much better one model is than another, the mean over objectives, with the interval of 95%.
+    """By how much one model is better than another, as the mean over objectives, with a 95% interval.
 
     Args:
-        ours: for each objective the one's scores, float64 [items], more is better; ``theirs`` of the same items.
+        ours: for each objective the scores of the first model, float64 [items], higher is better.
+        theirs: those of the second model on the same items.
     """
     parts = [(one - other) / len(ours) for one, other in zip(ours, theirs, strict=True)]
     return sum_interval(float(sum(part.mean() for part in parts)), parts, 0.95)

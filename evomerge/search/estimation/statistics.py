@@ -1,4 +1,4 @@
-"""Means with their errors, and differences of them: what per-item scores say of candidates, and how surely."""
+"""Statistics of per-item scores: means and differences, with standard errors and confidence intervals."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from evomerge.store import Estimate
 Values = NDArray[np.float32]
 Matrix = NDArray[np.float64]
 
-_DRAWS = 5000  # the 95% quantile of so many is right to 0.3% of probability; an adjusted p is at least 1/5001
+_DRAWS = 5000  # this gives the 95% quantile to within 0.3% of probability; an adjusted p is at least 1/5001
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences and its two-sided confidence interval, NaN to NaN where one item says nothing."""
+    """The mean of paired differences and its two-sided confidence interval, which is NaN to NaN for a single item."""
 
     mean: float
     low: float
@@ -29,13 +29,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Corrected(Difference):
-    """A difference whose interval and two-sided ``p`` hold for a whole family of comparisons at once; NaN as above."""
+    """A difference whose interval and two-sided ``p`` are corrected for a family of comparisons; NaN for one item."""
 
     p: float
 
 
 def mean_and_error(values: Values) -> Estimate:
-    """Mean and standard error of per-item scores of shape [n], in float64; of a single item the error is NaN."""
+    """The mean of per-item scores (float32 [n]) and its standard error, in float64; the error of one item is NaN."""
     exact = values.astype(np.float64)
     n = len(exact)
     error = float(exact.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
@@ -43,10 +43,14 @@ def mean_and_error(values: Values) -> Estimate:
 
 
 def paired_difference(ours: Values, theirs: Values, confidence: float) -> Difference:
-    """How much better ``ours`` is on the same items, with Student's t interval for paired samples.
+    """By how much ``ours`` is better on the same items, with Student's t interval for paired samples.
 
-    The pairing takes out what items have in common (some are hard for every model), which is most of the variance
-    between models merged from the same sources.
+    Pairing removes the variance that all models share (some items are hard for each of them), which is most of the
+    variance of models merged from the same sources.
+
+    Args:
+        ours, theirs: float32 [n], higher is better.
+        confidence: two-sided.
     """
     differences = ours.astype(np.float64) - theirs.astype(np.float64)
     mean = float(differences.mean())
@@ -61,37 +65,39 @@ def paired_difference(ours: Values, theirs: Values, confidence: float) -> Differ
 
 
 def bound_of(differences: Matrix) -> float:
-    """How far from 0 a mean can be, of which these are some: 1 where scores are right or wrong, else no bound."""
+    """The largest possible mean of such differences: 1 if scores are right or wrong, otherwise infinity."""
     return 1.0 if _is_right_or_wrong(differences) else math.inf
 
 
 def _is_right_or_wrong(differences: Matrix) -> bool:
-    """Whether these can be differences of scores that are 0 or 1 each."""
+    """Whether all of these can be differences of scores that are 0 or 1."""
     return bool(np.isin(differences, (-1.0, 0.0, 1.0)).all())
 
 
 def simultaneous_differences(differences: Matrix, confidence: float, seed: int) -> list[Corrected]:
-    """The means of many paired differences, with intervals that hold the truth all at once as often as they say.
+    """The means of many paired differences, with simultaneous confidence intervals.
 
     The single-step max-|t| procedure (Westfall & Young, "Resampling-Based Multiple Testing", 1993; Hothorn, Bretz &
-    Westfall, Biometrical Journal 50, 2008, section 3): every interval reaches as many standard errors as the
-    largest of all |t| does with probability ``confidence`` where nothing differs. That largest is drawn with the
-    correlation that the items show, which for candidates of one search is high, so it costs less than Bonferroni.
+    Westfall, Biometrical Journal 50, 2008, section 3). Every interval has a half-width of c standard errors, where c is
+    the ``confidence`` quantile of the largest of all |t| if there are no true differences. Its distribution is
+    simulated with the correlation of the comparisons over items. For candidates of one search that correlation is high,
+    so the intervals are narrower than Bonferroni's.
 
-    Scores that rarely differ have too small a standard error by luck, or none. So, like a score interval (Agresti &
-    Coull, The American Statistician 52, 1998), the sum of squares of such a comparison counts c^2 of its own typical
-    squared differences more, c being that largest |t|: without any difference among n right-or-wrong items the
-    interval is c^2 / n either way. A comparison of continuous scores has the plain standard error, and none is
-    widened by what another of its family differs by.
+    Scores that rarely differ may have too small a standard error by chance, or none. So, like a score interval
+    (Agresti & Coull, The American Statistician 52, 1998), the sum of squares of such a comparison is increased by c^2
+    times its typical squared difference: if n right-or-wrong items show no difference, the interval is +-c^2 / n. A
+    comparison of continuous scores has the plain standard error, and no comparison is widened because of the scores of
+    another one.
 
     Args:
-        differences: float64 [items, comparisons], of the same items; positive is better.
+        differences: float64 [items, comparisons], on the same items; positive is better.
+        confidence: the probability that all intervals hold at once.
         seed: of the draws. Equal arguments give equal intervals.
 
     Returns:
-        For each comparison its mean, interval and adjusted p, which agree: p < 1 - confidence when 0 is outside. Of a
-        single item intervals and p are NaN. A comparison is a point where all items differ by the same and nothing
-        says how large a difference would be.
+        For each comparison its mean, interval and adjusted p, which are consistent: p < 1 - confidence if 0 is outside.
+        For a single item, intervals and p are NaN. If all items have the same difference, and no other comparison shows
+        a typical one, the interval is a point.
     """
     means = differences.mean(axis=0)
     typical = [typical_squares(differences)]
@@ -107,16 +113,21 @@ def simultaneous_sums(
     *,
     bound: float = math.inf,
 ) -> list[Corrected]:
-    """As ``simultaneous_differences``, for differences that are sums over several sets of items, independent of each
-    other: their variances add, and the degrees of freedom are the fewest that any comparison has by Welch and
-    Satterthwaite (Satterthwaite, Biometrics Bulletin 2, 1946).
+    """As ``simultaneous_differences``, for differences that are sums over several independent sets of items.
+
+    Their variances add. The degrees of freedom are the fewest of any comparison, by the Welch-Satterthwaite equation
+    (Satterthwaite, Biometrics Bulletin 2, 1946).
 
     Args:
         means: float64 [comparisons], the differences.
-        deviations: for each set float64 [items, comparisons], by how much an item's part in a difference is above that
-            of all; the mean of each column is 0.
-        typical: for each set float64 [comparisons], as ``typical_squares`` gives it.
-        bound: how far from 0 a difference can be.
+        deviations: for each set float64 [items, comparisons], each item's contribution to a difference minus the mean
+            one, so the mean of each column is 0.
+        typical: for each set float64 [comparisons], from ``typical_squares``.
+        confidence, seed: as for ``simultaneous_differences``.
+        bound: the largest possible magnitude of a difference.
+
+    Returns:
+        As ``simultaneous_differences``.
     """
     sizes = [len(matrix) for matrix in deviations]
     if min(sizes) < 2:
@@ -133,7 +144,7 @@ def simultaneous_sums(
     reach = critical * np.sqrt(variance + critical**2 * least)
     # The |t| at which the interval would end at 0: the positive root of t^2 (variance + t^2 least) = mean^2.
     below = variance + np.sqrt(variance**2 + 4 * least * means**2)
-    certain = np.where(means != 0, math.inf, 0.0)  # all items differ by the same, or none does
+    certain = np.where(means != 0, math.inf, 0.0)  # all items have the same difference, which may be 0
     t_squared = np.divide(2 * means**2, below, out=certain, where=below > 0)
     as_large = _DRAWS - np.searchsorted(largest, np.sqrt(t_squared), side="left")
     p = (1 + as_large) / (1 + _DRAWS)
@@ -142,11 +153,17 @@ def simultaneous_sums(
 
 
 def typical_squares(differences: Matrix) -> Matrix:
-    """float64 [comparisons]: the typical squared difference that keeps rare differences from looking like none.
+    """The typical squared difference of each comparison, which widens intervals of scores that rarely differ.
 
-    Right-or-wrong scores differ by 1. Of other scores a comparison needs it only where at least half of its items
-    differ by the same, mostly by nothing: then it is the mean square of how far the others are from that. Where all
-    differ by the same, none of its own is known, and the median of the family's stands for it.
+    It is 1 for right-or-wrong scores. A comparison of other scores needs it only if at least half of its items have the
+    same difference, usually 0: then it is the mean squared distance of the other items from that difference. If all
+    items have the same difference, the median over the other comparisons is used instead.
+
+    Args:
+        differences: float64 [items, comparisons].
+
+    Returns:
+        float64 [comparisons]; 0 where it is not needed.
     """
     if _is_right_or_wrong(differences):
         return np.ones(differences.shape[1])
@@ -163,12 +180,13 @@ def typical_squares(differences: Matrix) -> Matrix:
 
 
 def _largest_t(scaled: Sequence[Matrix], variances: Matrix, seed: int) -> Matrix:
-    """float64 [draws], rising: the largest |t| of a family without any true difference, by Gaussian multipliers.
+    """The largest |t| of a family without true differences, simulated: float64 [draws], in ascending order.
 
-    A comparison without variance of its own is taken as independent of the others, which only widens intervals.
+    A comparison without variance is simulated as independent of the others, which can only widen intervals.
 
     Args:
-        scaled: for each set of items, columns whose squares sum to its ``variances`` [sets, comparisons].
+        scaled: for each set of items float64 [items, comparisons], columns whose squares sum to its ``variances``.
+        variances: float64 [sets, comparisons].
     """
     random = np.random.default_rng(seed)
     variance = variances.sum(axis=0)
@@ -181,7 +199,12 @@ def _largest_t(scaled: Sequence[Matrix], variances: Matrix, seed: int) -> Matrix
 
 
 def _freedom(variances: Matrix, sizes: Sequence[int]) -> float:
-    """The fewest degrees of freedom of any of some sums of means, whose ``variances`` are [sets, sums]."""
+    """The smallest Welch-Satterthwaite degrees of freedom of some sums of means.
+
+    Args:
+        variances: float64 [sets, sums], of each mean.
+        sizes: the number of items in each set.
+    """
     if len(sizes) == 1 or not variances.shape[1]:
         return min(sizes) - 1
     own = np.array(sizes, dtype=np.float64)[:, None] - 1
@@ -189,23 +212,23 @@ def _freedom(variances: Matrix, sizes: Sequence[int]) -> float:
 
 
 def _noise(centred: Matrix, random: np.random.Generator) -> Matrix:
-    """Normal draws, float64 [draws, columns], whose covariance is centred^T centred; ``centred`` [n, columns]."""
+    """Normal draws, float64 [draws, columns], with the covariance centred^T centred; ``centred`` is [n, columns]."""
     root = np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred
     return np.asarray(random.standard_normal((_DRAWS, len(root))) @ root)
 
 
 def luck_of_choice(values: Sequence[Matrix], seed: int) -> float:
-    """How much better than it is the best of some candidates looks, because it was chosen on these very items.
+    """By how much the best of some candidates is overestimated because it was chosen on the same items.
 
-    The parametric bootstrap of the choice: means are drawn anew around those found, with their covariance, and the best
-    of each draw is on average so much better than it was before. Around means that are spread by noise already this
-    finds 1 / sqrt(2) of the luck when all candidates are equal, which is the worst case, so it is raised by sqrt(2): as
-    large as choosing on a half of the items and measuring on the other says, brought to all items. Where one is
-    surely the best it is 0.
+    A parametric bootstrap of the choice: means are drawn around the measured ones, with their covariance, and the
+    result is by how much the best of a draw exceeds its measured mean, on average. The measured means already contain
+    noise; if all candidates are equal, which is the worst case, the bootstrap therefore finds only 1 / sqrt(2) of the
+    bias, so the result is multiplied by sqrt(2). This is as much as choosing on half of the items and measuring on the
+    other half gives, scaled to all items. It is 0 if one candidate is surely the best.
 
     Args:
-        values: what the choice is by, float64 [items, candidates], more is better; or several, each on items of its
-            own, whose means are added.
+        values: the scores that decide, float64 [items, candidates], higher is better; or several, each on its own
+            items, whose means are added.
         seed: of the draws.
     """
     count = values[0].shape[1]
@@ -222,11 +245,12 @@ def luck_of_choice(values: Sequence[Matrix], seed: int) -> float:
 
 
 def sum_interval(mean: float, deviations: Sequence[Matrix], confidence: float) -> Difference:
-    """A sum of independent means with Welch's interval.
+    """A sum of independent means, with Welch's confidence interval.
 
     Args:
         mean: the sum.
-        deviations: for each set of items float64 [items], by how much its part in the sum is above that of all.
+        deviations: for each set of items float64 [items], each item's contribution to the sum up to a constant.
+        confidence: two-sided.
     """
     if min(len(part) for part in deviations) < 2:
         return Difference(mean, math.nan, math.nan)
@@ -239,14 +263,14 @@ def sum_interval(mean: float, deviations: Sequence[Matrix], confidence: float) -
 
 
 def shift(before: Matrix, after: Matrix, confidence: float) -> Difference:
-    """How much lower the mean of ``after`` [m] is than that of ``before`` [n], other items, with Welch's interval."""
+    """By how much the mean of ``after`` [m] is below that of ``before`` [n], on other items, with Welch's interval."""
     return sum_interval(float(before.mean() - after.mean()), [before, after], confidence)
 
 
 def kendall_tau(one: Matrix, other: Matrix, weights: Matrix | None = None) -> float:
-    """Kendall's tau-b of two columns [n], ties taken out (Biometrika 33, 1945); NaN where either has no ranks.
+    """Kendall's tau-b of two columns [n], corrected for ties (Biometrika 33, 1945); NaN if either is constant.
 
-    With ``weights`` [n], a pair counts by the product of its two.
+    With ``weights`` [n], a pair counts with the product of its two weights.
     """
     signs = [np.sign(column[:, None] - column[None, :]) for column in (one, other)]
     pairs = np.ones((len(one), len(one))) if weights is None else np.outer(weights, weights)
@@ -255,6 +279,6 @@ def kendall_tau(one: Matrix, other: Matrix, weights: Matrix | None = None) -> fl
 
 
 def sign_test(better: int, worse: int) -> float:
-    """The two-sided p of the sign test: how likely a split at least this uneven is, were both equally good."""
-    # Under p = 1/2 both tails are equal; an even split is in both, hence the cap.
+    """The two-sided p of the sign test: the probability of a split at least this uneven if both are equally good."""
+    # With probability 1/2 both tails are equal; an even split is in both, hence the cap.
     return min(1.0, 2.0 * float(special.bdtr(min(better, worse), better + worse, 0.5)))

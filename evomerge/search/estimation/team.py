@@ -1,7 +1,7 @@
-"""Teams: candidates that together solve more items than any of them does.
+"""Teams: a few candidates that together solve more items than any of them alone.
 
-An item is covered as far as the best of a team solves it. The greedy choice covers at least 1 - 1/e of what the best
-team of that size does (Nemhauser, Wolsey & Fisher, "An analysis of approximations for maximizing submodular set
+The coverage of an item is the best score of any member. A greedy choice reaches at least 1 - 1/e of the coverage of the
+best team of the same size (Nemhauser, Wolsey & Fisher, "An analysis of approximations for maximizing submodular set
 functions", Mathematical Programming 14, 1978).
 """
 
@@ -18,12 +18,15 @@ _ROUNDING = 1e-9
 
 
 def greedy_team(scores: Matrix, count: int) -> list[int]:
-    """Candidates, one after the other whoever adds most to what is covered; of equal ones the first. Then members are
-    exchanged for as long as that covers more: the first choice, the best alone, is often a compromise.
+    """Choose a team: each time the candidate that adds most coverage, the first of equals. Then members are exchanged
+    while that raises the coverage, because the first choice, the best candidate alone, is often a compromise.
 
     Args:
-        scores: float64 [candidates, items], more is better.
-        count: how many at most; fewer where nobody adds anything.
+        scores: float64 [candidates, items], higher is better.
+        count: how many members at most; fewer if no candidate adds anything.
+
+    Returns:
+        Indices of candidates.
     """
     team: list[int] = []
     while (larger := _exchanged(scores, _grown(scores, team, count))) != team:
@@ -32,7 +35,7 @@ def greedy_team(scores: Matrix, count: int) -> list[int]:
 
 
 def _grown(scores: Matrix, team: Sequence[int], count: int) -> list[int]:
-    """A team and whoever adds most to it, until nobody does."""
+    """A team, extended by the candidates that add most, up to ``count`` members or until none adds anything."""
     grown = list(team)
     covered = scores[grown].max(axis=0) if grown else np.full(scores.shape[1], -np.inf)
     while len(grown) < count:
@@ -46,10 +49,10 @@ def _grown(scores: Matrix, team: Sequence[int], count: int) -> list[int]:
 
 
 def _exchanged(scores: Matrix, team: Sequence[int]) -> list[int]:
-    """A team whose members are each, beside the others, whoever covers most."""
+    """A team in which no exchange of a single member raises the coverage any more."""
     members, place, kept = list(team), 0, 0
     covered = float(scores[members].max(axis=0).mean())
-    while kept < len(members):  # places in turn, until none was exchanged in a whole turn
+    while kept < len(members):  # members in turn, until a whole turn exchanged none
         others = [*members[:place], *members[place + 1 :]]
         gains = (np.maximum(scores, scores[others].max(axis=0)) if others else scores).mean(axis=1)
         best = int(np.argmax(gains))
@@ -62,13 +65,16 @@ def _exchanged(scores: Matrix, team: Sequence[int]) -> list[int]:
 
 
 def coverage(scores: Sequence[NDArray[np.float64]]) -> Matrix:
-    """How far a team solves each item: float64 [items]."""
+    """The coverage of each item by a team, float64 [items]; ``scores`` has float64 [items] for each member."""
     return np.asarray(np.max(np.stack(list(scores)), axis=0))
 
 
-def agreement(scores: Sequence[NDArray[np.float64]]) -> Matrix:
-    """Whether more than half of a team solves each item, by at least half each: float64 [items].
+def majority(scores: Sequence[NDArray[np.float64]]) -> Matrix:
+    """Whether more than half of a team scores at least 0.5 on each item: float64 [items], 0 or 1.
 
-    What a majority of equal answers would give at least: wrong answers may be at odds with each other.
+    A vote among the members' answers would solve at least these items, and more if their wrong answers differ.
+
+    Args:
+        scores: float64 [items] for each member.
     """
     return np.asarray((np.stack(list(scores)) >= 0.5).mean(axis=0) > 0.5, dtype=np.float64)

@@ -37,7 +37,7 @@ from search_spaces.parameter_space import LAW
 from search_spaces.state_dict_space import StateDictSpaceSettings
 
 UNMEASURED = Measures()
-"""Stands for measurements of weights that have not been read."""
+"""A placeholder for measurements of weights that have not been read."""
 
 _ANY_KAPPA = 1.0
 """Counts the kappa baselines of a space before the weights are read that decide how strong they are."""
@@ -145,7 +145,7 @@ def make_space(
 
 
 def _check_space(file: SearchFile) -> None:
-    """Make the space if configurations say how deep the sources are; otherwise check that its method exists."""
+    """Build the space if all configurations give the number of layers; otherwise check that its methods exist."""
     depths = {name: _depth(local_config(reference)) for name, reference in file.sources.items()}
     known = {name: depth for name, depth in depths.items() if depth is not None}
     if len(known) < len(depths):

@@ -18,16 +18,16 @@ from evomerge.search.settings.sections import FitItems
 PLACE = "fit"
 
 _VERSION = "fit 2"
-"""Of how items become steps and a loss (``search/workers/fitting.py``)."""
+"""The version of the procedure that makes steps and a loss of items (``search/workers/fitting.py``)."""
 
 _SPLITS: Mapping[Split, str] = {"search": "search", "held_out": "held-out"}
 
 
 def likelihood_settings(section: FitItems) -> LikelihoodSettings:
-    """What the section says of prompts and answers.
+    """The settings of the evaluator that makes prompts and answers of items.
 
     Raises:
-        InputError: another evaluator, or a key or value that is none of its.
+        InputError: the section names another evaluator, or has a key or value that the evaluator does not know.
     """
     if section.evaluator != "likelihood":
         problem = f"asks {section.evaluator}, and only the likelihood of answers has a gradient"
@@ -45,14 +45,14 @@ def likelihood_settings(section: FitItems) -> LikelihoodSettings:
 
 @dataclass(frozen=True)
 class FitSplit:
-    """Items, read when they are first needed, and how is learnt from them.
+    """The items of a fit, read when they are first needed.
 
-    Whoever knows their digest and has all evidence of them never reads them.
+    With a known digest, they are read only if evidence from them is missing.
 
     Attributes:
-        section: of the search file.
-        seed: of the draws.
-        known_digest: as a search has recorded it, which the items must have.
+        section: ``fit`` of the search file.
+        seed: decides which items each step draws.
+        known_digest: the digest that a search has recorded, which the items must have.
     """
 
     section: FitItems
@@ -61,7 +61,7 @@ class FitSplit:
 
     @cached_property
     def evaluator(self) -> LikelihoodEvaluator:
-        """All items of the file, as its search split; those that count come first.
+        """All items of the file, as its search split; those that are used come first.
 
         Raises:
             InputError: they cannot be read, are too few, or are not those of the known digest.
@@ -82,24 +82,24 @@ class FitSplit:
 
     @property
     def items(self) -> Sequence[Item]:
-        """Those that count."""
+        """The items that are used."""
         return self.evaluator.items("search")[: self.section.items]
 
     @property
     def count(self) -> int:
-        """How many items count."""
+        """How many items are used."""
         return self.section.items or len(self.items)
 
     @cached_property
     def groups(self) -> tuple[int, ...]:
-        """The group of each item, its number among the names of all of them; nothing where none has one."""
+        """For each item the index of its group among the sorted names of all groups; empty if there are no groups."""
         items = self.evaluator.items("search")[: self.count]
         names = sorted({item.group for item in items})
         return () if names == [""] else tuple(names.index(item.group) for item in items)
 
     @property
     def digest(self) -> str:
-        """16 hex digits of all that a fit follows from. Raises InputError: as ``evaluator``."""
+        """16 hex digits of everything that determines a fit. Raises InputError: as ``evaluator``."""
         return self.known_digest or self._digest_of(self.evaluator)
 
     def _digest_of(self, evaluator: LikelihoodEvaluator) -> str:
@@ -108,15 +108,15 @@ class FitSplit:
         return digest([_VERSION, evaluator.version, *numbers, *(groups if any(groups) else ())])
 
     def refuse_shared(self, evaluators: Mapping[str, Evaluator]) -> None:
-        """Refuse items that a search is scored or confirmed on: what is fitted to these says nothing there.
+        """Refuse items that candidates are also scored or confirmed on: after a fit, their scores would mean nothing.
 
-        Items are the same where they ask the same, whatever the answer.
+        Items are the same if they ask the same question, whatever the answer.
 
         Args:
             evaluators: of the search, by the first place in the search file that names each.
 
         Raises:
-            InputError: naming the first item that is shared, and where.
+            InputError: naming the first shared item and its place.
         """
         ours = {_asks(item): item for item in reversed(self.items)}
         for place, evaluator in evaluators.items():
@@ -129,5 +129,5 @@ class FitSplit:
 
 
 def _asks(item: Item) -> str:
-    """What tells an item from others; a text without a prompt is told by itself, and what is none by its id."""
+    """What identifies an item: its question; for a text without a prompt, the text; otherwise its id."""
     return item.question.strip() or item.answer.strip() or item.id

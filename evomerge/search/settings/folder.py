@@ -1,4 +1,4 @@
-"""The folder of a search: what its files are called, and its store. Looking at a search needs nothing heavier."""
+"""The folder of a search: the names of its files, and its store. Importing this is fast and enough to read a search."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ EVIDENCE_NAME = "evidence"
 SOURCES_NAME = "sources"
 
 STORE_VARIABLE = "EVOMERGE_STORE"
-"""The environment variable with the URL of a store; it may hold a password, which goes nowhere else."""
+"""The environment variable with the URL of a store; it may contain a password, which is stored nowhere else."""
 
 
 def open_store(folder: Path) -> Store:
-    """The store of a search folder, whose record of the search can be read.
+    """The store of a search folder, after checking that its record of the search can be read.
 
     Raises:
-        InputError: no search lies there, or one of a newer version; or its database cannot be reached, or is damaged.
+        InputError: there is no search, or one of a newer version; or its database cannot be reached, or is damaged.
     """
     return checked(find_store(folder))
 
@@ -50,7 +50,7 @@ def find_store(folder: Path) -> Store:
 
 
 def checked(store: Store) -> Store:
-    """A store whose record of the search can be read; another is closed, and an InputError."""
+    """The same store, after checking that its record can be read. Raises InputError: it cannot; the store is closed."""
     try:
         _ = store.search().record
     except BaseException:
@@ -70,8 +70,8 @@ def has_store(folder: Path) -> bool:
 
 
 def store_place(folder: Path, named: str | None) -> str | Path:
-    """Where the store of a search is: at the URL that its search file names, else at the environment's, else in its
-    folder. Where the two name one database, the environment's is taken: it may hold the password.
+    """Where the store of a search is: at the URL in its search file, otherwise at that in the environment, otherwise in
+    its folder. If both URLs name the same database, that of the environment is used, because it may have the password.
 
     Raises:
         InputError: one of them is not a URL of a database.
@@ -85,12 +85,12 @@ def store_place(folder: Path, named: str | None) -> str | Path:
 
 
 def public_url(url: str) -> str:
-    """The URL of a database as the files of a search hold it: without its password."""
+    """The URL of a database without its password, as written to files of a search."""
     return without_password(parse_place(url)).render_as_string(hide_password=False)
 
 
 def refuse_existing(folder: Path) -> None:
-    """Refuse to start a search in a folder that is there already, or that cannot be made."""
+    """Refuse to start a search in a folder that already exists, or that cannot be made. Raises InputError."""
     if was_url(folder):
         hint = "Name a local folder, and have it copied there: --set artifacts=s3://bucket/prefix"
         raise InputError("--dir", "is a URL, and a search lives on a disk", hint)
@@ -109,18 +109,18 @@ def refuse_existing(folder: Path) -> None:
 
 
 def cannot_be_made(folder: Path, error: OSError) -> InputError:
-    """The error for a folder of a search that the system does not let us make."""
+    """The error for a search folder that the operating system refuses to make."""
     return InputError(str(folder), f"cannot be made ({error.strerror})", "Name another folder with --dir.")
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside ``folder`` to make a search in, which becomes that folder when all went well.
+    """A hidden folder next to ``folder`` in which to prepare a search; it is renamed to ``folder`` at the end.
 
-    Of several processes that make one folder, one does; what a killed one has left is thrown away by the next.
+    If several processes make the same folder, only one succeeds. Files that a killed process left are deleted.
 
     Raises:
-        InputError: the folder is there already, is being made by another process, or cannot be made.
+        InputError: the folder already exists, is being made by another process, or cannot be made.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -130,7 +130,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 left.unlink()
             try:
                 yield partial
-                refuse_existing(folder)  # rename would take the place of an empty one
+                refuse_existing(folder)  # rename would replace an empty one
                 partial.rename(folder)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -141,7 +141,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _held(partial: Path, folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder that is being made while open, or until this process is gone."""
+    """Lock a folder that is being made, so that other processes refuse to use it, until the block or process ends."""
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         try:
@@ -159,7 +159,7 @@ def _held(partial: Path, folder: Path) -> Iterator[None]:
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the search file of a search's folder, whole or not at all."""
+    """Write the search file of a search's folder atomically. Raises InputError: it cannot be written."""
     partial = folder / f".{FILE_NAME}.partial"
     try:
         partial.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -170,7 +170,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def check_store_url(url: str, place: str) -> None:
-    """Refuse what a search file may not say of its store; ``place`` names the key.
+    """Refuse a URL that a search file may not have for its store; ``place`` names the key.
 
     Raises:
         InputError: not a database URL, or one with a password.
@@ -182,7 +182,7 @@ def check_store_url(url: str, place: str) -> None:
 
 
 def _named(file: Path) -> tuple[str | None, str | None]:
-    """The store's URL and the name of the search, as a search file says."""
+    """The store's URL and the name of the search in a search file; None for what it does not have."""
     if not file.is_file():
         return None, None
     content = load_yaml(read_text(file, str(file)), str(file))

@@ -8,9 +8,9 @@ from evomerge.recipes.stack import StackRecipe
 
 
 def gradient_problem(space: SearchSpace) -> str | None:
-    """Why a loss has no gradient in a search space; None where it has one, by some of the parameters at least.
+    """Why a loss has no gradient in a search space; None if it has one for at least some of the parameters.
 
-    It needs no model: what counts are the methods and the steps, which the space's own defaults name.
+    No model is needed: it depends on methods and steps, which are known from the space's default baselines.
     """
     for baseline in space.baselines():
         if baseline.kind != "default" or baseline.genome is None:
@@ -21,5 +21,5 @@ def gradient_problem(space: SearchSpace) -> str | None:
             if (problem := derivative_problem(blend)) is not None:
                 return problem
     if not any(parameter.differentiable for parameter in space.parameters):
-        return "weights follow none of its parameters without jumps"
+        return "weights are not a differentiable function of any of its parameters"
     return None

@@ -1,4 +1,4 @@
-"""Whether a model can be laid over as many devices as the search file gives a worker, by its config.json alone."""
+"""Whether a model can be divided among the devices that the search file gives a worker, from its config.json alone."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from evomerge.search.settings.search_file import SearchFile
 
 PLACE = "cluster.gpus_per_worker"
 LAYOUTS = (1, 2, 4, 8)
-"""Devices of a worker that are usual."""
+"""Usual numbers of devices per worker, to suggest in hints."""
 
 
 def is_here(file: SearchFile) -> bool:
-    """Whether workers are on this very machine."""
+    """Whether workers run on this machine."""
     return file.pool == "in_process" or file.cluster.address is None
 
 
 def check_layout(file: SearchFile, config: Mapping[str, Any], layers: int) -> None:
-    """Refuse a worker of several devices whose model cannot be laid over them.
+    """Refuse a worker with several devices among which the model cannot be divided.
 
     Args:
-        config: that of the source which gives the merged model its own.
-        layers: the fewest that a model of the search begins with.
+        config: config.json of the source whose configuration the merged model gets.
+        layers: the smallest number of layers with which a model of the search starts.
 
     Raises:
-        InputError: with the arithmetic.
+        InputError: naming the numbers that do not fit.
     """
     devices = file.cluster.devices
     if devices == 1:

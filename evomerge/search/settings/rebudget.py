@@ -1,4 +1,4 @@
-"""Another budget for a search: written into its search file, and taken up by the driver that is at work or the next."""
+"""Changing the budget of a search: it is written to the search file, and read by the running driver or the next one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from evomerge.yaml import load_yaml
 
 
 def bounds_of(overrides: Sequence[str], hint: str) -> dict[str, Any]:
-    """The bounds that ``--set budget.candidates=N`` and the like give.
+    """The bounds in options such as ``--set budget.candidates=N``.
 
     Raises:
-        InputError: another key is set; ``hint`` says what to do then.
+        InputError: another key is set; it has this ``hint``.
     """
     bounds = {}
     for override in overrides:
@@ -33,12 +33,18 @@ def bounds_of(overrides: Sequence[str], hint: str) -> dict[str, Any]:
 
 
 def change_budget(folder: Path, store: Store, changes: Mapping[str, Any]) -> Budget:
-    """Write the changed bounds into the search file of a search; a None lifts one. The new budget.
+    """Write changed bounds into the search file of a search.
 
-    A driver at work hears of it by the verb "reread".
+    A running driver must be told to read them with the verb "reread".
+
+    Args:
+        changes: new values by the name of the bound; None removes it.
+
+    Returns:
+        The new budget.
 
     Raises:
-        InputError: no bound is left, one is no number or spent already, or the search file cannot be read any more.
+        InputError: no bound is left, one is not a number or already spent, or the search file cannot be read.
     """
     content = _content(folder / FILE_NAME, store)
     content["budget"] |= changes
@@ -57,7 +63,7 @@ def check_budget(budget: Budget, store: Store) -> None:
 
 
 def reread_budget(folder: Path, store: Store) -> Budget | None:
-    """The budget that the search file has by now, written down in the store; None, and an event, if it is no budget."""
+    """Read the budget of the search file again and record it in the store; None, and an event, if it is not valid."""
     try:
         content = _content(folder / FILE_NAME, store)
         budget = parse_search_file(content, place=FILE_NAME, root=folder.resolve()).budget
@@ -73,7 +79,7 @@ def reread_budget(folder: Path, store: Store) -> Budget | None:
 
 
 def _content(path: Path, store: Store) -> dict[str, Any]:
-    """The search file as it lies in the folder, which a person may have edited, else as the store has it."""
+    """The search file in the folder, which a person may have edited; if it is missing, that in the store."""
     content = load_yaml(read_text(path, FILE_NAME), FILE_NAME) if path.is_file() else store.search().settings
     if not isinstance(content, dict) or not isinstance(content.get("budget"), dict):
         raise InputError(FILE_NAME, "is no longer a search file", "Put back the one that the search was started with.")

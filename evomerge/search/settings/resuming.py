@@ -1,6 +1,6 @@
-"""What a search goes on with when it is resumed: its search file, changed only where that leaves it the same search.
+"""The settings with which a search is resumed: its search file, changed only where it remains the same search.
 
-Nothing heavier than the store is needed here, so that a person's fault is told at once.
+Importing this loads nothing heavier than the store, so that mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from evomerge.search.settings.rebudget import check_budget
 from evomerge.search.settings.search_file import SearchFile, apply_override, load_search_file, parse_search_file
 from evomerge.store import Store
 
-# What may differ when a search is resumed: when it ends, where it runs, and what is confirmed. All else would make the
-# candidates before and after two different searches.
+# Keys that may change when a search is resumed: when it ends, where it runs, and what is confirmed. With any other
+# change, the candidates before and after would belong to two different searches.
 RESUMABLE = (
     "budget",
     "confirm",
@@ -30,28 +30,28 @@ RESUMABLE = (
     "answers",
     "artifacts",
 )
-FIXED = ("cluster.cpus_per_worker",)  # another number of threads rounds otherwise
+FIXED = ("cluster.cpus_per_worker",)  # results depend on the number of threads in the last bits
 
 
 def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> SearchFile:
-    """The search file to go on with: the folder's copy with overrides, if it differs only where it may.
+    """The search file to continue with: the folder's copy with overrides, if it differs only where it may.
 
     Raises:
-        InputError: it differs elsewhere; the difference is in the message. Or its budget is less than what is spent.
+        InputError: it differs elsewhere (the message says how), or its budget is less than what is spent already.
     """
-    # Parsed again, because a program that was older than one of the keys wrote nothing for it.
+    # Parsed again for the defaults of keys that are newer than the program that wrote it.
     recorded = parse_search_file(store.search().settings, place=FILE_NAME, root=folder.resolve())
     before = recorded.model_dump(mode="json")
     path = folder / FILE_NAME
     edited = load_search_file(path).model_dump(mode="json") if path.is_file() else dict(before)
     if recorded.select is None and edited["select"] is not None and store.events(kinds=("selected",), newest=1):
-        edited = dict(before)  # it was chosen among sources, and the driver died before it wrote the file anew
+        edited = dict(before)  # the driver died after it had chosen sources, and before it wrote them to the file
     for override in overrides:
         apply_override(edited, override)
     file = parse_search_file(edited, place=FILE_NAME, root=folder.resolve())
-    if file.budget != recorded.budget:  # what is only exported or confirmed asks for no more
+    if file.budget != recorded.budget:  # an unchanged one may be spent: then there is only something to confirm
         check_budget(file.budget, store)
-    if not store.has_scores():  # nothing hangs on what it was
+    if not store.has_scores():  # no result depends on the old settings
         if file.name != recorded.name:
             raise InputError(f"{folder}/{FILE_NAME}: name", f"is {file.name!r}, and the search is {recorded.name!r}")
         return file
@@ -73,16 +73,16 @@ def is_same_search(file: SearchFile, store: Store) -> bool:
 
 
 def record_resumed(folder: Path, store: Store, file: SearchFile) -> None:
-    """Write down the settings that a search goes on with."""
+    """Record the settings with which a search continues, in its folder and in its store."""
     settings = file.model_dump(mode="json")
     if settings != store.search().settings:
-        # The file first: the next resume takes what differs there for a change that a person has made.
+        # The file first: if this is interrupted, the next resume treats the difference as a change made by a person.
         write_settings(folder, settings)
         store.update_settings(settings)
 
 
 def _differences(before: Any, after: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(key path, what changed there) for every leaf that differs."""
+    """(key path, description of the change) for every value that differs."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in {**before, **after}:
             path = f"{key}.{name}" if key else name

@@ -1,6 +1,6 @@
-"""What Ray sets up on a node before a worker's process starts: environment variables, packages, an image.
+"""Ray's runtime environment, set up on a node before a worker starts: environment variables, packages, an image.
 
-The words are Ray's (https://docs.ray.io/en/latest/ray-core/handling-dependencies.html), and Ray checks them.
+Its keys are Ray's (https://docs.ray.io/en/latest/ray-core/handling-dependencies.html), and Ray checks their values.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from evomerge.errors import InputError
 from evomerge.search.settings.sections import Cluster
 
 _OURS = ("working_dir", "excludes")
-"""A job's files are Evomerge's to send; what the search file names travels with them."""
+"""Keys that Evomerge sets itself: it sends a job's files, including those that the search file names."""
 
 
 def runtime_env_of(cluster: Cluster) -> dict[str, Any]:
-    """The ``runtime_env`` of a search file as Ray understands it, files of requirements read.
+    """The ``runtime_env`` of a search file in Ray's form, with the content of requirements files; empty if not given.
 
     Raises:
-        InputError: names the key and what Ray says of it.
+        InputError: a key is not known, or Ray refuses a value; the message is Ray's.
     """
     if not cluster.runtime_env:
         return {}
-    from ray.runtime_env import RuntimeEnv  # a second's import, for those who ask for it
+    from ray.runtime_env import RuntimeEnv  # takes a second to import
 
     known = sorted(key for key in RuntimeEnv.known_fields if not key.startswith("_") and key not in _OURS)
     for key in cluster.runtime_env:

@@ -1,4 +1,4 @@
-"""The search file: what a person writes to say what to search, parsed and checked before anything is opened."""
+"""The search file, in which a user describes a search: parsed and checked before any model or data is opened."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ from evomerge.yaml import load_yaml
 from search_spaces.base import SpaceSettings
 
 _MAX_BYTES = 16_000_000  # of a search file
-MAX_EARLIER = 6  # searches to start from: a handful of candidates is taken of all together
-MAX_FEATURES = 4  # of ten bins they are ten thousand niches already
+MAX_EARLIER = 6  # searches to start from: only a few candidates are taken from all of them together
+MAX_FEATURES = 4  # with ten bins each, these make ten thousand niches
 AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
 
 
@@ -115,7 +115,7 @@ class SearchFile(Section):
 
     @field_validator("attempt_hours")
     @classmethod
-    def _not_hurried(cls, hours: float) -> float:
+    def _long_enough(cls, hours: float) -> float:
         if hours * 3600 < MIN_S:
             raise ValueError(f"must be {MIN_S / 3600:.3g} or more: no attempt of less than a minute is ever ended")
         return hours
@@ -145,9 +145,7 @@ class SearchFile(Section):
 
     @model_validator(mode="after")
     def _optimizer_for_this_search(self) -> Self:
-        """Unless the file says it, where the optimizer begins follows from whether it is told anything, and what it
-        leaves to the budget from that.
-        """
+        """Choose the optimizer's start and the settings that depend on the budget, unless the file gives them."""
         tied = getattr(self.space, "granularity", None) == "adaptive"
         if tied and not self.optimizer.ties:
             name = self.optimizer.name
@@ -162,9 +160,9 @@ class SearchFile(Section):
         return self.model_copy(update={"optimizer": optimizer})
 
     @model_validator(mode="after")
-    def _proxy_has_a_turn(self) -> Self:
+    def _proxy_has_generations(self) -> Self:
         if self.proxy is not None and self.mode != "generational":
-            raise ValueError("proxy: proposes candidates beside a generation, and an asynchronous search has none")
+            raise ValueError("proxy: proposes candidates with each generation, and an asynchronous search has none")
         return self
 
     @model_validator(mode="after")
@@ -182,12 +180,12 @@ class SearchFile(Section):
 
     @property
     def tokenizer_source(self) -> str:
-        """The source that gives tokenizer and configuration: as named, else the base, else the first source."""
+        """The source of tokenizer and configuration: the one that is named, otherwise the base, or the first source."""
         return self.tokenizer or self.base or next(iter(self.sources))
 
     @property
     def merged_vocabulary(self) -> Vocabulary:
-        """What recipes say of their tokens: missing rows are those of the base, unless another source is named."""
+        """The vocabulary of recipes: rows that a source lacks come from the base, unless another source is named."""
         if not self.vocabulary.aligns or self.vocabulary.base is not None or self.vocabulary.kind == "transplant":
             return self.vocabulary
         return self.vocabulary.model_copy(update={"base": self.base})
@@ -207,7 +205,7 @@ class SearchFile(Section):
         return self.recorded_fit(None)
 
     def recorded_fit(self, digest: str | None) -> FitSplit | None:
-        """Those of a search that has recorded their digest: read only where evidence of them is missing."""
+        """The items of a search that has recorded their digest: read only if evidence from them is missing."""
         return None if self.fit is None else FitSplit(self.fit, self.seed, digest)
 
     def evaluators(self) -> dict[str, EvaluatorSettings]:
@@ -301,11 +299,11 @@ def parse_search_file(content: Mapping[str, Any], *, place: str, root: Path) -> 
 
 
 _MAX = 1e10
-"""No number of a search file is larger, and none is infinite, whatever it means: also of settings of plug-ins."""
+"""The largest absolute value of any number in a search file, including settings of plugins; none is infinite."""
 
 
 def _check_values(value: Any, place: str, key: str) -> None:
-    """Refuse what no setting can be."""
+    """Refuse values that no setting can have: null characters, infinite and very large numbers. Raises InputError."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             _check_values(inner, place, f"{key}.{name}" if key else f": {name}")
@@ -320,7 +318,7 @@ def _check_values(value: Any, place: str, key: str) -> None:
 
 
 def _at(root: Path, place: str, measure: AnyMeasure) -> AnyMeasure:
-    """The measure with the paths in its evaluator's keys absolute."""
+    """The measure with absolute paths in its evaluator's keys."""
     fields = evaluator_settings(measure.evaluator, f"{place}.evaluator").model_fields
     paths = {key for key in measure.evaluator_keys if key in fields and Path in _options(fields[key].annotation)}
     models = {

@@ -1,4 +1,4 @@
-"""A search file with ``select``: what it asks of the sources, and the file that is searched once some are chosen."""
+"""A search file with ``select``: which sources are chosen from, and the search file after the choice."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 PLACE = "select"
 REST = "rest"
-"""The source that is the average of all that were not kept."""
+"""The name of the source that is the average of all sources that were not kept."""
 
 
 def random_name(number: int) -> str:
-    """What a random direction is called that stands in the place of a source, from 1."""
+    """The name of a random direction that replaces a source as a control; numbers start at 1."""
     return f"random_{number}"
 
 
@@ -25,7 +25,7 @@ RESERVED = frozenset({REST, *map(random_name, range(1, MAX_KEPT))})
 
 
 def always_kept(file: SearchFile) -> list[str]:
-    """The sources that are no choice: the base, and what gives the tokenizer or tokens of the vocabulary."""
+    """The sources that stay whatever is chosen: the base, and those that give the tokenizer or rows of tokens."""
     needed = {file.base, file.tokenizer_source, *file.vocabulary.used_sources()}
     return [name for name in file.sources if name in needed]
 
@@ -37,10 +37,11 @@ def choices(file: SearchFile) -> list[str]:
 
 
 def check_select(file: SearchFile) -> None:
-    """Refuse what cannot be chosen from.
+    """Refuse a ``select`` that is impossible.
 
     Raises:
-        InputError: no base, no more sources than are kept, or a search that cannot do with sources that are made.
+        InputError: there is no base, there are no more sources than are kept, or something else in the search file does
+            not work with sources that the choice makes.
     """
     if file.select is None:
         return
@@ -53,10 +54,10 @@ def check_select(file: SearchFile) -> None:
         hint = "Leave `select` out: a search takes them all." if len(names) <= 8 else "Lower it."
         raise InputError(f"{PLACE}.keep", problem, hint)
     if taken := sorted(file.sources.keys() & RESERVED):
-        problem = "is what `select` calls a source that it makes"
+        problem = "is the name of a source that `select` makes"
         raise InputError(f"sources.{taken[0]}", problem, "Give it another name.")
     if file.select.rest != "drop" and file.calibration is not None and file.calibration.file is None:
-        problem = "would enter as a source without calibration texts: each has its own"
+        problem = "would add a source without calibration texts: there are only texts for single sources"
         raise InputError(f"{PLACE}.rest", problem, "Give some for all (`calibration.file`), or say `rest: drop`.")
     if file.artifacts is not None:
         problem = "makes sources in the search's folder, which a copy elsewhere would not find"
@@ -66,10 +67,11 @@ def check_select(file: SearchFile) -> None:
 
 
 def searched(file: SearchFile, sources: Mapping[str, str]) -> SearchFile:
-    """The file that is searched when some sources are chosen, or made.
+    """The search file after a choice of sources: with these, and without ``select``.
 
     Args:
-        sources: those chosen, with their references as they are to be searched; what is always kept comes before them.
+        sources: references of the chosen sources and of those that the choice made, by name. Sources that are always
+            kept come before them.
     """
     kept = {name: file.sources[name] for name in always_kept(file)} | dict(sources)
     update: dict[str, object] = {"sources": kept, "select": None}
@@ -80,7 +82,7 @@ def searched(file: SearchFile, sources: Mapping[str, str]) -> SearchFile:
 
 
 def stand_in(file: SearchFile) -> SearchFile:
-    """The file as it may be once sources are chosen: what is checked and planned before anybody knows which."""
+    """The search file as it may be after the choice, with the first sources: for checks and plans before the choice."""
     if file.select is None:
         return file
     most = file.select.keep + (file.select.rest != "drop")

@@ -1,4 +1,4 @@
-"""Searches over tables of tensors: what of a search file is for language models alone, and what their sources are."""
+"""Searches over tables of tensors: their sources, and which keys of a search file are only for language models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HINT = "Leave it out."
 
 
 def check_is_table(reference: str, place: str) -> None:
-    """Refuse a reference that is to no file of tensors and to no folder of diffusers. Raises InputError."""
+    """Refuse a reference to anything but a file of tensors or a folder of diffusers. Raises InputError."""
     from evomerge.raw.table import open_table  # which imports torch
 
     if not is_table(reference, Path()):
@@ -24,14 +24,14 @@ def check_is_table(reference: str, place: str) -> None:
 
 
 def table_names(reference: str, place: str) -> tuple[str, ...]:
-    """The names of a table's tensors in floating point. Raises InputError: it cannot be opened."""
+    """The names of a table's floating-point tensors. Raises InputError: the table cannot be opened."""
     from evomerge.raw.table import open_table
 
     return tuple(open_table(place, reference, Path(), place).source.tensors)
 
 
 def check_table_search(file: SearchFile) -> None:
-    """Refuse what does not go together with tables of tensors, or with models of transformers.
+    """Refuse keys that do not work with tables of tensors, or that only work with these.
 
     Raises:
         InputError: naming the key of the search file.
@@ -44,7 +44,7 @@ def check_table_search(file: SearchFile) -> None:
             hint = "Score it by a function of yours: `evaluator: python`, `given: weights`."
             raise InputError(f"{place}.evaluator", problem, hint)
         if takes and not of_tables:
-            problem = "is weights, which candidates are written to the disk for in a space of `kind: state_dict` alone"
+            problem = "is weights, and only candidates of a space of `kind: state_dict` are written to disk"
             raise InputError(f"{place}.given", problem, _HINT)
     if not of_tables:
         return
