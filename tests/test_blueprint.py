@@ -14,7 +14,7 @@ from evomerge.checkpoints import kept_blueprints as module
 from evomerge.checkpoints.blueprint import Blueprint
 from evomerge.checkpoints.headers import read_header
 from evomerge.checkpoints.kept_blueprints import blueprint
-from evomerge.checkpoints.layout import draw
+from evomerge.checkpoints.layout import make_blueprint
 from evomerge.errors import InputError
 
 BASE = MINIATURES / "base"
@@ -34,14 +34,14 @@ def refuse_to_draw(*_: object) -> Blueprint:
 
 def test_the_second_time_it_is_read_and_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     first = blueprint(CONFIG, SHAPES, "x")
-    assert first == draw(CONFIG, SHAPES, "x")
-    monkeypatch.setattr("evomerge.checkpoints.layout.draw", refuse_to_draw)
+    assert first == make_blueprint(CONFIG, SHAPES, "x")
+    monkeypatch.setattr("evomerge.checkpoints.layout.make_blueprint", refuse_to_draw)
     assert blueprint(CONFIG, SHAPES, "x") == first
 
 
 def test_another_configuration_shape_or_transformers_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     blueprint(CONFIG, SHAPES, "x")
-    monkeypatch.setattr("evomerge.checkpoints.layout.draw", refuse_to_draw)
+    monkeypatch.setattr("evomerge.checkpoints.layout.make_blueprint", refuse_to_draw)
     with pytest.raises(InputError, match="drawn again"):
         blueprint(CONFIG | {"rope_theta": 7.0}, SHAPES, "x")
     with pytest.raises(InputError, match="drawn again"):
@@ -63,7 +63,7 @@ def test_a_file_that_was_cut_short_is_made_again(cache: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert blueprint(CONFIG, SHAPES, "x") == draw(CONFIG, SHAPES, "x")
+    assert blueprint(CONFIG, SHAPES, "x") == make_blueprint(CONFIG, SHAPES, "x")
 
 
 def test_a_refusal_is_not_kept(cache: Path) -> None:

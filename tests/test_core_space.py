@@ -100,7 +100,7 @@ def changes(sources: dict[str, Source], tensor: str, names: Sequence[str] = ADAP
         change = torch.zeros(shape, dtype=torch.float64)
         for each in sources[name].changes.get(tensor, ()):
             up, down = (sources[name]._view(entry).double() for entry in (each.up, each.down))  # type: ignore[union-attr]
-            change += each.scale * ((up @ down).T if each.turned else up @ down)  # type: ignore[union-attr]
+            change += each.scale * ((up @ down).T if each.transposed else up @ down)  # type: ignore[union-attr]
         found.append(change)
     return found
 

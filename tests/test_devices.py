@@ -131,7 +131,7 @@ def test_no_operation_meets_tensors_of_two_devices(kind: str, tmp_path: Path) ->
         assert {tensor.device for tensor in live.tensors.values()} == {FIRST, SECOND}
         assert {tensor.device for tensor in live.outside.values()} == {FIRST}
         everything_that_answers(live, SHORT)
-        if not sources["a"].rigid:
+        if not sources["a"].reordering_problem:
             Materialiser(sources).write(path_recipe(PATH), live)
             everything_that_answers(live, SHORT)
 

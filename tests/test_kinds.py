@@ -41,7 +41,7 @@ def bert() -> Any:
 
 
 KINDS: dict[str, tuple[Any, str]] = {
-    "layers that look at images": (mllama, "a mllama, whose layers look at images by attention of their own"),
+    "layers that look at images": (mllama, "a mllama, whose layers read images by cross-attention"),
     "speech before text": (speech, r"Qwen2AudioForConditionalGeneration, which takes more than text in \(audio\)"),
     "a classifier": (lambda: transformers.LlamaForSequenceClassification(tiny_config()), "a classifier"),
     "labels for words": (lambda: transformers.LlamaForTokenClassification(tiny_config()), "a classifier"),

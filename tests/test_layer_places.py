@@ -120,7 +120,7 @@ def load(folder: Path) -> Any:
 @pytest.mark.parametrize("case", architectures(dict.fromkeys([*MODELS, *OTHERS, *MORE])))
 def test_a_path_is_the_layers_stacked_by_hand_or_refused(case: str, tmp_path: Path) -> None:
     sources = save_both(config_of(case), tmp_path)
-    assert bool(sources["a"].rigid) == (case in RIGID), sources["a"].rigid
+    assert bool(sources["a"].reordering_problem) == (case in RIGID), sources["a"].reordering_problem
     live = live_model(sources["a"], CPU, layer_buffers=4)
     recipe = path_recipe(PATH)
     if case in RIGID - FITTING:
@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[int], str]] = {
     ),
     "an embedding for each layer": (
         "gemma3n_text", {**GEMMA_3N, "layer_types": KINDS[1:] * 3, "intermediate_size": [24] * 3}, [0, 1],
-        r"embed_tokens_per_layer.weight, .* has a part for each layer: \[32, 12\]; 2 layers ask for \[32, 8\]",
+        r"embed_tokens_per_layer.weight, .* has a part for each layer: \[32, 12\]; 2 layers need \[32, 8\]",
     ),
     "a constant of the place": ("diffllama", {}, [0, 2], "self_attn.lambda_init is 0.3555"),
     "the last of another kind": (

@@ -101,7 +101,7 @@ def test_activations_relax_the_change_by_input_channels_of_the_base(sources: dic
     found = made(sources, recipe_of(sources, step("activations", omega=omega), method=method))
     plain = made(sources, recipe_of(sources, method=method))
     sizes, relaxed = importance(sources["base"]), 0
-    turned = sources["base"].turned
+    transposed = sources["base"].transposed
     for name, tensor in plain.items():
         base = sources["base"].read(name).double()
         wanted = tensor
@@ -109,7 +109,7 @@ def test_activations_relax_the_change_by_input_channels_of_the_base(sources: dic
         module = name if name in sizes else f"transformer.{name}"
         if module in sizes and not tied:
             factor = 1 - sizes[module] * (1 - omega)
-            wanted = base + (tensor - base) * (factor[:, None] if name in turned else factor)
+            wanted = base + (tensor - base) * (factor[:, None] if name in transposed else factor)
             relaxed += 1
         assert torch.allclose(found[name], wanted, rtol=0, atol=1e-6), name
     assert relaxed == len(sizes) - (0 if "lm_head.weight" in plain else 1)

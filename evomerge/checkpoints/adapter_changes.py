@@ -38,7 +38,7 @@ class LowRank:
     Attributes:
         down, up: the entries of the factors A (rank by inputs) and B (outputs by rank).
         scale: s above.
-        turned: the weight is stored transposed, as inputs by outputs: embeddings, and GPT-2's Conv1D.
+        transposed: the weight is stored transposed, as inputs by outputs: embeddings, and GPT-2's Conv1D.
         magnitude: DoRA's m, one number per output.
         router: for one of several experts in a folder: the router [experts, inputs] that was trained with them, and
             the index of this expert's row.
@@ -47,7 +47,7 @@ class LowRank:
     down: TensorEntry
     up: TensorEntry
     scale: float
-    turned: bool
+    transposed: bool
     magnitude: TensorEntry | None = None
     router: tuple[TensorEntry, int] | None = None
 
@@ -68,7 +68,7 @@ class LowRank:
     def factors(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
         """L [rows, rank] and R [rank, columns] for the weight as stored, to which s L R is added: float32."""
         down, up = self.pair(view)
-        return (down.T, up.T) if self.turned else (up, down)
+        return (down.T, up.T) if self.transposed else (up, down)
 
     def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
         """Apply the change to a weight in place.
@@ -85,7 +85,7 @@ class LowRank:
             return
         # Each DoRA was trained on the base without the other adapters, so the norm is that of the stored weight.
         alone = weight if first else torch.addmm(stored.float(), left, right, alpha=self.scale)
-        norm = torch.linalg.vector_norm(alone, dim=0 if self.turned else 1, keepdim=True)
+        norm = torch.linalg.vector_norm(alone, dim=0 if self.transposed else 1, keepdim=True)
         weight.mul_(view(self.magnitude).float().reshape(norm.shape) / norm)
 
 
@@ -128,7 +128,7 @@ class OfExperts:
     down: TensorEntry
     up: TensorEntry
     scale: float
-    turned: bool
+    transposed: bool
 
     def words(self, tensor: str) -> str:
         """A description of the change, for messages."""
@@ -138,7 +138,7 @@ class OfExperts:
         """Apply the change to a tensor in place; arguments as for ``LowRank``."""
         down, up = view(self.down).float(), view(self.up).float()
         downs, ups = down.view(len(weight), -1, down.shape[1]), up.view(len(up), -1, len(weight)).permute(2, 0, 1)
-        left, right = (downs.mT, ups.mT) if self.turned else (ups, downs)
+        left, right = (downs.mT, ups.mT) if self.transposed else (ups, downs)
         weight.baddbmm_(left, right, alpha=self.scale)
 
 
@@ -186,18 +186,20 @@ class Started(LowRank):
     def pair(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
         down, up = super().pair(view)
         assert self.weight is not None
-        began = _began(self.weight, self.start, len(down), self.scale, self.turned)
+        began = _began(self.weight, self.start, len(down), self.scale, self.transposed)
         return torch.cat([down, began[0]]), torch.cat([up, -began[1]], dim=1)
 
 
 @functools.lru_cache(4096)
-def _began(entry: TensorEntry, start: str, rank: int, scale: float, turned: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _began(
+    entry: TensorEntry, start: str, rank: int, scale: float, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A [rank, inputs] and B [outputs, rank] that a LoRA was initialised with, computed from the weight: float32."""
     weight = view_entry(entry, map_file(entry.file)).float()
     if start == "olora":
         left, right = torch.linalg.qr(weight)
         return right[:rank].clone(), left[:, :rank].clone()
-    left, sizes, right = torch.linalg.svd(weight.T if turned else weight, full_matrices=False)
+    left, sizes, right = torch.linalg.svd(weight.T if transposed else weight, full_matrices=False)
     roots = (sizes[:rank] / scale).sqrt()
     return roots[:, None] * right[:rank], left[:, :rank] * roots
 
@@ -232,7 +234,7 @@ class Hadamard(LowRank):
     def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
         up, down, up2, down2 = self._parts(view)
         change = (up @ down) * (up2 @ down2) * self.scale
-        weight.add_(change.T if self.turned else change)
+        weight.add_(change.T if self.transposed else change)
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ class Kronecker(LowRank):
     def apply(self, weight: torch.Tensor, stored: torch.Tensor, view: View, *, first: bool) -> None:
         sides = [functools.reduce(torch.mm, [view(entry).float() for entry in side]) for side in (self.one, self.two)]
         change = torch.kron(*sides) * self.scale
-        weight.add_(change.T if self.turned else change)
+        weight.add_(change.T if self.transposed else change)
 
 
 @dataclass(frozen=True)
@@ -297,17 +299,17 @@ class Vector:
     Attributes:
         by: the vector, of any shape.
         inputs: it multiplies the inputs (a module in PEFT's ``feedforward_modules``), else the outputs including bias.
-        turned: the weight is stored as inputs by outputs.
+        transposed: the weight is stored as inputs by outputs.
     """
 
     by: TensorEntry
     inputs: bool
-    turned: bool
+    transposed: bool
 
     @property
     def of_columns(self) -> bool:
         """Whether it multiplies the columns of the weight as stored; otherwise the rows."""
-        return self.inputs != self.turned
+        return self.inputs != self.transposed
 
     def vector(self, view: View) -> torch.Tensor:
         """l: float32 [inputs] or [outputs].

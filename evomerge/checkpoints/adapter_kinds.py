@@ -128,16 +128,16 @@ def _ia3(held: Held, settings: AdapterSettings) -> Found:
     if vector is None or len(held.tensors) > 1 or len(vector.shape) != 2 or 1 not in vector.shape:
         raise held.wrong(settings, "a vector")
     of_inputs = vector.shape[1] != 1
-    yield held.weight, Vector(vector, of_inputs, turned=False)
+    yield held.weight, Vector(vector, of_inputs, transposed=False)
     if held.has_bias and not of_inputs:
-        yield f"{held.module}.bias", Vector(vector, of_inputs, turned=False)
+        yield f"{held.module}.bias", Vector(vector, of_inputs, transposed=False)
 
 
 def _adalora(held: Held, settings: AdapterSettings) -> Found:
     down, up, inner = held.matrices(settings, "lora_A", "lora_B", "lora_E")
     if inner.shape != (down.shape[0], 1):
         raise held.wrong(settings, "a pair of matrices and a number for each rank")
-    yield held.weight, Scaled(down, up, settings.scale(held.module, None), turned=False, inner=inner)
+    yield held.weight, Scaled(down, up, settings.scale(held.module, None), transposed=False, inner=inner)
 
 
 def _vera(held: Held, settings: AdapterSettings) -> Found:
@@ -148,13 +148,13 @@ def _vera(held: Held, settings: AdapterSettings) -> Found:
     if down.shape[0] != inner.shape[0] or up.shape[1] != inner.shape[0] or up.shape[0] < outer.shape[0]:
         raise held.wrong(settings, "of one rank")
     inputs = down.shape[1]  # reduced to the weight's own once that is known
-    yield held.weight, Scaled(down, up, 1.0, turned=False, inner=inner, outer=outer, size=(outer.shape[0], inputs))
+    yield held.weight, Scaled(down, up, 1.0, transposed=False, inner=inner, outer=outer, size=(outer.shape[0], inputs))
 
 
 def _loha(held: Held, settings: AdapterSettings) -> Found:
     up, down, up2, down2 = held.matrices(settings, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     scale = settings.scale(held.module, down.shape[0])
-    yield held.weight, Hadamard(down, up, scale, turned=False, down2=down2, up2=up2)
+    yield held.weight, Hadamard(down, up, scale, transposed=False, down2=down2, up2=up2)
 
 
 def _lokr(held: Held, settings: AdapterSettings) -> Found:
@@ -169,7 +169,7 @@ def _lokr(held: Held, settings: AdapterSettings) -> Found:
     if len(held.tensors) != len(one) + len(two):
         raise held.wrong(settings, "the sides of a Kronecker product alone")
     scale = settings.scale(held.module, None)
-    yield held.weight, Kronecker(two[-1], one[0], scale, turned=False, one=one, two=two)
+    yield held.weight, Kronecker(two[-1], one[0], scale, transposed=False, one=one, two=two)
 
 
 def _oft(held: Held, settings: AdapterSettings) -> Found:
@@ -204,7 +204,7 @@ class Model(Protocol):
     def tensors(self) -> Mapping[str, TensorEntry]: ...
 
     @property
-    def turned(self) -> frozenset[str]: ...
+    def transposed(self) -> frozenset[str]: ...
 
 
 def changes_of_parameter(
@@ -232,19 +232,19 @@ def changes_of_parameter(
         raise held.wrong(settings, f"factors of {experts} experts")
     scale = settings.scale(tensor, down.shape[0] // experts)
     for name, part in pieces:
-        shape, turned = base.tensors[name].shape, name in base.turned
+        shape, transposed = base.tensors[name].shape, name in base.transposed
         if part.cuts and isinstance(part.cuts[0], int):
             rows = part.cuts[1] if len(part.cuts) > 1 and isinstance(part.cuts[1], tuple) else None
-            change = OfExpert(down, up, scale, turned, expert=part.cuts[0], experts=experts, rows=rows)
-            made: tuple[int, ...] = change.made[::-1] if turned else change.made
+            change = OfExpert(down, up, scale, transposed, expert=part.cuts[0], experts=experts, rows=rows)
+            made: tuple[int, ...] = change.made[::-1] if transposed else change.made
             yield name, change
         elif len(shape) == 3 and not part.cuts:
             outputs_inputs = (up.shape[0], down.shape[1])
-            made = (experts, *(outputs_inputs[::-1] if turned else outputs_inputs))
-            yield name, OfExperts(down, up, scale, turned)
+            made = (experts, *(outputs_inputs[::-1] if transposed else outputs_inputs))
+            yield name, OfExperts(down, up, scale, transposed)
         elif len(shape) == 2 and not part.cuts:
             made = (up.shape[0], down.shape[1])
-            yield name, LowRank(down, up, scale, turned=False)
+            yield name, LowRank(down, up, scale, transposed=False)
         else:
             raise InputError(settings.place, f"{name} is stored as a part of {tensor} that has no factors", FOLD)
         if made != tuple(shape):

@@ -71,14 +71,14 @@ class Base:
         pieces: for each tensor of the model, by its name there, the source's tensors that make it up and their position
             in it.
         find: maps names of tensors, as they follow from the model's modules, to the source's names; None if unknown.
-        turned: names of weights stored as inputs by outputs.
+        transposed: names of weights stored as inputs by outputs.
         tied: names of tensors that serve both as embedding and as head.
     """
 
     tensors: Mapping[str, TensorEntry]
     pieces: Mapping[str, Sequence[tuple[str, Part]]]
     find: Callable[[Sequence[str]], Mapping[str, str | None]]
-    turned: frozenset[str]
+    transposed: frozenset[str]
     tied: frozenset[str]
 
 
@@ -237,17 +237,17 @@ class _Reader:
     def _check_shapes(self, changes: dict[str, Change]) -> None:
         for name, change in changes.items():
             wanted = tuple(self.base.tensors[name].shape)
-            turned = name in self.base.turned
+            transposed = name in self.base.transposed
             if isinstance(change, LowRank):
-                change = replace(change, turned=change.turned or turned)
+                change = replace(change, transposed=change.transposed or transposed)
                 if isinstance(change, Scaled) and change.size is not None:  # the factors are shared by all modules
-                    inputs = wanted[0] if change.turned else wanted[1]
+                    inputs = wanted[0] if change.transposed else wanted[1]
                     change = replace(change, size=(change.size[0], min(inputs, change.size[1])))
                 if isinstance(change, Started):
                     change = replace(change, weight=self.base.tensors[name])
                 self._check_factors(name, change, wanted)
             elif isinstance(change, Vector):
-                change = replace(change, turned=turned)
+                change = replace(change, transposed=transposed)
                 length = math.prod(change.by.shape)
                 made = (*wanted[:-1], length) if change.of_columns else (length, *wanted[1:])
                 if made != wanted:
@@ -255,22 +255,22 @@ class _Reader:
             elif isinstance(change, Shift) and change.by.shape != wanted:
                 raise self._misfit(name, change.by.shape)
             elif isinstance(change, Rotation | Rows):
-                self._check_whole(name, change, wanted, turned=turned)
+                self._check_whole(name, change, wanted, transposed=transposed)
             changes[name] = change
 
     def _check_factors(self, name: str, change: LowRank, wanted: tuple[int, ...]) -> None:
-        made = change.made[::-1] if change.turned else change.made
+        made = change.made[::-1] if change.transposed else change.made
         if change.misfit or made != wanted:
             raise self._misfit(name, made)
         if change.magnitude is not None and math.prod(change.magnitude.shape) != change.made[0]:
             raise self._misfit(name, change.magnitude.shape)
 
-    def _check_whole(self, name: str, change: Rotation | Rows, wanted: tuple[int, ...], *, turned: bool) -> None:
+    def _check_whole(self, name: str, change: Rotation | Rows, wanted: tuple[int, ...], *, transposed: bool) -> None:
         if isinstance(change, Rows):
             if change.by.shape != (len(change.tokens), *wanted[1:]) or max(change.tokens, default=0) >= wanted[0]:
                 raise self._misfit(name, (max(change.tokens, default=0) + 1, *change.by.shape[1:]))
             return
-        if turned:
+        if transposed:
             raise InputError(self.place, f"rotates the inputs of {name}, which is stored as inputs by outputs", _FOLD)
         inputs = change.block * change.blocks if change.blocks > 1 else wanted[1]
         outputs = wanted[0] if change.outputs is None else math.prod(change.outputs.shape)

@@ -1,4 +1,4 @@
-"""What transformers knows of a model, as data."""
+"""What transformers knows about a model, as data."""
 
 from __future__ import annotations
 
@@ -13,32 +13,31 @@ from evomerge.recipes.stack import Role
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model and where its tensors are in a checkpoint.
+    """A model, and where its tensors are in a checkpoint.
 
     Attributes:
         layers: number of layers in the stack.
-        text_type: the model type of what goes on with a text; that of the model, where that is all of it.
-        settings: values of the parsed configuration that say what its weights mean; ``depth`` names the key of
-            config.json that holds the number of layers.
-        layered: what the configuration says of single layers, by its key.
-        computing: what the configuration says that changes what the model computes; see ``computing_settings``.
-        seeing: of a model that reads images, what it says of that: how many tokens they become, say.
-        rigid: why layers cannot stand in other places than their own; empty where they can.
-        parts: the tensors that transformers writes for this model, in the order of its modules. Those of a model that
-            reads images as well are called as in the model of texts alone that goes on with its texts, where they are
-            of that.
-        written: of a model that reads images as well, what transformers writes each of them as.
-        ignored: patterns of the names that transformers passes over when it loads the model.
-        roles: the role of each of them.
-        shapes: the shape of each of them.
-        located: the checkpoint's tensor that each part is in; also parts that are not among ``parts``, as a whole.
-        copies: second copies of tied tensors in the checkpoint, with the name of what they must be equal to.
+        text_type: the model type of the text model, which may be the whole model.
+        settings: values of the parsed configuration that determine what the weights mean; ``depth`` is the key in
+            config.json of the number of layers.
+        layered: settings that differ between layers, by their keys.
+        computing: settings that change what the model computes; see ``computing_settings``.
+        image_settings: for a model that reads images, the settings of that, such as the number of tokens per image.
+        reordering_problem: why layers cannot be moved to other positions; empty if they can.
+        parts: the tensors that transformers writes for this model, by name, in the order of its modules. In a model
+            that also reads images, tensors of the text model have the names that they would have in that model alone.
+        written: for a model that also reads images, the name under which transformers writes each of them.
+        ignored: patterns of tensor names that transformers ignores when it loads the model.
+        roles: the role of each of ``parts``.
+        shapes: the shape of each of ``parts``.
+        located: for each part the checkpoint's tensor that holds it; also for whole tensors that are not in ``parts``.
+        copies: second copies of tied tensors in the checkpoint, with the name of the tensor that they must equal.
         tied: names of the tensors that the model uses in two places.
-        float32: names of the tensors that are float32 in a model of another dtype, by the name of that.
-        head: names of the tensors that are the head's own.
-        turned: names of the weights that are stored as inputs by outputs.
-        folds: how a factor on what a layer adds to the residual stream goes into its tensors; empty where nobody knows.
-        normed: layers read the stream through norms, so that its size does not matter to them.
+        float32: for each 16-bit dtype of the model, the names of tensors that are float32 all the same.
+        head: names of the tensors that belong to the head only.
+        transposed: names of the weights that are stored as inputs by outputs.
+        folds: how a factor on the output of a layer is folded into its tensors; empty if that is unknown.
+        normed: layers read the residual stream through norms, so its scale does not affect them.
     """
 
     layers: int
@@ -46,8 +45,8 @@ class Blueprint:
     settings: dict[str, Any]
     layered: dict[str, LayerSetting]
     computing: dict[str, str]
-    seeing: dict[str, str]
-    rigid: str
+    image_settings: dict[str, str]
+    reordering_problem: str
     parts: dict[str, Part]
     written: dict[str, str]
     ignored: tuple[str, ...]
@@ -58,10 +57,10 @@ class Blueprint:
     tied: frozenset[str]
     float32: dict[str, frozenset[str]]
     head: frozenset[str]
-    turned: frozenset[str]
+    transposed: frozenset[str]
     folds: dict[str, Fold]
     normed: bool
 
-    def passes_over(self, name: str) -> bool:
-        """Whether transformers passes over a tensor of that name, which is none of the model's, when it loads it."""
+    def ignores(self, name: str) -> bool:
+        """Whether transformers ignores a tensor of this name, which does not belong to the model, when it loads it."""
         return any(re.search(pattern, name) for pattern in self.ignored)

@@ -100,7 +100,7 @@ def check_written(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     held = {name: holder for name, holder, _ in holders(plan.parts, dict(plan.located))}
     wrong = [f"{name} is missing" for name in plan.parts if name not in held]
     beyond = shapes.keys() - {*held.values()} - plan.copies.keys()
-    wrong += [f"{name} is not a tensor of it" for name in beyond if not plan.passes_over(name)]
+    wrong += [f"{name} is not a tensor of it" for name in beyond if not plan.ignores(name)]
     wrong += [
         f"{name} has shape {list(shapes[name])}, not {list(plan.shapes[name])}"
         for name, holder in held.items()
@@ -181,8 +181,8 @@ def check_vision(sources: Mapping[str, Source], recipe: StackRecipe) -> None:
         _same(model, other, "model_type", model.config["model_type"], other.config["model_type"], _SAME_TOWER)
         for tensor in sorted((model.tensors.keys() - texts(model)) | (other.tensors.keys() - texts(other))):
             _same(model, other, f"shape of {tensor}", _shape(model, tensor), _shape(other, tensor), _SAME_TOWER)
-        for key in sorted({**model.seeing, **other.seeing}):
-            _same(model, other, key, model.seeing.get(key), other.seeing.get(key), _SAME_TOWER)
+        for key in sorted({**model.image_settings, **other.image_settings}):
+            _same(model, other, key, model.image_settings.get(key), other.image_settings.get(key), _SAME_TOWER)
 
 
 def text_model_problem(one: Source, other: Source) -> str:

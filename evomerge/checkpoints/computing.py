@@ -19,7 +19,7 @@ _COMPUTES_NOTHING = re.compile(
     r"|num_logits_to_keep|use_(associative_scan|mambapy|mamba_kernels)|rescale_\w+|time_step_(floor|init_scheme|max|min)"
     r"|no_rope_layer_interval|interleave_moe_layer_step|full_attn_idxs|sliding_window_pattern|lambda_std_dev"
 )
-"""Settings that say nothing of what a model gives for a text, or say again what another one says."""
+"""Settings that do not affect a model's output for a text, or that repeat another setting."""
 
 _LENGTHS = re.compile(r"max_position_embeddings|n_positions|max_seq_len|seq_length|context_length")
 
@@ -27,20 +27,20 @@ _LENGTHS = re.compile(r"max_position_embeddings|n_positions|max_seq_len|seq_leng
 def computing_settings(parsed: Any, depth: str) -> dict[str, str]:
     """The settings of a transformers configuration that change what the model computes, as JSON texts by their keys.
 
-    Keys of dictionaries are taken by themselves (``rope_parameters.rope_theta``). Left out are settings that its class
-    does not know, and the number of layers, whose key is ``depth``.
+    Keys of nested dictionaries are joined (``rope_parameters.rope_theta``). Settings that the class of the
+    configuration does not know are left out, and so is the number of layers, whose key is ``depth``.
     """
     known = {field.name for field in dataclasses.fields(type(parsed))}
     flat: dict[str, str] = {}
     for key, value in parsed.to_dict().items():
         if key in known and key != depth:
             flat |= dict(_flat(key, value))
-    turned_plainly = flat.get("rope_parameters.rope_type") in (None, '"default"')
-    return {key: text for key, text in flat.items() if not (turned_plainly and _LENGTHS.fullmatch(key))}
+    default_rope = flat.get("rope_parameters.rope_type") in (None, '"default"')
+    return {key: text for key, text in flat.items() if not (default_rope and _LENGTHS.fullmatch(key))}
 
 
-def seeing_settings(parsed: Any) -> dict[str, str]:
-    """The same of what stands beside the text model of one that reads images: how many tokens an image becomes, say."""
+def image_settings(parsed: Any) -> dict[str, str]:
+    """The same outside the text model, for a model that reads images: the number of tokens per image, for example."""
     known = {field.name for field in dataclasses.fields(type(parsed))} - {"text_config"}
     flat: dict[str, str] = {}
     for key, value in parsed.to_dict().items():

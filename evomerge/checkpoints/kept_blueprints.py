@@ -42,10 +42,10 @@ def blueprint(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
     kept = user_cache_path("evomerge") / "blueprints" / f"{_key(config, shapes)}.json"
     with suppress(OSError, ValidationError):  # not cached yet, or truncated by a full disk
         return _FORM.validate_json(kept.read_bytes())
-    from evomerge.checkpoints.layout import draw  # imports transformers
+    from evomerge.checkpoints.layout import make_blueprint  # imports transformers
 
     try:
-        drawn = draw(config, shapes, place)
+        made = make_blueprint(config, shapes, place)
     except InputError:
         raise
     except Exception as error:  # an unusual value may raise anything inside transformers
@@ -54,9 +54,9 @@ def blueprint(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
         kept.parent.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=kept.parent)
         with os.fdopen(handle, "wb") as stream:
-            stream.write(_FORM.dump_json(drawn))
+            stream.write(_FORM.dump_json(made))
         Path(unfinished).rename(kept)
-    return drawn
+    return made
 
 
 def _key(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -1,9 +1,9 @@
 """Where the tensors of a checkpoint belong in the model.
 
-Most are a whole tensor of the model under its own name. Some were renamed since by transformers (``embed_out`` of a
-GPT-NeoX is its ``lm_head`` today) or lack the model's prefix (``h.0`` for ``transformer.h.0``). And some are a piece: a
-checkpoint of a mixture of experts holds every expert's weights apart, the model those of all experts in one tensor.
-Names and pieces come from transformers' own rules for loading and saving; no list of names is kept here.
+Most are a whole tensor of the model under its own name. Some have been renamed by transformers (``embed_out`` of a
+GPT-NeoX is now ``lm_head``) or lack the model's prefix (``h.0`` for ``transformer.h.0``). And some are a piece of one:
+in a checkpoint of a mixture of experts each expert has its own tensors, but in the model all experts share one. Names
+and pieces come from transformers' own rules for loading and saving; there is no list of names here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from evomerge.checkpoints.blueprint import Blueprint
-from evomerge.checkpoints.computing import computing_settings, seeing_settings
+from evomerge.checkpoints.computing import computing_settings, image_settings
 from evomerge.checkpoints.layered import LayerSetting, layer_settings, with_text_settings, written_settings
 from evomerge.checkpoints.parts import COPY_AGAIN, Cut, Part, check_shape
 from evomerge.checkpoints.residual import residual_writers
@@ -47,13 +47,14 @@ from evomerge.checkpoints.structure import (
 from evomerge.errors import InputError
 
 _TENSORS_AHEAD = 500
-"""How many more tensors a model may have than twice those in the files, before it is said which of them are missing."""
+"""A model may have this many tensors more than twice those in the files; beyond that it is not built at all, and the
+error does not name the missing ones."""
 
 _DECODER, _HEAD = "model.", "lm_head."
-"""What models of texts alone call their decoder and their head, as far as models with images go on with texts so."""
+"""Prefixes of the decoder and of the head in the text models that are part of models with images."""
 
 _COMPUTED = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
-"""Tables that were stored with the weights once, and are computed where a model has a buffer that ends so."""
+"""Tables that older checkpoints contain, and that are ignored if the model has a buffer whose name ends so."""
 
 _SETTINGS = (
     "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
@@ -61,10 +62,10 @@ _SETTINGS = (
 
 
 def checkpoint_parts(model: Any) -> dict[str, Part]:
-    """The tensors that transformers writes for a model, in the order of its modules, and what part each is.
+    """The tensors that transformers writes for a model, by name, in the order of its modules, and the part each one is.
 
-    Every tensor that the model stores is covered once. One whose written form is not made of pieces of it keeps its
-    name in the model, which transformers reads as well.
+    Every tensor that the model stores is covered exactly once. A tensor whose written form does not consist of pieces
+    of it keeps its name in the model, which transformers can read as well.
     """
     stored = stored_tensors(model)
     try:
@@ -84,13 +85,15 @@ def checkpoint_parts(model: Any) -> dict[str, Part]:
 
 
 def parts_in_model(model: Any, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Part], list[str]]:
-    """The part of the model that each tensor of a checkpoint is: where transformers' own loading would put it.
+    """The part of the model that each tensor of a checkpoint is: where transformers would load it.
 
-    Names that the model does not know keep their name. The list names tensors that are not parts of the model's but
-    something that loading computes them from.
+    Tensors that the model does not know keep their names.
 
     Args:
         shapes: of the checkpoint's tensors, by name.
+
+    Returns:
+        The parts by name, and the names of tensors from which loading would compute tensors of the model.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -99,7 +102,7 @@ def parts_in_model(model: Any, shapes: Mapping[str, Sequence[int]]) -> tuple[dic
     tensors, prefix = model.state_dict(), model.base_model_prefix
     parts: dict[str, Part] = {}
     pieces: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in sorted(shapes, key=dot_natural_key):  # in which transformers counts experts
+    for name in sorted(shapes, key=dot_natural_key):  # the order in which transformers counts experts
         new, pattern = rename_source_key(name, renamings, converters, prefix, tensors)
         if new not in tensors:
             new, pattern = rename_source_key(name, [], [], prefix, tensors)
@@ -122,7 +125,7 @@ def parts_in_model(model: Any, shapes: Mapping[str, Sequence[int]]) -> tuple[dic
 def _cuts(
     operations: Sequence[Any], groups: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[Cut, ...]] | None:
-    """Where each tensor lies in the one that the operations make of all of them; None for operations unknown here."""
+    """The position of each tensor in the one that the operations make of all; None for operations unknown here."""
     steps = list(operations)
     stacked = isinstance(steps[0], MergeModulelist) and steps[0].dim == 0
     joined = [step.dim for step in steps[stacked:] if isinstance(step, Concatenate)]
@@ -146,10 +149,14 @@ def _cuts(
 
 
 def locate(model: Any, shapes: Mapping[str, Sequence[int]], place: str) -> dict[Part, str]:
-    """Name in a checkpoint of each part that it holds, from the shapes of its tensors.
+    """For each part in a checkpoint, the name of the tensor that is this part.
+
+    Args:
+        shapes: of the checkpoint's tensors, by name.
+        place: for errors.
 
     Raises:
-        InputError: a tensor would be computed while loading, is there twice, or a layer lacks an expert.
+        InputError: a tensor would be computed while loading, or is there twice, or a layer lacks an expert.
     """
     parts, computed = parts_in_model(model, shapes)
     if computed:
@@ -170,32 +177,30 @@ def locate(model: Any, shapes: Mapping[str, Sequence[int]], place: str) -> dict[
     return located
 
 
-def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: str) -> Blueprint:
-    """The blueprint of a checked config.json and the tensors of a checkpoint, made anew.
+def make_blueprint(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: str) -> Blueprint:
+    """The blueprint for a checked config.json and the tensors of a checkpoint; ``kept_blueprints`` caches it.
 
     Raises:
-        InputError: transformers has no such model, or the tensors are not its own.
+        InputError: transformers has no such model, or the tensors do not belong to it.
     """
     parsed = parse_config(config, place)
     text = text_config(parsed)
     if takes_images(parsed) and getattr(text, "cross_attention_layers", None):
-        problem = (
-            f"is a {parsed.model_type}, whose layers look at images by attention of their own; such models are not"
-        )
+        problem = f"is a {parsed.model_type}, whose layers read images by cross-attention; such models are not"
         hint = "Models whose layers read images among the tokens of a text can be merged."
         raise InputError(place, f"{problem} supported", hint)
     layers: int = text.num_hidden_layers
-    held = sum(0 not in shape for shape in shapes.values())  # a name alone costs nothing
+    held = sum(0 not in shape for shape in shapes.values())  # names of empty tensors could be added for free
     if layers > held:  # before building that many modules
         raise InputError(place, f"config.json: num_hidden_layers is {layers}, but there are {held} tensors", COPY_AGAIN)
-    model = empty_model(parsed, place, torch.bfloat16, _TENSORS_AHEAD + 2 * held)  # float32 there is so in any model
+    model = empty_model(parsed, place, torch.bfloat16, _TENSORS_AHEAD + 2 * held)  # float32 tensors are so in any dtype
     written, stored = checkpoint_parts(model), stored_tensors(model)
     try:
         names = _names(model, written)
         parts = {names[name]: part for name, part in written.items()}
         roles = model_roles(model, layers)
     except LookupError as error:
-        hint = "Only models that are a stack of layers can be."
+        hint = "Only models with a stack of layers can be merged."
         raise InputError(place, f"cannot be merged: {error}", hint) from None
     located = locate(model, shapes, place)
     for part, name in located.items():
@@ -219,8 +224,8 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
         settings={field: _setting(text, field) for field in _SETTINGS} | {"depth": depth},
         layered=layered,
         computing=computing_settings(text, depth),
-        seeing=seeing_settings(parsed) if takes_images(parsed) else {},
-        rigid=_rigid(config, EmptyStack(model, name, stack), depth, layered),
+        image_settings=image_settings(parsed) if takes_images(parsed) else {},
+        reordering_problem=_reordering_problem(config, EmptyStack(model, name, stack), depth, layered),
         parts=parts,
         written={name: own for own, name in names.items()} if takes_images(parsed) else {},
         ignored=_ignored(model),
@@ -231,16 +236,19 @@ def draw(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place
         tied=frozenset(name for name, part in parts.items() if part.tensor in ties.values()),
         float32=_float32(model, parts, stored),
         head=frozenset(name for name, part in parts.items() if stored[part.tensor] is head),
-        turned=frozenset(name for name, part in parts.items() if _is_turned(_owner(model, part))),
+        transposed=frozenset(name for name, part in parts.items() if _is_transposed(_owner(model, part))),
         folds={n: folds[part.tensor] for n, part in parts.items() if part.tensor in folds} if all(writers) else {},
         normed=all(layer_writers is not None and layer_writers.normed for layer_writers in writers),
     )
 
 
 def _names(model: Any, written: Mapping[str, Part]) -> dict[str, str]:
-    """What each tensor that transformers writes is called here: as in a model of texts alone, where it is of that.
+    """Our name for each tensor that transformers writes: for tensors of the text model, that in the text model alone.
 
-    Experts that are written apart are called by the rest of their written name.
+    For experts that are written separately, it ends with the rest of their written name.
+
+    Raises:
+        LookupError: two tensors would have the same name.
     """
     if (decoder := decoder_of(model)) is model:
         return {name: name for name in written}
@@ -263,7 +271,7 @@ def _names(model: Any, written: Mapping[str, Part]) -> dict[str, str]:
 
 
 def _ignored(model: Any) -> tuple[str, ...]:
-    """What transformers passes over when it loads a model: patterns of names, some of them of tables of older times."""
+    """Patterns of the names that transformers ignores when it loads a model, including tables of older checkpoints."""
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     for ending, pattern in _COMPUTED.items():
         if any(name.endswith(ending) for name, _ in model.named_buffers()):
@@ -272,7 +280,7 @@ def _ignored(model: Any) -> tuple[str, ...]:
 
 
 def _float32(model: Any, parts: Mapping[str, Part], stored: Mapping[str, torch.Tensor]) -> dict[str, frozenset[str]]:
-    """What is kept in float32 in models of either 16-bit dtype; ``model`` is one of bfloat16."""
+    """Names of the tensors that stay in float32 in models of either 16-bit dtype; ``model`` is one in bfloat16."""
     wide = {name for name, tensor in stored.items() if tensor.dtype == torch.float32}
     wider = wide | loaded_in_float32(model, torch.float16)
     kept = {"bfloat16": wide, "float16": wider}
@@ -282,23 +290,25 @@ def _float32(model: Any, parts: Mapping[str, Part], stored: Mapping[str, torch.T
 def _setting(parsed: Any, field: str) -> Any:
     try:
         return getattr(parsed, field, None)
-    except Exception:  # of layers that differ in it, as the heads of Gemma 4 do
+    except Exception:  # layers may differ in it, as in the heads of Gemma 4
         return None
 
 
-def _rigid(config: Mapping[str, Any], stack: EmptyStack, depth: str, layered: Mapping[str, LayerSetting]) -> str:
-    """Why layers cannot stand in other places: tried with all of them in reverse, in order, and in reverse."""
+def _reordering_problem(
+    config: Mapping[str, Any], stack: EmptyStack, depth: str, layered: Mapping[str, LayerSetting]
+) -> str:
+    """Why layers cannot be moved, found by trying a path of all of them in reverse, in order, and again in reverse."""
     own = range(len(stack.layers))
     path = [*reversed(own), *own, *reversed(own)]
-    said = written_settings(layered, [{key: setting.values[n] for key, setting in layered.items()} for n in path])
-    laid = with_text_settings(config, {depth: len(path), **said})
-    return path_problem(laid, [(stack, number) for number in path], stack)
+    settings = written_settings(layered, [{key: setting.values[n] for key, setting in layered.items()} for n in path])
+    path_config = with_text_settings(config, {depth: len(path), **settings})
+    return path_problem(path_config, [(stack, number) for number in path], stack)
 
 
-def _is_turned(owner: Any) -> bool:
-    """Whether a module's weights are stored as inputs by outputs: GPT-2's, and some experts that are in one tensor.
+def _is_transposed(owner: Any) -> bool:
+    """Whether a module's weights are stored as inputs by outputs: those of GPT-2, and some experts in one tensor.
 
-    ``is_transposed`` is what transformers tells its own kernels for experts.
+    ``is_transposed`` is an attribute that transformers sets for its own kernels for experts.
     """
     return isinstance(owner, Conv1D) or getattr(owner, "is_transposed", False) is True
 
@@ -308,19 +318,19 @@ def _owner(model: Any, part: Part) -> Any:
 
 
 def find_names(model: Any, parts: Mapping[str, Part], names: Sequence[str]) -> dict[str, str | None]:
-    """The tensor among ``parts`` that each name means: its own, one of another time, or that of a tied copy."""
+    """The tensor among ``parts`` that each name refers to, also by an older name or by that of a tied copy; or None."""
     by_part = {part: name for name, part in parts.items()}
     tied = tied_names(model)
-    meant = parts_in_model(model, dict.fromkeys(names, ()))[0]
+    named = parts_in_model(model, dict.fromkeys(names, ()))[0]
     resolved: dict[str, str | None] = {}
     for name in names:
-        part = meant.get(name, Part(name))
+        part = named.get(name, Part(name))
         resolved[name] = name if name in parts else by_part.get(Part(tied.get(part.tensor, part.tensor)))
     return resolved
 
 
 def _check_experts(located: Mapping[Part, str], tensors: Mapping[str, torch.Tensor], place: str) -> None:
-    """Experts are counted as they come, so one that is missing would pass for the next."""
+    """Refuse a layer that lacks an expert: experts are numbered in order, so the next would take its place."""
     counts: dict[tuple[str, tuple[Cut, ...]], list[str]] = defaultdict(list)
     for part, name in located.items():
         if part.cuts and isinstance(part.cuts[0], int):
@@ -330,5 +340,5 @@ def _check_experts(located: Mapping[Part, str], tensors: Mapping[str, torch.Tens
             raise InputError(
                 place,
                 f"there are {len(names)} experts like {names[0]}; config.json asks for {tensors[in_model].shape[0]}",
-                "Complete the download, or see that config.json is the one that belongs to these weights.",
+                "Complete the download, or check that config.json belongs to these weights.",
             )

@@ -214,7 +214,7 @@ class CoreRows(Rows):
             NotFiniteError: one contains NaN or Inf.
         """
         pairs = zip(matrices, self._turned, strict=True)
-        flat = [(matrix if turned else matrix.T).reshape(-1) for matrix, turned in pairs]
+        flat = [(matrix if transposed else matrix.T).reshape(-1) for matrix, transposed in pairs]
         shares = torch.cat(flat) if flat else torch.empty(0)  # empty if all adapters are zero
         if not torch.isfinite(shares).all():
             finite = [bool(torch.isfinite(matrix).all()) for matrix in matrices]

@@ -1,4 +1,4 @@
-"""Parts: a tensor of the model as transformers builds it, or a piece of one, and where it lies in the files."""
+"""Parts: a tensor of the model as transformers builds it, or a piece of one, and where it is in the files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from evomerge.checkpoints.headers import DTYPE_BITS, TensorEntry
 from evomerge.errors import InputError
 
 Cut = int | tuple[int, int]
-"""What a piece takes of one dimension: an index, or from a start to a stop."""
+"""The range of a piece in one dimension: a single index, or (start, stop)."""
 
 COPY_AGAIN = "Copy config.json and all files again, of one model."
 """What to do about files that are not those of the configuration."""
 
 Fold = Literal["times", "shifted"]
-"""How a factor f goes into a stored tensor t: f t, or (1 + t) f - 1 for norms whose weight is 1 + t, as Gemma's."""
+"""How a factor f is folded into a stored tensor t: as f t, or as (1 + t) f - 1 for norms with the weight 1 + t, as
+Gemma's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +31,20 @@ class Part:
     cuts: tuple[Cut, ...] = ()
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of that tensor: itself, or a view into it."""
+        """This part of a whole tensor: the tensor itself, or a view into it."""
         if not self.cuts:
             return tensor
         return tensor[tuple(cut if isinstance(cut, int) else slice(*cut) for cut in self.cuts)]
 
 
 def fold_in(tensor: torch.Tensor, factor: float, fold: Fold) -> None:
-    """Put a factor into a stored tensor in place, computed in float32."""
+    """Fold a factor into a stored tensor of any float dtype in place, computed in float32."""
     wide = tensor.float()
     tensor.copy_(wide * factor if fold == "times" else (1.0 + wide) * factor - 1.0)
 
 
 def check_shape(name: str, shape: Sequence[int], wanted: Sequence[int], place: str) -> None:
-    """Refuse a tensor of another shape than the model's.
+    """Refuse a tensor in the files that has another shape than in the model.
 
     Raises:
         InputError: naming the tensor and both shapes.
@@ -54,10 +55,10 @@ def check_shape(name: str, shape: Sequence[int], wanted: Sequence[int], place: s
 
 
 def holders(parts: Mapping[str, Part], located: Mapping[Part, str]) -> Iterator[tuple[str, str, Part]]:
-    """For each part by its name, the checkpoint's tensor that holds it and what of that to take.
+    """For each part: its name, the checkpoint's tensor that holds it, and which piece of that tensor it is.
 
-    A part whose tensor lies whole in the checkpoint, as of experts that were saved in one, is a cut of it. Parts that
-    are nowhere are left out.
+    If the checkpoint has the whole tensor of a part, as with experts that were saved together, the part is a piece of
+    it. Parts that the checkpoint does not have are left out.
     """
     for name, part in parts.items():
         if part in located:
@@ -69,14 +70,14 @@ def holders(parts: Mapping[str, Part], located: Mapping[Part, str]) -> Iterator[
 def entries(
     parts: Mapping[str, Part], located: Mapping[Part, str], stored: Mapping[str, TensorEntry]
 ) -> Iterator[tuple[str, TensorEntry]]:
-    """Where each part lies in the files, by its name; those that no file holds in one run of bytes are left out."""
+    """Where each part is in the files, by name; parts that are not one contiguous range of bytes are left out."""
     for name, holder, part in holders(parts, located):
         if (cut := _cut(stored[holder], part)) is not None:
             yield name, cut
 
 
 def _cut(entry: TensorEntry, part: Part) -> TensorEntry | None:
-    """The bytes of a part in those of its whole tensor; None where they do not lie together."""
+    """The entry of a part within that of its whole tensor; None if its bytes are not contiguous."""
     shape, begin, size = entry.shape, 0, DTYPE_BITS[entry.dtype] // 8
     kept: tuple[int, ...] = ()
     for axis, cut in enumerate(part.cuts):

@@ -1,9 +1,10 @@
-"""Where the blocks of a layer write to the residual stream, so that what a layer adds can be multiplied by a factor.
+"""Which modules of a layer write to the residual stream, so that the layer's contribution can be scaled.
 
-A block ends in a linear map to the width of the stream, and scaling what that gives is the same as scaling its weight
-and bias. Some architectures send a block's output through a norm before it is added; then the norm is what writes. The
-names of modules do not say which, nor whether the stream is added to as it is (MiniMax has the modules of Mixtral, and
-adds to the norm's output), so architectures are known by their type. The tests hold each to all that is said here.
+A block ends in a linear map to the width of the stream, and scaling its output is the same as scaling its weight and
+bias. In some architectures, the output of a block passes through a norm before it is added; then that norm writes.
+Names of modules do not tell which, nor whether a block adds to the stream itself (MiniMax has the modules of Mixtral,
+but adds to the norm's output). So there are lists of architectures by model type, and the tests check every statement
+here for each of them.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ class Writers:
     """Where a layer writes to the residual stream.
 
     Attributes:
-        modules: names inside the layer. What they output, the first element of a tuple, is added to the stream, and
-            scaling all of these outputs by f scales all that the layer adds.
-        tensors: names inside the layer of the model's tensors into which a factor folds, and how. The plain layer then
-            computes what the layer with scaled outputs does.
-        normed: every block reads the stream through a norm and adds to the stream itself, so that scaling the stream
-            by s > 0 before the layer and by 1 / s after it is the factor 1 / s, up to the eps of the norms.
+        modules: names inside the layer. The output of each (if it is a tuple, the first element) is added to the
+            stream, and scaling all of these outputs by f scales everything that the layer adds.
+        tensors: names inside the layer of the tensors into which a factor is folded, and how. A plain layer with these
+            tensors computes the same as the layer with scaled outputs.
+        normed: every block reads the stream through a norm and adds to the stream itself. Then scaling the stream by
+            s > 0 before the layer and by 1 / s after it has the same effect as the factor 1 / s, up to the norms' eps.
     """
 
     modules: tuple[str, ...]
@@ -58,7 +59,7 @@ POST_NORMED: Mapping[str, _PostNorms] = {
     "olmo2": _OLMO,
     "olmo3": _OLMO,
 }
-"""Model types whose blocks write through a norm of their own."""
+"""Model types whose blocks write through a norm after them."""
 
 DIRECT = frozenset({
     "apertus", "arcee", "biogpt", "bloom", "cohere", "cohere2", "cwm", "deepseek_v2", "deepseek_v3",
@@ -69,7 +70,7 @@ DIRECT = frozenset({
     "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text",
     "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma",
 })  # fmt: skip
-"""Model types whose blocks' last linear maps write."""
+"""Model types in which the last linear map of a block writes."""
 
 _OUTPUTS = frozenset({
     "c_proj", "dense", "dense_4h_to_h", "down_proj", "fc2", "fc_out", "o_proj", "out_proj", "output_linear", "w2",
@@ -78,21 +79,21 @@ _OUTPUTS = frozenset({
 
 
 def residual_writers(layer: nn.Module, model_type: str, config: Any) -> Writers | None:
-    """Where ``layer``, one of the model's stack, writes. Only modules and names are looked at, so it may be empty.
+    """Where a layer writes, from its modules and names alone, so it may be on the meta device.
 
-    Layers of one model may differ (dense and with experts, attention of several kinds), so each is asked for itself.
+    Layers of one model may differ (dense and with experts, attention of several kinds), so each is examined itself.
 
     Args:
-        layer: an element of the stack.
+        layer: an element of the model's stack.
         model_type: of the configuration, such as "qwen2".
         config: the configuration of the model that holds the layer.
 
     Returns:
-        None where the architecture is not known, or where the layer is not as such a layer is known to be.
+        None if the architecture is not known, or the layer does not have the modules of its architecture.
     """
     if model_type in POST_NORMED:
         return _through_norms(layer, POST_NORMED[model_type])
-    # BLOOM has a setting to pass over the output's module and multiply with its weight in pieces.
+    # BLOOM has a setting with which it multiplies by pieces of the weight without calling the module.
     if model_type not in DIRECT or (getattr(config, "slow_but_exact", False) and config.pretraining_tp > 1):
         return None
     modules: list[str] = []
@@ -100,7 +101,7 @@ def residual_writers(layer: nn.Module, model_type: str, config: Any) -> Writers 
     for block, names in _blocks(layer).items():
         outputs = [name for name in names if _map_name(name) in _OUTPUTS]
         owners = list(dict.fromkeys(name.rpartition(".")[0] for name in outputs))
-        if block and _has_experts(layer.get_submodule(block)):  # experts share one tensor: none is a module
+        if block and _has_experts(layer.get_submodule(block)):  # experts are one tensor, and have no modules
             owners = [block]
         if not outputs or len(owners) != 1:
             return None
@@ -126,7 +127,7 @@ def _is_normed(model_type: str, config: Any) -> bool:
 
 
 def _blocks(layer: nn.Module) -> dict[str, list[str]]:
-    """The tensors of each block by the block's name; linear maps of the layer's own, as in OPT, are the block ""."""
+    """The tensors of each block, by the block's name; linear maps of the layer itself, as in OPT, are the block ""."""
     children = dict(layer.named_children())
     blocks: dict[str, list[str]] = {}
     for name, _ in layer.named_parameters():
@@ -142,6 +143,6 @@ def _has_experts(block: nn.Module) -> bool:
 
 
 def _map_name(tensor: str) -> str:
-    """The name of the linear map that a tensor is of: ``mlp.fc2.bias`` and ``mlp.experts.fc2_bias`` give ``fc2``."""
+    """The name of a tensor's linear map: ``fc2`` for ``mlp.fc2.bias`` and for ``mlp.experts.fc2_bias``."""
     owner, _, own = tensor.rpartition(".")
     return owner.rpartition(".")[2] if own in ("weight", "bias") else own.removesuffix("_bias")

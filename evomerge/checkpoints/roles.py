@@ -11,7 +11,7 @@ from evomerge.recipes.stack import Role, RoleKind
 
 
 def model_roles(model: Any, layers: int) -> dict[str, Role]:
-    """The role of every tensor that a model stores, by its name in the model. Only modules and names are looked at.
+    """The role of every tensor that a model stores, by its name in the model, from modules and names alone.
 
     Raises:
         LookupError: the model has no stack of ``layers`` layers.
@@ -36,7 +36,7 @@ def inside_layer(layer: nn.Module, rest: str) -> RoleKind:
     if not isinstance(module, nn.Module):
         return "mlp"  # a parameter of the layer itself, such as a scale
     kind = type(module).__name__
-    if "Attention" in kind or hasattr(module, "layer_idx"):  # layer_idx is what takes part in the cache
+    if "Attention" in kind or hasattr(module, "layer_idx"):  # modules with a layer_idx use the cache
         return "attention"
     if "Norm" in kind and all(p.ndim == 1 for p in module.parameters()):
         return "norm"
@@ -44,6 +44,6 @@ def inside_layer(layer: nn.Module, rest: str) -> RoleKind:
 
 
 def _outside_stack(owner: nn.Module, embedding: nn.Module, head: nn.Module | None) -> RoleKind:
-    if owner is embedding or "Embedding" in type(owner).__name__:  # positions are embedded too
+    if owner is embedding or "Embedding" in type(owner).__name__:  # also embeddings of positions
         return "embedding"
     return "head" if owner is head else "norm"

@@ -55,10 +55,10 @@ class Source:
         place: where the reference was given, for errors ("sources.maths").
         folder: the folder with the model's files.
         config: config.json as parsed JSON.
-        settings, layered, computing, seeing: its values as read by transformers, with defaults filled in; see
+        settings, layered, computing, image_settings: its values as read by transformers, with defaults filled in; see
             ``Blueprint``.
         float32: names of the tensors that are float32 in a model of another dtype, by the name of that dtype.
-        rigid: why its layers cannot be moved to other positions; empty if they can.
+        reordering_problem: why its layers cannot be moved to other positions; empty if they can.
         text_type: the model type of the part that processes text; for a text model, that of the whole model.
         tensors: every tensor of the model and its location, by the name that transformers writes it under, in the order
             of the model's modules. Tensors of a vision-language model that belong to its text model have their names in
@@ -72,7 +72,7 @@ class Source:
         roles: the role of each tensor. A tied head has no tensor of its own, so there is then no role "head".
         layers: the number of layers in the stack.
         tied: whether the head shares the embedding's tensor, and has none of its own.
-        turned: names of the weights that are stored as inputs by outputs, such as those of GPT-2's layers.
+        transposed: names of the weights that are stored as inputs by outputs, such as those of GPT-2's layers.
         folds, normed: how the scales of a path are folded into its tensors: see ``Blueprint``.
         files: all files that define the model: weights, index, configurations, tokenizer, adapters.
         warnings: warnings, as sentences.
@@ -91,8 +91,8 @@ class Source:
     settings: Mapping[str, Any]
     layered: Mapping[str, LayerSetting]
     computing: Mapping[str, str]
-    seeing: Mapping[str, str]
-    rigid: str
+    image_settings: Mapping[str, str]
+    reordering_problem: str
     text_type: str
     float32: Mapping[str, frozenset[str]]
     tensors: Mapping[str, TensorEntry]
@@ -100,7 +100,7 @@ class Source:
     roles: Mapping[str, Role]
     layers: int
     tied: bool
-    turned: frozenset[str]
+    transposed: frozenset[str]
     folds: Mapping[str, Fold]
     normed: bool
     files: tuple[Path, ...]
@@ -285,8 +285,8 @@ def _open(name: str, reference: str, place: str, folder: Path) -> tuple[Source, 
         settings=plan.settings,
         layered=plan.layered,
         computing=plan.computing,
-        seeing=plan.seeing,
-        rigid=plan.rigid,
+        image_settings=plan.image_settings,
+        reordering_problem=plan.reordering_problem,
         text_type=plan.text_type,
         float32=plan.float32,
         tensors=tensors,
@@ -294,7 +294,7 @@ def _open(name: str, reference: str, place: str, folder: Path) -> tuple[Source, 
         roles=plan.roles,
         layers=plan.layers,
         tied=bool(plan.tied),
-        turned=plan.turned,
+        transposed=plan.transposed,
         folds=plan.folds,
         normed=plan.normed,
         files=_files(folder, stored, bool(written)),
@@ -321,7 +321,7 @@ def _check_explained(extra: Mapping[str, TensorEntry], plan: Blueprint, place: s
     Raises:
         InputError: naming them.
     """
-    if unknown := sorted(name for name in extra if not plan.passes_over(name)):
+    if unknown := sorted(name for name in extra if not plan.ignores(name)):
         problem = f"the files hold tensors that are no part of the model of config.json: {_few(unknown)}"
         raise InputError(place, problem, "See that config.json belongs to these weights; remove what is not the model.")
     if strange := sorted(name for name, entry in extra.items() if entry.dtype not in STORED_DTYPES):
@@ -365,7 +365,7 @@ def _base(source: Source, plan: Blueprint) -> Base:
     pieces: dict[str, list[tuple[str, Part]]] = defaultdict(list)
     for name, part in source.parts.items():
         pieces[part.tensor].append((name, part))
-    return Base(tensors=source.tensors, pieces=pieces, find=find, turned=plan.turned, tied=plan.tied)
+    return Base(tensors=source.tensors, pieces=pieces, find=find, transposed=plan.transposed, tied=plan.tied)
 
 
 def _adapted(source: Source, adapters: Sequence[Adapter]) -> Source:
@@ -411,7 +411,7 @@ def _tensors(
     """The location of every tensor of the model, checked for presence, shape and dtype."""
     tensors = dict(entries(plan.parts, dict(plan.located), stored))
     if missing := [name for name in plan.parts if name not in tensors]:
-        hint = "Complete the download, or see that config.json is the one that belongs to these weights."
+        hint = "Complete the download, or check that config.json belongs to these weights."
         if plan.head.issuperset(missing):
             if (error := headless(config, place)) is not None:
                 raise error

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from evomerge.checkpoints.layered import PLACES, layer_settings, written_settings
+from evomerge.checkpoints.layered import INDEX_ATTRIBUTES, layer_settings, written_settings
 from evomerge.checkpoints.parts import Part
 from evomerge.checkpoints.residual import Writers
 from evomerge.checkpoints.structure import text_config
@@ -145,7 +145,7 @@ class Stack:
         device = self.devices[step.layer_buffer]
         hop = _sharing(self._layers[step.like], self.layer_buffers[step.layer_buffer], "", device)
         for module in hop.modules():
-            for field in PLACES & vars(module).keys():
+            for field in INDEX_ATTRIBUTES & vars(module).keys():
                 if getattr(module, field) == step.like:
                     setattr(module, field, number)
         if step.factor != 1.0:

@@ -1,4 +1,4 @@
-"""The model that a checked config.json describes, built without memory to see its modules and tensors."""
+"""The model that a checked config.json describes, built on the meta device to examine its modules and tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from evomerge.checkpoints.config import first_line
 from evomerge.errors import InputError
 from evomerge.printable import printable
 
-_MAX_TENSORS = 60_000  # of a model as transformers builds it, where the experts of a layer are one
+_MAX_TENSORS = 60_000  # of a model as transformers builds it, where all experts of a layer share a tensor
 _MAX_BUFFER_BYTES = 500_000_000
 
 _MAX = {"num_hidden_layers": 1_000, "hidden_size": 1_000_000, "vocab_size": 10_000_000}
@@ -51,7 +51,7 @@ def parse_config(config: Mapping[str, Any], place: str) -> Any:
         # transformers 5 writes an infinity as {"__float__": "Infinity"}, since JSON has none.
         parsed = kind.from_dict(kind._decode_special_floats(copy.deepcopy(dict(config))))
         text = text_config(parsed)
-    except Exception as error:  # whatever a strange value does inside a configuration class
+    except Exception as error:  # an unusual value may raise anything inside a configuration class
         raise InputError(place, f"config.json is not a configuration of {model_type}: {first_line(error)}") from error
     for field, most in _MAX.items():
         value = getattr(text, field, None)
@@ -61,33 +61,33 @@ def parse_config(config: Mapping[str, Any], place: str) -> Any:
 
 
 def text_config(parsed: Any) -> Any:
-    """The part of a transformers configuration that is of its text model: of a model of texts alone, all of it."""
+    """The part of a transformers configuration for its text model; for a text model alone, all of it."""
     return parsed.get_text_config(decoder=True)
 
 
 def takes_images(parsed: Any) -> bool:
-    """The configuration is of a model that reads images as well: a text model with more beside it."""
+    """Whether the configuration is that of a model that also reads images: a text model with other parts."""
     return text_config(parsed) is not parsed
 
 
 def decoder_of(model: Any) -> Any:
-    """The module that a model's text goes through, from embedding to last norm; of a model of texts, the model."""
+    """The module with the text model, from embedding to last norm; for a text model, the model itself."""
     return model.get_decoder() if takes_images(model.config) else model
 
 
 def module_name(model: Any, wanted: Any) -> str:
-    """What a module inside a model is called there."""
+    """The name of a module inside a model."""
     name: str = next(name for name, module in model.named_modules() if module is wanted)
     return name
 
 
 def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32, most_tensors: int = _MAX_TENSORS) -> Any:
-    """The model of a configuration that goes on with a text, on the meta device: every module, no memory.
+    """The generative model of a configuration on the meta device, which has all modules and takes no memory.
 
-    Tensors have the dtypes that loading a checkpoint in ``dtype`` would give them.
+    Tensors have the dtypes that they would have after loading a checkpoint in ``dtype``.
 
     Args:
-        most_tensors: a configuration that asks for more is refused while it is built.
+        most_tensors: a configuration that needs more is refused while it is built.
 
     Raises:
         InputError: transformers has no such model for it, or cannot build it.
@@ -96,12 +96,12 @@ def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32, mos
     try:
         with torch.device("meta"), _bounded(most_tensors):
             model = auto_class(parsed).from_config(copy.deepcopy(parsed), dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # the same: values that fit the configuration may still break the model
+    except Exception as error:  # values that are valid in a configuration may still raise anything in the model
         problem = f"config.json describes no {kind} that transformers can build: {first_line(error)}"
         raise InputError(place, problem) from error
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if (buffers := sum(buffer.nbytes for buffer in model.buffers())) > _MAX_BUFFER_BYTES + weights:
-        raise InputError(place, f"config.json asks for tables of {buffers:,} bytes beside the weights")
+        raise InputError(place, f"config.json asks for tables of {buffers:,} bytes besides the weights")
     tensors = model.state_dict(keep_vars=True)
     for name in loaded_in_float32(model, dtype):
         tensors[name].data = tensors[name].data.float()
@@ -110,14 +110,14 @@ def empty_model(parsed: Any, place: str, dtype: torch.dtype = torch.float32, mos
 
 def auto_class(parsed: Any) -> Any:
     """The class of transformers that builds and loads the model of a configuration."""
-    # Two seconds, which those spare who know the model already.
+    # This import takes two seconds.
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if takes_images(parsed) else AutoModelForCausalLM
 
 
 def loaded_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
-    """Names of the tensors that transformers loads in float32 into a model of another dtype: biases of routers, say."""
+    """Names of tensors that transformers loads in float32 whatever ``dtype`` is: biases of routers, for example."""
     plan = model._get_dtype_plan(dtype)
     if not plan:
         return set()
@@ -127,7 +127,7 @@ def loaded_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
 
 @contextmanager
 def _bounded(most: int) -> Iterator[None]:
-    """Stop this thread from building modules with more than so many tensors: a few numbers can ask for millions."""
+    """Limit the number of tensors in modules that this thread builds: a small config.json can ask for millions."""
     thread, counts = threading.get_ident(), {"tensors": 0, "modules": 0}
 
     def count(kind: str, limit: int) -> Callable[..., None]:
@@ -151,21 +151,21 @@ def _bounded(most: int) -> Iterator[None]:
 
 
 def stored_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """The model's own tensors that a checkpoint must hold: parameters, tied ones once, and persistent buffers."""
+    """The tensors of a model that a checkpoint must have: parameters, tied ones once, and persistent buffers."""
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     saved = model.state_dict(keep_vars=True).keys()
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def tied_names(model: Any) -> dict[str, str]:
-    """Names under which a stored parameter appears again, with the name it is stored under: a tied head's weight."""
+    """Further names of stored parameters, such as that of a tied head's weight, with the name that is stored."""
     stored = {parameter: name for name, parameter in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     return {name: stored[parameter] for name, parameter in every if stored[parameter] != name}
 
 
 def layer_stack(model: Any, layers: int) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the stack of ``layers`` layers: the outermost list of that length in the decoder.
+    """The name and the modules of the stack of layers: the outermost list of ``layers`` modules in the decoder.
 
     Raises:
         LookupError: no list of modules has that length.

@@ -216,7 +216,7 @@ class Holder:
         if energy == 0.0:
             self.held.losses.append(Loss(target.tensor, "unchanged", 0.0, 0.0))
             return
-        wanted = change.T if target.turned else change
+        wanted = change.T if target.transposed else change
         made = factorised(wanted, self._how.rule, name=target.tensor)
         embedded = target.way == "embedding"
         ends = ("lora_embedding_A", "lora_embedding_B") if embedded else ("lora_A.weight", "lora_B.weight")
@@ -256,7 +256,7 @@ class Holder:
         energy = lost = 0.0
         for expert in range(target.shape[0]):
             change, of_expert = self._change(target, expert)
-            wanted = change.T if target.turned else change
+            wanted = change.T if target.transposed else change
             made.append(factorised(wanted, self._how.rule, name=target.tensor))
             energy += of_expert
             lost += lost_energy(wanted, made[-1])

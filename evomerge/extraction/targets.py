@@ -35,7 +35,7 @@ class Target:
         tensor: its name there.
         shape: its shape there.
         way: as what PEFT can hold its change.
-        turned: a matrix of it is inputs by outputs: of GPT-2's layers, of embeddings, of some experts.
+        transposed: a matrix of it is inputs by outputs: of GPT-2's layers, of embeddings, of some experts.
         pieces: the source's tensors that it is made of, and where they lie in it.
         also: where the same tensor stands a second time: a tied head.
         stacked: it is in a layer of the stack.
@@ -46,7 +46,7 @@ class Target:
     tensor: str
     shape: tuple[int, ...]
     way: Way
-    turned: bool
+    transposed: bool
     pieces: tuple[tuple[str, Part], ...]
     also: str = ""
     stacked: bool = False
@@ -83,12 +83,14 @@ def find_targets(base: Source) -> tuple[list[Target], dict[str, type]]:
     for name, tensor in stored.items():
         owner = modules[name.rpartition(".")[0]]
         layer = base.roles[pieces[name][0][0]].layer
-        turned = isinstance(owner, Conv1D | nn.Embedding) or getattr(owner, "is_transposed", False) is True
+        transposed = isinstance(owner, Conv1D | nn.Embedding) or getattr(owner, "is_transposed", False) is True
         way = _way(owner, name, tensor, name in tied)
         renames = way == "factors" and name.rsplit(".", 2)[1] in renamed
         also, is_routed = tied.get(name, ""), layer is not None and layer in routed
         shape = tuple(tensor.shape)
-        found.append(Target(name, shape, way, turned, tuple(pieces[name]), also, layer is not None, is_routed, renames))
+        found.append(
+            Target(name, shape, way, transposed, tuple(pieces[name]), also, layer is not None, is_routed, renames)
+        )
     return found, {name: type(module) for name, module in modules.items()}
 
 

@@ -125,7 +125,7 @@ class CoreSpace:
         for number, name in enumerate(names):
             if name != base:
                 self._changes[refs[name]] = kept[f"change.{number}"]
-        axis = 0 if stored in self._sources[base].turned else 1
+        axis = 0 if stored in self._sources[base].transposed else 1
         return Core(Site(stored, merged.role, shape, refs, input_axis=axis), left, right)
 
     def _decomposed(self, stored: str, names: Sequence[str]) -> Tensors:

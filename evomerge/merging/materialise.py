@@ -84,7 +84,7 @@ def check_stack(recipe: StackRecipe, sources: Mapping[str, Source]) -> None:
                         f"recipe.hops[{number}]",
                         f"takes layer {hop.layer_of(name)} of {name}, which has {sources[name].layers} layers",
                     )
-    if not is_plain(recipe, sources) and any(sources[giver(hop, recipe)].rigid for hop in recipe.hops):
+    if not is_plain(recipe, sources) and any(sources[giver(hop, recipe)].reordering_problem for hop in recipe.hops):
         check_places(recipe, sources)  # other layers can be anywhere, which need not be checked for every candidate
 
 

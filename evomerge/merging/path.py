@@ -68,7 +68,7 @@ def site_of(merged: Merged, recipe: StackRecipe, blend: Blend, sources: Mapping[
     refs = {name: _ref(merged, recipe, name) for name in names}
     source, stored = refs[names[-1]]
     shape = tuple(sources[source].tensors[stored].shape)
-    return Site(merged.stored, merged.role, shape, refs, input_axis=0 if stored in sources[source].turned else 1)
+    return Site(merged.stored, merged.role, shape, refs, input_axis=0 if stored in sources[source].transposed else 1)
 
 
 def _ref(merged: Merged, recipe: StackRecipe, source: str) -> Ref:

@@ -134,9 +134,10 @@ def _source(
 ) -> Source:
     return Source(
         name=name, reference=reference, place=place, folder=path if path.is_dir() else path.parent, config={},
-        settings={}, layered={}, computing={}, seeing={}, rigid="has no layers", text_type="", float32={},
-        tensors=tensors, parts={key: Part(key) for key in tensors}, roles=dict.fromkeys(tensors, ROLE), layers=0,
-        tied=False, turned=frozenset(), folds={}, normed=False, files=files, warnings=(),
+        settings={}, layered={}, computing={}, image_settings={}, reordering_problem="has no layers",
+        text_type="", float32={}, tensors=tensors, parts={key: Part(key) for key in tensors},
+        roles=dict.fromkeys(tensors, ROLE), layers=0, tied=False, transposed=frozenset(),
+        folds={}, normed=False, files=files, warnings=(),
     )  # fmt: skip
 
 

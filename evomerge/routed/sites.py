@@ -184,7 +184,7 @@ def _widths(site: Site, base: Source) -> tuple[int, int]:
     """The numbers of inputs and outputs of a site's layer."""
     shape = base.tensors[site.weight].shape
     rows, columns = shape[0], math.prod(shape[1:])
-    return (rows, columns) if site.weight in base.turned else (columns, rows)
+    return (rows, columns) if site.weight in base.transposed else (columns, rows)
 
 
 def _head_width(base: Source) -> int:

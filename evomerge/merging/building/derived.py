@@ -80,13 +80,13 @@ def _write_adapter(derived: Derived, base: Source, sources: Mapping[str, Source]
     weights = {}
     for tensor, (left, right) in factors.items():
         module = f"base_model.model.{tensor.removesuffix('.weight')}"
-        down, up = (left.T, right.T) if tensor in base.turned else (right, left)
+        down, up = (left.T, right.T) if tensor in base.transposed else (right, left)
         more = rank - left.shape[1]
         weights[f"{module}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, more)).float().contiguous()
         weights[f"{module}.lora_B.weight"] = torch.nn.functional.pad(up, (0, more)).float().contiguous()
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.reference, "bias": "none",
-        "r": rank, "lora_alpha": rank, "fan_in_fan_out": any(tensor in base.turned for tensor in factors),
+        "r": rank, "lora_alpha": rank, "fan_in_fan_out": any(tensor in base.transposed for tensor in factors),
         "target_modules": [tensor.removesuffix(".weight") for tensor in factors],
     }  # fmt: skip
     partial_folder = out.with_name(f".{out.name}.partial-{os.getpid()}")

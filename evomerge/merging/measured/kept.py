@@ -41,7 +41,7 @@ def evidence_bytes(recipes: Sequence[Recipe], sources: Mapping[str, Source]) -> 
 def _matrices(model: Source) -> Iterable[tuple[int, int, bool]]:
     """The shape of each matrix of a layer as [out, in], and whether it is a linear layer of its own."""
     for stored, role in model.roles.items():
-        site = Site(stored, role, model.tensors[stored].shape, {}, input_axis=0 if stored in model.turned else 1)
+        site = Site(stored, role, model.tensors[stored].shape, {}, input_axis=0 if stored in model.transposed else 1)
         if site.matrices:
             stands = site.shape[-2:]
             rows, columns = stands if site.input_axis == 1 else reversed(stands)

@@ -230,7 +230,7 @@ def open_sources(file: SearchFile) -> dict[str, Source]:
         name: open_source(name, reference, place=f"sources.{name}", prompts=prompts)
         for name, reference in file.sources.items()
     }
-    _refuse_rigid(file, sources)
+    _refuse_unmovable_layers(file, sources)
     _refuse_strange_prompts(file, sources)
     check_keeps_vision(sources, file.tokenizer_source)
     aligned = align(sources, file.tokenizer_source, file.merged_vocabulary)
@@ -305,14 +305,14 @@ def _refuse_strange_prompts(file: SearchFile, sources: Mapping[str, Source]) -> 
             raise InputError(f"sources.{name}", problem, hint)
 
 
-def _refuse_rigid(file: SearchFile, sources: Mapping[str, Source]) -> None:
+def _refuse_unmovable_layers(file: SearchFile, sources: Mapping[str, Source]) -> None:
     """Refuse paths through layers that cannot change places: every candidate would fail."""
     if not file.space.moves_layers:
         return
     for source in sources.values():
-        if source.rigid:
+        if why := source.reordering_problem:
             kind = source.config["model_type"]
-            problem = f"makes paths through layers, and the layers of a {kind} cannot change places: {source.rigid}"
+            problem = f"makes paths through layers, and the layers of a {kind} cannot change places: {why}"
             raise InputError("space", problem, "Search over weights: `kind: parameter_space`.")
 
 
