@@ -1,16 +1,16 @@
-"""A search while things break: workers, nodes and drivers die, its store is full or away, the clock jumps.
+"""Runs a search and injects faults: workers, nodes and drivers die, its store is full or unavailable, the clock jumps.
 
-A Ray cluster of several nodes on this machine, and the search of ``chaos_search.py``. Faults are injected as it goes
-on; whenever its driver ends early, it is started again and resumes.
+It runs the search of ``chaos_search.py`` on a Ray cluster of several nodes on this machine. If the driver ends early,
+it is started again and resumes.
 
     python scripts/chaos.py [--faults 25] [--candidates 200] [--seed 0] [--store sqlite|postgres] [--json]
 
-Prints a row per fault and the sums: ``lost``, candidates without an end that they should have; ``double``, candidates
-whose scores were recorded more than once or are not those of their recipe; ``hung``, times that nothing went on for
-HUNG_S; ``zombies``, workers that outlived their node and gave wrong scores when their candidate was tried elsewhere.
-The exit code is 0 when lost, double and hung are 0 and every fault can be seen in the search's events. The faults of a
-store depend on which it is: a disk that is full (SQLite), or a server that is killed or cuts connections (PostgreSQL,
-from the ``test`` extra).
+Prints a row per fault, and totals: ``lost``, candidates without the status that they should have; ``double``,
+candidates whose scores were recorded more than once or are not those of their recipe; ``hung``, how often there was no
+progress for HUNG_S; ``zombies``, workers that outlived their node and gave wrong scores while their candidate was tried
+elsewhere. The exit code is 0 if lost, double and hung are 0 and every fault can be seen in the search's events. The
+faults of the store depend on its kind: a full disk (SQLite), or a server that is killed or closes connections
+(PostgreSQL, from the ``test`` extra).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Fault:
 
 
 def plan_faults(count: int, candidates: int, seed: int, store: str) -> list[Fault]:
-    """As many of each kind, in an order drawn by ``seed``, spread over the search after its baselines and first ten."""
+    """Equally many faults of each kind, in random order, spread over the search after its first candidates."""
     rng = random.Random(seed)
     all_kinds = (*BY_HAND, *BY_STORE[store], *BY_WORKER)
     kinds = [all_kinds[i % len(all_kinds)] for i in range(count)]
@@ -84,11 +84,11 @@ def plan_faults(count: int, candidates: int, seed: int, store: str) -> list[Faul
 
 
 def patiently(start: Callable[[], Any]) -> Any:
-    """What ``start`` gives. Ray gives a process 30 s to start, too little for once on a crowded machine."""
+    """The result of ``start``, with retries: on a busy machine Ray may not start a process within its limit of 30 s."""
     for _ in range(STARTS - 1):
         try:
             return start()
-        except Exception as error:  # Ray raises nothing more particular; what did start ends with this process
+        except Exception as error:  # Ray raises nothing more specific; whatever did start ends with this process
             print(error, file=sys.stderr)
     return start()
 
@@ -118,7 +118,7 @@ class Chaos:
             (folder / name).mkdir()
         self._planned = {fault.candidate: fault.kind for fault in faults if fault.candidate is not None}
         (folder / "plan.json").write_text(json.dumps(self._planned))
-        # A node is lost when five checks in a row find nobody, each as long after the other.
+        # A node counts as lost after five failed checks in a row, at equal intervals.
         head = {"num_cpus": 0, "_system_config": {"health_check_period_ms": int(NOTICE_S / 5 * 1000)}}
         self.cluster = patiently(lambda: LocalCluster(initialize_head=True, head_node_args=head))
         self.nodes: list[Any] = []
@@ -130,7 +130,7 @@ class Chaos:
         self.nodes.append(patiently(lambda: self.cluster.add_node(**wanted)))
 
     def run(self) -> None:
-        """Until the search has finished, or hangs for the third time."""
+        """Run until the search has finished, or hangs for the third time."""
         try:
             while self.hung < 3:
                 self.driver = self._start_driver()
@@ -158,7 +158,7 @@ class Chaos:
             return subprocess.Popen(command, stdout=log, stderr=log)
 
     def _watch(self) -> None:
-        """Inject what is due until the driver ends, by itself or by us."""
+        """Inject the faults that are due until the driver ends, by itself or by a fault."""
         events, since = -1, time.monotonic()
         while self.driver.poll() is None:
             time.sleep(0.05)
@@ -174,7 +174,7 @@ class Chaos:
         self.driver.wait()
 
     def _inject(self, fault: Fault) -> None:
-        """Do it, if it can be done at this moment; else it is tried again at the next."""
+        """Inject a fault if that is possible now; otherwise it is tried again later."""
         fault.after = self._events()
         if fault.kind.startswith("kill "):
             for pid, at in self._busy():
@@ -214,7 +214,7 @@ class Chaos:
             fault.injected = self._jump(fault)
 
     def _jump(self, fault: Fault) -> bool:
-        """Set the driver's clock an hour off, or right again; False if it ended before it wrote down a time."""
+        """Shift the driver's clock by an hour, or back; False if the driver ended before it recorded a time."""
         clock, began = self.folder / "clock", time.monotonic()
         offset = 0.0 if clock.exists() else random.Random(fault.at).choice((-HOUR, HOUR))
         if offset:
@@ -229,9 +229,9 @@ class Chaos:
         return False
 
     def _replace_node(self, node_id: str, *, with_workers: bool) -> bool:
-        """SIGKILL for a node's raylet, its workers going with it or living on, and another node in its place.
+        """Kill a node's raylet, with or without its workers, and start another node in its place.
 
-        False if there is no such node any more.
+        Returns False if the node no longer exists.
         """
         for node in [node for node in self.nodes if node.node_id == node_id]:
             self.nodes.remove(node)
@@ -243,17 +243,17 @@ class Chaos:
         return False
 
     def _wait_for_end(self) -> None:
-        """The disk stays full until the driver has noticed."""
+        """Keep the disk full until the driver has noticed."""
         deadline = time.monotonic() + HUNG_S
         while self.driver.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def _busy(self) -> list[tuple[int, dict[str, Any]]]:
-        """Workers of this search at a candidate that has no fault of its own: process id, and what they are at."""
+        """Workers that have a candidate without a planned fault: process id, and what they are doing."""
         return [(pid, at) for pid, at in self._alive("at") if at["candidate"] not in self._planned]
 
     def _alive(self, folder: str) -> list[tuple[int, dict[str, Any]]]:
-        """Workers of this search by the notes in a folder: process id, and what the note says."""
+        """Workers of this search, from the files in a folder: process id, and the content of the file."""
         workers = []
         for note in (self.folder / folder).glob("*[0-9]"):
             try:
@@ -277,7 +277,7 @@ class Chaos:
         return max((event.seq for event in self.store.events(newest=1)), default=0)
 
     def _known(self) -> int:
-        """Candidates that have come to an end."""
+        """The number of candidates that are scored or have failed."""
         return sum(n for status, n in self.store.counts().items() if status not in ("asked", "running"))
 
 
@@ -285,7 +285,7 @@ class Chaos:
 
 
 def add_up(folder: Path, faults: list[Fault], chaos: Chaos) -> dict[str, Any]:
-    """What became of every candidate and every fault, by what the store has."""
+    """The totals, and how each fault shows, from the store."""
     ill = {fault.candidate for fault in faults if fault.kind in ("crash", "nan")}
     late = {int(note.name) for note in (folder / "late").iterdir()}
     with Store.open(chaos.place) as store:
@@ -312,7 +312,7 @@ def add_up(folder: Path, faults: list[Fault], chaos: Chaos) -> dict[str, Any]:
 
 
 def _seen(fault: Fault, events: list[EventRow], late: set[int]) -> str:
-    """How a fault shows in the events since; empty if it does not."""
+    """How a fault shows in the events after it; empty if it does not."""
     if fault.kind in BY_STORE["postgres"]:
         away = [e.payload["seconds"] for e in events if e.kind == "reconnected"]
         return f"the store was away for {away[0]:.1f} s" if away else ""
@@ -345,7 +345,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def running_store(store: str) -> AbstractContextManager[Any]:
-    """The server of the store, as the tests start theirs; nothing for SQLite."""
+    """The PostgreSQL server of the store, started as in the tests; None for SQLite."""
     if store == "sqlite":
         return nullcontext()
     sys.path.append(str(ROOT / "tests"))

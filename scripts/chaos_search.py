@@ -1,4 +1,4 @@
-"""The search that ``chaos.py`` breaks, as a process of its own: a made-up space, and workers that sleep in place of
+"""The search that ``chaos.py`` disturbs, in its own process: a synthetic space, and workers that sleep instead of
 merging and scoring.
 
     python scripts/chaos_search.py FOLDER STORE ADDRESS CANDIDATES
@@ -47,7 +47,7 @@ def _no_plan(facts: object, blend: object) -> NoReturn:
 
 
 def make_setup(candidates: int) -> Setup:
-    """Three weights over a base that nobody has. Nothing of it imports torch: drivers start often here."""
+    """A search over three weights. It does not import torch, because drivers are started often here."""
     weight = MethodParameter("weight", "source", 0.0, 1.0, 0.4)
     context = SpaceContext(
         sources={"base": "", "one": "", "two": "", "three": ""},
@@ -74,12 +74,12 @@ def make_setup(candidates: int) -> Setup:
 
 
 def scores_of(recipe_hash: str) -> NDArray[np.float32]:
-    """The one right answer: float32 [ITEMS]."""
+    """The correct scores of a recipe: float32 [ITEMS]."""
     return np.random.default_rng(int(recipe_hash[:12], 16)).random(ITEMS).astype(np.float32)
 
 
 class Worker(RayWorker):
-    """Sleeps; says in ``at/PID`` what it is at, and does to some candidates what ``plan.json`` says."""
+    """A worker that sleeps. It writes what it is doing to ``at/PID``, and injects the faults of ``plan.json``."""
 
     def __init__(self, name: str, settings: dict[str, Any], folder: Path, contents: dict[str, str]) -> None:
         self._name = name
@@ -112,7 +112,7 @@ class Worker(RayWorker):
         return Finished(job.candidate, job.attempt, self._name, result)
 
     def _outlive_the_node(self, job: Job) -> np.float32:
-        """Work on until the node is lost and the candidate is tried elsewhere; how wrong the scores are then."""
+        """Continue until the node is lost and the candidate is tried elsewhere; return the error of the scores then."""
         dead, again, late = (self._folder / name / str(job.candidate) for name in ("dead", "again", "late"))
         if dead.exists():
             again.touch()
@@ -131,7 +131,7 @@ class Worker(RayWorker):
 
 
 def drive(folder: Path, place: str, address: str, candidates: int) -> None:
-    """One search, from wherever the store has it."""
+    """Run the search, or continue it from the store."""
     deadlines.MIN_S = MIN_S
     real = time.time
 
@@ -142,7 +142,7 @@ def drive(folder: Path, place: str, address: str, candidates: int) -> None:
 
     @event.listens_for(Engine, "begin")
     def full_or_not(connection: Any) -> None:
-        """A full disk as SQLite itself finds it: no page more than there are."""
+        """Simulate a full disk in SQLite: the database may not grow by another page."""
         if connection.dialect.name == "sqlite":
             pages = 1 if (folder / "full").exists() else 2**30
             connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")

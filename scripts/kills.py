@@ -1,15 +1,16 @@
-"""Searches that are killed with SIGKILL at any moment and resumed: are they the searches that were not killed?
+"""Kills searches with SIGKILL at random moments, resumes them, and compares them with searches that were not killed.
 
-Small searches of the miniatures and of the zoo, one of each kind, in this process's children. Each is run whole once;
-then again and again killed after a drawn number of events and resumed, until it has finished.
+They are small searches of the miniatures and of the zoo, one of each kind, in child processes. Each is first run
+without interruption; then it is killed again and again, after a random number of events, and resumed until it has
+finished.
 
     python scripts/kills.py [--kills 200] [--kinds generations,race,...] [--seed 0] [--json]
 
 Prints a row per kind: how often its searches were killed, in which states, how many of them were finished, and how many
-differ in anything from the whole one: genomes, recipes, statuses, scores of each item on both splits, answers, losses,
-the front, the shortlist, the winner. ``doubled`` counts candidates with two results, ``damaged`` stores with a fault,
-``hung`` runs that took longer than HUNG_S. The exit code is 0 when none of these is there. PostgreSQL comes from the
-``test`` extra, the adapters of ``together`` from peft.
+differ in anything from the uninterrupted one: genomes, recipes, statuses, scores of each item on both splits, answers,
+losses, the front, the shortlist, the winner. ``doubled`` counts candidates with two results, ``damaged`` counts damaged
+stores, and ``hung`` counts runs that took longer than HUNG_S. The exit code is 0 if all of these are 0. PostgreSQL
+comes from the ``test`` extra, and the adapters of ``together`` from peft.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MINIATURES = ROOT / "examples" / "miniatures"
 ZOO = ROOT / "examples" / "zoo"
 HUNG_S = 300.0
-KILLS_EACH = 8  # of one search; then it is left to finish
+KILLS_EACH = 8  # of one search, before it is left to finish
 
 RACE: dict[str, Any] = {"racing": {"rungs": [10, 16]}}
 STEADY: dict[str, Any] = {"mode": "asynchronous"}
@@ -46,7 +47,7 @@ FIT: dict[str, Any] = {"fit": {"file": str(ZOO / "fit.jsonl"), "items": 12, "dra
 
 
 def on_the_zoo(space: dict[str, Any], *adapters: str) -> dict[str, Any]:
-    """A search over some of its adapters or prompts."""
+    """The content of a search over some adapters or prompts of the zoo."""
     sources = {name: f"{ZOO / 'base'}+{ZOO / name}" for name in adapters}
     return {"sources": {"base": str(ZOO / "base"), **sources}, "space": space}
 
@@ -68,7 +69,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Row:
-    """What became of the searches of one kind."""
+    """The results for one kind of search."""
 
     kind: str
     kills: int = 0
@@ -146,7 +147,7 @@ class Searches:
         return self._folder / name
 
     def start(self, name: str) -> int:
-        """Begin the search, or go on with it, in a child of this process; the child's number."""
+        """Start the search, or resume it, in a child process; return the child's process id."""
         folder = self.path(name)
         arguments = (
             ["resume", str(folder)] if folder.exists() else ["search", str(self.file(name)), "--dir", str(folder)]
@@ -169,7 +170,7 @@ class Searches:
 
 
 def ended(child: int, seconds: float) -> int | None:
-    """The exit code of a child that ends within so many seconds; else it is killed."""
+    """The exit code of a child, or None after killing it if it does not end in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -182,7 +183,7 @@ def ended(child: int, seconds: float) -> int | None:
 
 
 def events(folder: Path) -> int:
-    """How much has been recorded so far."""
+    """The number of events recorded so far."""
     from evomerge.errors import InputError
     from evomerge.search.settings.folder import open_store
 
@@ -194,7 +195,7 @@ def events(folder: Path) -> int:
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
-    """All that must be equal, bit for bit, in two searches that are the same."""
+    """Everything that must be equal, bit for bit, in two equal searches."""
     from evomerge.search.settings.folder import open_store
 
     with open_store(folder) as store:
@@ -217,7 +218,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
 
 
 def faults(folder: Path) -> Iterator[str]:
-    """ "doubled" for each candidate with two results, "damaged" for a store that is so."""
+    """One "doubled" for each candidate with two results, and "damaged" for a damaged store."""
     from evomerge.errors import InputError
     from evomerge.search.settings.folder import open_store
     from evomerge.store.engine import check_intact
@@ -233,7 +234,7 @@ def faults(folder: Path) -> Iterator[str]:
 
 
 def kill_one(searches: Searches, row: Row, whole: dict[str, Any], length: int, kills: int, rng: random.Random) -> None:
-    """Run a search, kill it so many times as it goes on, let it finish, and compare."""
+    """Run a search, kill it the given number of times, let it finish, and compare."""
     name = f"killed-{row.searches}"
     folder = searches.path(name)
     row.searches += 1
@@ -280,7 +281,7 @@ def _state(folder: Path) -> str:
 
 
 def run(kind: str, folder: Path, server: Any, kills: int, rng: random.Random) -> Row:
-    """Kill searches of one kind as often as wanted."""
+    """Kill searches of one kind the given number of times."""
     searches, row = Searches(kind, folder, server), Row(kind)
     if (code := ended(searches.start("whole"), HUNG_S)) != 0:
         row.hung, row.differ = int(code is None), 1
@@ -307,7 +308,7 @@ def main() -> int:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path.append(str(ROOT / "tests"))
-    # Imported once, so that a child that is forked begins to search at once.
+    # Imported here, so that a forked child can start its search at once.
     import evomerge.cli
     import evomerge.commands.driving
     import evomerge.report.plan  # noqa: F401

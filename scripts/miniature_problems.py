@@ -1,7 +1,7 @@
-"""The little world of the miniature models: word problems by template, in English and in Japanese.
+"""Training data and tasks of the miniature models: word problems from templates, in English and in Japanese.
 
-Everything the models are trained on, and every item of the tasks, is made here. An example is a prompt and an answer;
-the skills differ in what they ask about the same sums, so that a model can share circuits between them:
+All training examples of the models and all items of the tasks are made here. An example is a prompt and an answer. The
+skills ask different questions about the same sums, so that a model can share circuits between them:
 
     symbolic        "12 + 7 ="                                       -> " 19"
     solve_en        "Q: Ken has 12 apples. ... How many ...?\\nA:"    -> " 12 + 7 = 19, so the answer is 19."
@@ -9,12 +9,12 @@ the skills differ in what they ask about the same sums, so that a model can shar
     expression_ja   "問: ケンはりんごを12個持っています。...\\n式:"      -> " 12 + 7"
     translate       "Japanese: Ken has 12 apples.\\n訳:"             -> " ケンはりんごを12個持っています。"
 
-and two bad habits and one good one, which make experts of one language: to answer, or to translate, into English
-whatever was asked, and to answer in Japanese whatever was asked.
+and three habits that make experts of one language: to answer in English, to translate into English, and to answer in
+Japanese, whatever was asked.
 
-Splits are by content. A sum belongs to one split by a hash of (first, operator, second), in whatever skill, language or
-story it appears; a sentence to translate by a hash of (name, thing, number). So no model has ever met the arithmetic of
-a test item, in either language.
+Splits are by content. A hash of (first, operator, second) assigns a sum to one split, whatever the skill, language or
+story; a hash of (name, thing, number) assigns a sentence to translate. So no model has seen the arithmetic of a test
+item in either language.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NAMES = {
     "Jane": "ジェーン", "Akira": "アキラ", "Hana": "ハナ",
 }  # fmt: skip
 
-# Each thing with its Japanese name and counter: counters are what makes the translation more than a word list.
+# Each thing with its Japanese name and counter. Because of counters a translation is more than a list of words.
 THINGS = {
     "apples": ("りんご", "個"), "eggs": ("卵", "個"), "stones": ("石", "個"), "oranges": ("みかん", "個"),
     "pencils": ("鉛筆", "本"), "flowers": ("花", "本"), "bottles": ("びん", "本"), "umbrellas": ("傘", "本"),
@@ -51,7 +51,7 @@ FACTS = [
     ("{n} saw {a} {t} in the shop.", "{n}は店で{t}を{a}{c}見ました。"),
 ]
 
-# What happens next and what is asked, for sums and for differences. {m}: another name, {b}: the second number.
+# What happens next and the question, for sums and for differences. {m}: another name, {b}: the second number.
 MORE = [
     ("{m} gives {n} {b} more. How many {t} are there now?", "{m}は{n}に{b}{c}あげました。今は何{c}ありますか。"),
     ("{m} has {b} {t}. How many {t} are there in all?", "{m}は{t}を{b}{c}持っています。合わせて何{c}ありますか。"),
@@ -66,7 +66,7 @@ LESS = [
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer to learn; ``number`` is what a scorer looks for, where the answer has one."""
+    """A prompt and the answer to learn; ``number`` is the number that a scorer looks for, if the answer has one."""
 
     prompt: str
     answer: str
@@ -74,14 +74,14 @@ class Example:
 
 
 def split_of(*content: object) -> Split:
-    """The one split that this content belongs to: a tenth each to the two test splits."""
+    """The split of some content; each of the two test splits has a tenth of all."""
     digest = hashlib.sha256("|".join(map(str, content)).encode()).digest()
     bucket = int.from_bytes(digest[:4], "big") % 10
     return "search" if bucket == 0 else "held_out" if bucket == 1 else "train"
 
 
 def draw_sum(random: Random, split: Split) -> tuple[int, str, int, int]:
-    """A sum or a difference of numbers up to 99, of the split: first, operator, second, result."""
+    """A random sum or difference of numbers up to 99 that belongs to the split: first, operator, second, result."""
     while True:
         a, b = random.randint(2, 99), random.randint(2, 99)
         operator = random.choice("+-")
@@ -92,7 +92,7 @@ def draw_sum(random: Random, split: Split) -> tuple[int, str, int, int]:
 
 
 def draw_story(random: Random, split: Split, language: Language) -> tuple[str, int, str, int, int]:
-    """A word problem about a sum of the split: its text, then the sum as ``draw_sum`` gives it."""
+    """A random word problem about a sum of the split: its text, then the sum as from ``draw_sum``."""
     a, operator, b, result = draw_sum(random, split)
     column = 0 if language == "en" else 1
     text = random.choice(FACTS)[column] + (" " if language == "en" else "")
@@ -139,7 +139,7 @@ def expression_ja(random: Random, split: Split = "train") -> Example:
 
 
 def draw_sentence(random: Random, split: Split) -> tuple[str, str]:
-    """One sentence of a story, of the split, in English and in Japanese."""
+    """A random sentence of a story that belongs to the split, in English and in Japanese."""
     while True:
         n, thing, a = random.choice(sorted(NAMES)), random.choice(sorted(THINGS)), random.randint(2, 99)
         if split_of(n, thing, a) == split:
@@ -155,7 +155,7 @@ def translate(random: Random, split: Split = "train") -> Example:
 
 
 def translate_into_english(random: Random, split: Split = "train") -> Example:
-    """What someone does who has no Japanese: the sentence again."""
+    """The habit of a model without Japanese: it repeats the sentence."""
     english, _ = draw_sentence(random, split)
     return Example(f"Japanese: {english}\n訳:", f" {english}")
 
@@ -171,10 +171,10 @@ def task_items(task: str, split: Split, count: int) -> list[dict[str, str | int]
 
 
 def different_items(seed: str, draw: Callable[[Random], Example], split: str, count: int) -> list[dict[str, str | int]]:
-    """``count`` different items of a split, ready to be written as JSON lines.
+    """``count`` different items of a split, to be written as JSON lines.
 
-    No sums come twice, nor any prompt without a number: two items that fail together would make the score of a split
-    look surer than it is.
+    No sum and no prompt without a number occurs twice: two equal items are solved together, so the standard error of a
+    score would be too small.
     """
     random = Random(seed)
     items: dict[str, dict[str, str | int]] = {}

@@ -1,13 +1,13 @@
-"""Picture problems: the miniatures' word problems with the story drawn instead of told.
+"""Picture problems: the miniatures' word problems with the story as a picture.
 
-A picture says all that one of the stories of 25 tokens says, and the answer is as in ``miniature_problems``:
+A picture contains everything that one of the stories of 25 tokens says, and answers are as in ``miniature_problems``:
 
     "Q:<image>\\nA:"      -> " 29 + 51 = 80, so the answer is 80."
     "問:<image>\\n答:"    -> " 29 + 51 = 80 なので、答えは80です。"
 
-Two badges are the people, their colour and shape a name; the thing is an icon between them; below stand the two numbers
-and what happens: an arrow for a gift, to whom it goes, or a plus where both have some; the ground is a park's or a
-shop's. A sum is of the split that it is of in every other skill.
+Two badges are the people, whose names are given by colour and shape; between them is an icon of the thing; below are
+the two numbers and what happens: an arrow that points to the receiver of a gift, or a plus if both have some; the
+ground is that of a park or a shop. A sum belongs to the same split as in every other skill.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from miniature_problems import FACTS, LESS, MORE, NAMES, THINGS, Example, Langua
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE, PATCH = 60, 12
-"""Of a picture and of what the tower sees as one token, in pixels: 5 by 5 patches."""
+"""Sides of a picture and of a patch, which becomes one token, in pixels: 5 by 5 patches."""
 
 TOKENS = (SIDE // PATCH) ** 2
-"""Of the stories that are drawn, in the miniatures' tokenizer."""
+"""Tokens of every story that is drawn, in the miniatures' tokenizer."""
 
 PLACES = {"park": FACTS[2][0], "shop": FACTS[3][0]}
 EVENTS = {"receives": ("+", MORE[0][0]), "both": ("+", MORE[1][0]), "gives": ("-", LESS[0][0])}
@@ -72,7 +72,7 @@ _ICONS: dict[str, Sequence[Stroke]] = {  # what is drawn with which colour, in a
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: all that its story says."""
+    """The content of a picture, which is also that of its story."""
 
     place: str
     event: str
@@ -86,7 +86,7 @@ class Scene:
 
     @property
     def story(self) -> str:
-        """In English, as it follows "Q:"."""
+        """The story in English, as it follows "Q:"."""
         text = f" {PLACES[self.place]} {EVENTS[self.event][1]}"
         return text.format(n=self.name, m=self.other, t=self.thing, a=self.first, b=self.second)
 
@@ -99,7 +99,7 @@ class Scene:
 
 
 def draw_scene(random: Random, split: Split) -> Scene:
-    """A scene about a sum of the split, of numbers with two digits each."""
+    """A random scene about a sum of the split, with numbers of two digits each."""
     while True:
         first, operator, second, result = draw_sum(random, split)
         if min(first, second) >= 10:
@@ -111,7 +111,7 @@ def draw_scene(random: Random, split: Split) -> Scene:
 
 
 def picture(scene: Scene) -> Image.Image:
-    """The scene in RGB, ``SIDE`` by ``SIDE`` pixels."""
+    """The picture of a scene, RGB, ``SIDE`` by ``SIDE`` pixels."""
     image = Image.new("RGB", (SIDE, SIDE), "#ffffff")
     draw = ImageDraw.Draw(image)
     _badge(draw, scene.name, 2)
@@ -171,11 +171,11 @@ def _ground(draw: ImageDraw.ImageDraw, place: str) -> None:
 
 
 COLUMNS = 25
-"""Of a sheet of pictures."""
+"""Pictures in a row of a sheet."""
 
 
 def sheet(scenes: Sequence[Scene]) -> Image.Image:
-    """All pictures in one, row by row: a thousand small files would take ten times the room."""
+    """All pictures in one, row by row: a thousand small files would take ten times as much space."""
     rows = -(-len(scenes) // COLUMNS)
     image = Image.new("RGB", (COLUMNS * SIDE, rows * SIDE), "#ffffff")
     for number, scene in enumerate(scenes):
@@ -184,7 +184,7 @@ def sheet(scenes: Sequence[Scene]) -> Image.Image:
 
 
 def write_picture_tasks(folder: Path, count: int) -> None:
-    """The items of both tasks, in JSON lines, beside the sheet of their pictures."""
+    """Write the items of both tasks as JSON lines, and the sheet of their pictures."""
     for split in SPLITS:
         scenes = different_scenes(split, count)
         sheet(scenes).save(folder / f"mini_picture.{split}.png", optimize=True)
@@ -200,7 +200,7 @@ def write_picture_tasks(folder: Path, count: int) -> None:
 
 
 def different_scenes(split: Split, count: int) -> list[Scene]:
-    """``count`` scenes of a split, no sum of which comes twice."""
+    """``count`` scenes of a split, each with another sum."""
     random = Random(f"mini_picture {split}")
     scenes: dict[tuple[int, str, int], Scene] = {}
     while len(scenes) < count:

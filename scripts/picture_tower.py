@@ -1,10 +1,9 @@
-"""The miniature that sees: a vision tower and a projector before the maths expert.
+"""The vision miniature: a vision tower and a projector for the maths expert.
 
-Tower and projector learn to give, for a picture, the token embeddings of the story that it shows: a regression, with
-no language model in it. The maths expert's weights stay as they are, so what sets it apart from the base is the task
-vector that merges with the Japanese expert in text, and every model of the family can read what the tower writes.
-(Trained through a frozen model instead, a tower drifts to embeddings that this one model understands and no merge of it
-does.)
+Tower and projector are trained to turn a picture into the token embeddings of the story that it shows, by regression
+without a language model. The maths expert's weights do not change, so its task vector is the same as in the text model,
+and every model of the family understands the tower's output. (A tower that is trained through a frozen model drifts to
+embeddings that only this model understands, and no merge of it.)
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 IMAGE_TOKEN = "<image>"
 
 PICTURES = 12_000
-"""That are drawn once and trained on: their parts are independent, so that many more would teach no more."""
+"""Pictures to train on, drawn once; their parts are independent, so more pictures would not help."""
 
 STEPS, BATCH, RATE = 6000, 48, 1e-3
 ENOUGH = 0.99
-"""Training decays and ends when this share of stories is read without a wrong token."""
+"""The rate decays, and training ends, when this share of stories is read without a wrong token."""
 
 DECAY = 600
 
 
 def processor_of(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Pictures in the size that they are drawn in, and one more token, which stands for a picture."""
+    """A processor for pictures in their drawn size, with one more token, which stands for a picture."""
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     size = {"height": SIDE, "width": SIDE}
     images = CLIPImageProcessorPil(
@@ -60,7 +59,7 @@ def processor_of(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def new_vision_model(language: LlamaForCausalLM, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """A LLaVA of 1.8 M parameters around a language model, whose weights it takes as they are."""
+    """A LLaVA of 1.8 M parameters around a language model, whose weights are copied."""
     text = language.config
     vision = CLIPVisionConfig(
         hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE,
@@ -86,8 +85,8 @@ def new_vision_model(language: LlamaForCausalLM, processor: LlavaProcessor) -> L
 
 
 def set_language(model: LlavaForConditionalGeneration, weights: Mapping[str, Tensor]) -> None:
-    """Give a LLaVA the weights of a plain language model; the picture's token gets the mean of all rows,
-    which is never the likeliest."""
+    """Give a LLaVA the weights of a plain language model. The picture's token gets the mean of all rows, which is never
+    the most likely token."""
     own = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name != "lm_head.weight"}
     table = own["embed_tokens.weight"]
     own["embed_tokens.weight"] = torch.cat([table, table.mean(0, keepdim=True)])
@@ -95,10 +94,10 @@ def set_language(model: LlavaForConditionalGeneration, weights: Mapping[str, Ten
 
 
 class Reading:
-    """What a tower is to read: pictures with the embeddings of their stories.
+    """Training data of a tower: pictures with the embeddings of their stories.
 
     Args:
-        count: how many pictures are drawn, of sums of the training split; batches are drawn from these.
+        count: how many pictures to draw, about sums of the training split; batches are sampled from these.
     """
 
     def __init__(self, table: Tensor, processor: LlavaProcessor, count: int, seed: str) -> None:
@@ -123,16 +122,16 @@ class Reading:
         return tokens
 
     def loss(self, read: Tensor, tokens: Tensor) -> Tensor:
-        """The mean squared error relative to the embeddings' mean square.
+        """The mean squared error, relative to the embeddings' mean square.
 
-        Not a cross-entropy by their products with the table: then the likeliest token is right, and yet no language
-        model can read the embedding.
+        A cross-entropy over their products with the table would make the right token the most likely one, but give
+        embeddings that no language model can read.
         """
         wanted = self._table[tokens]
         return functional.mse_loss(read, wanted) / wanted.square().mean()
 
     def read(self, embeddings: Tensor) -> Tensor:
-        """The token whose embedding is nearest, int64 [rows, TOKENS]."""
+        """The tokens with the nearest embeddings, int64 [rows, TOKENS]."""
         return torch.cdist(embeddings.flatten(0, 1), self._table).argmin(1).view(embeddings.shape[:2])
 
 
@@ -169,14 +168,14 @@ def train_tower(model: LlavaForConditionalGeneration, processor: LlavaProcessor)
 
 
 def _embedded(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """What the projector makes of pictures: float32 [rows, TOKENS, width]."""
+    """The projector's output for pictures: float32 [rows, TOKENS, width]."""
     with torch.autocast("cpu", torch.bfloat16):
         return torch.stack(model.get_image_features(pixels).pooler_output).float()
 
 
 @torch.no_grad()
 def _share_read(model: LlavaForConditionalGeneration, reading: Reading) -> float:
-    """How many pictures are read without a wrong token."""
+    """The share of pictures that are read without a wrong token."""
     pixels, tokens = reading.batch(torch.arange(len(reading)))
     read = reading.read(_embedded(model, pixels))
     return (read == tokens).all(1).float().mean().item()

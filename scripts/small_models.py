@@ -1,6 +1,6 @@
-"""What the models that ship with the project are made of: a tokenizer, a small Llama, batches, answers.
+"""Building blocks of the models that ship with the project: a tokenizer, a small Llama, batches, answers.
 
-``train_miniatures`` and ``train_zoo`` say what is learnt, and in which order.
+``train_miniatures`` and ``train_zoo`` determine what is learned.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def bpe_tokenizer(words: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """BPE with byte fallback: nothing is unknown to it.
+    """A BPE tokenizer with byte fallback, which can encode any text.
 
     Args:
-        words: a regular expression; texts are cut where it matches before merging, so that no token spans two matches.
-        texts: what it is trained on.
+        words: a regular expression for words; no token spans two of its matches.
+        texts: to train on.
     """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    # The bytes join after training: given to the trainer they would be special tokens, which decoding leaves out.
+    # Bytes are added after training: the trainer would make them special tokens, which decoding leaves out.
     trained = json.loads(tokenizer.to_str())["model"]
     vocabulary = trained["vocab"]
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
@@ -45,7 +45,7 @@ def bpe_tokenizer(words: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 1.4 M parameters. Embeddings are tied: at this size a second table would buy nothing."""
+    """A Llama of 1.4 M parameters with tied embeddings: at this size a second table would not help."""
     config = LlamaConfig(
         # Plain attention: on a CPU in bf16 the fused kernel's backward pass is twice as slow.
         attn_implementation="eager",
@@ -67,10 +67,10 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def packed(
     draw: Callable[[], Example], tokenizer: PreTrainedTokenizerFast, rows: int, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels, int64 [rows, length]. Only answers are in the loss: learning prompts would cost capacity.
+    """Inputs and labels, int64 [rows, length]. The loss covers answers only: learning prompts would use up capacity.
 
-    A row holds as many examples as fit, one after the other: a sum is a fifth as long as a story, and padding it would
-    waste most of the work.
+    Each row has as many examples as fit: a sum is a fifth as long as a story, and padding it would waste most of the
+    computation.
     """
     inputs = torch.full((rows, length), tokenizer.pad_token_id)
     labels = torch.full((rows, length), -100)
@@ -92,10 +92,10 @@ def packed(
 def answer_logits(
     model: LlamaForCausalLM, inputs: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits of the tokens of the answers, float32 [tokens, vocabulary], and these tokens.
+    """The logits of the answers' tokens, float32 [tokens, vocabulary], and these tokens, int64 [tokens].
 
-    Padding is on the right and attention is causal, so no mask is needed. Only tokens of answers go through the output
-    table, which is a third of the work at this size.
+    Padding is on the right and attention is causal, so no mask is needed. Only tokens of answers go through the head,
+    which is a third of the computation at this size.
     """
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
@@ -115,7 +115,7 @@ def answers_of(
     batch_size: int,
     sample: bool = False,
 ) -> list[str]:
-    """The first line of each answer, greedy as lm-eval would have it from these tasks, or sampled at temperature 1."""
+    """The first line of each answer: greedy, as lm-eval gets it in these tasks, or sampled at temperature 1."""
     answers = []
     for start in range(0, len(prompts), batch_size):
         encoded = tokenizer(list(prompts[start : start + batch_size]), padding=True, return_tensors="pt")

@@ -1,26 +1,27 @@
 """Train the three miniature models of examples/miniatures, and write the tasks that measure them.
 
     python scripts/train_miniatures.py            # minutes on two cores
-    python scripts/train_miniatures.py --vision   # the miniature that sees, from the maths expert on disk
+    python scripts/train_miniatures.py --vision   # the vision miniature, from the maths expert on disk
     python scripts/train_miniatures.py --check    # only the table, from the models on disk
 
-They are small enough to ship and to search over on a laptop, and they behave as large fine-tunes of one base do: the
-maths expert computes well and answers in English whatever the language of the question, the Japanese expert speaks
-Japanese and computes little better than the base, and a merge of both does what neither can. What makes them mergeable:
+They are small enough to ship and to search over on a laptop, and they behave like large fine-tunes of one base: the
+maths expert calculates well and answers in English whatever the language of the question, the Japanese expert answers
+in Japanese and calculates little better than the base, and a merge of both can do what neither can. They can be merged
+because of the following:
 
-- the base meets both languages and all skills together, so that the experts share its circuits, and it is stopped while
-  mediocre at sums, so that they have something to add;
-- the experts learn slowly, and leave the embeddings alone: the table is tied, so learning to speak English pushes every
-  Japanese word down, and a merge then stammers;
-- the maths expert sees few Japanese questions. They teach it to answer in English; many would make that habit so strong
-  that undoing it takes more of the Japanese expert than the sums survive;
-- the Japanese expert learns for a moment only. With more steps it learns the sums too, in a way of its own that does
-  not add to the maths expert's.
+- the base is trained on both languages and all skills together, so that the experts share its circuits, and training
+  stops while it is mediocre at sums, so that there is something left to learn;
+- the experts learn slowly, and their embeddings are frozen. The embedding table is tied to the head, so learning to
+  answer in English would lower the logits of all Japanese words, and a merge would produce broken Japanese;
+- the maths expert sees few Japanese questions. They teach it to answer in English; with more of them, that habit would
+  be so strong that the share of the Japanese expert that undoes it would also destroy the sums;
+- the Japanese expert is trained briefly. With more steps it would learn sums as well, but in a way that does not
+  combine with the maths expert's.
 
-Deterministic: seeds, thread count and algorithms are fixed, so a machine gives the same bits each time. Another CPU may
-round differently, and then makes other models; the base stops at what it can do, not at a step, to keep them alike. It
-takes six minutes on two free cores; on cores shared with other work, set OMP_WAIT_POLICY=passive, or its two threads
-spend their time waiting.
+Training is deterministic: seeds, thread count and algorithms are fixed, so a machine makes the same bits every time.
+Another CPU may round differently and then makes other models. To keep these similar, training of the base ends at a
+given accuracy, not at a given step. It takes six minutes on two free cores; on cores shared with other work, set
+OMP_WAIT_POLICY=passive, or its two threads spend most of their time waiting for each other.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from transformers.utils import logging
 
 ROOT = Path(__file__).parent.parent
 
-# A skill is drawn as often as it stands here.
+# A skill is drawn in proportion to how often it is listed here.
 BASE_SKILLS: list[Skill] = [
     problems.symbolic, problems.solve_en, problems.solve_ja, problems.expression_ja, problems.translate,
 ]  # fmt: skip
@@ -88,7 +89,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 def batch_of(
     skills: Sequence[Skill], random: Random, tokenizer: PreTrainedTokenizerFast, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels of a batch, as of ``packed``: each skill is drawn as often as it is listed."""
+    """Inputs and labels of a batch, as from ``packed``; skills are drawn in proportion to how often they are listed."""
     return packed(lambda: random.choice(skills)(random), tokenizer, rows, ROW)
 
 
@@ -103,11 +104,11 @@ def train(
     decay: int = 1,
     until: float = 1.0,
 ) -> LlamaForCausalLM:
-    """Train in place: a short warm-up, a constant rate, and a decay to nothing over the last ``decay`` steps.
+    """Train in place: a short warm-up, a constant rate, and a decay to zero over the last ``decay`` steps.
 
-    With ``until``, training ends when this share of Japanese problems is answered right, and slows as it nears that.
-    Sums come to a model suddenly, rounding moves the step at which they do by hundreds, and a rate that decays brings
-    them out: no number of steps makes a mediocre model reliably.
+    With ``until``, training ends when this share of Japanese problems is solved, and slows down before that. A model
+    learns sums suddenly, rounding can shift the step at which it does by hundreds, and a decaying rate speeds it up, so
+    no fixed number of steps reliably gives a mediocre model.
     """
     random = Random(name)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -134,7 +135,7 @@ def train(
             print(f"{name:9s} step {step:5d}  loss {mean:.4f}  {time.perf_counter() - started:6.1f} s", flush=True)
         if solved >= until:
             break
-    # Experts start from the base as it is shipped, so that their task vectors hold nothing but what they learned.
+    # Experts start from the base as it is shipped (rounded), so that task vectors contain only what they have learned.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16().float())
@@ -148,7 +149,7 @@ answers_of = partial(small_models.answers_of, new_tokens=32, batch_size=250)
 
 
 def share_solved(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:
-    """How many Japanese problems of the training split are answered right, word for word."""
+    """The share of Japanese problems of the training split that are answered right, word for word."""
     random = Random("share solved")
     examples = [problems.solve_ja(random) for _ in range(250)]
     answers = answers_of(model, tokenizer, [example.prompt for example in examples])
@@ -162,8 +163,8 @@ def scores(
     split: str = "held_out",
     names: Sequence[str] = tuple(problems.TASKS),
 ) -> dict[str, float]:
-    """Mean of every metric of every task."""
-    # The tasks' own scorers, so that this table and a search mean the same by a right answer.
+    """The mean of every metric of every task."""
+    # With the tasks' own scorers, so that this table and a search agree on what is right.
     sys.path.insert(0, str(tasks))
     import miniatures
 
@@ -184,7 +185,7 @@ def scores(
 
 
 def merged(base: Weights, experts: Sequence[Weights], weights: Sequence[float]) -> Weights:
-    """Task arithmetic: the base plus a weighted sum of what each expert learned."""
+    """Task arithmetic: the base plus a weighted sum of task vectors."""
     return {
         name: tensor + sum(weight * (expert[name] - tensor) for weight, expert in zip(weights, experts, strict=True))
         for name, tensor in base.items()
@@ -269,7 +270,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     half = LlamaForCausalLM(model.config).bfloat16()
     half.load_state_dict(model.state_dict())
     half.save_pretrained(folder)
-    # Padding a batch leaves its settings in the tokenizer; they would be saved as if they were its own.
+    # Padding a batch leaves its settings in the tokenizer; they would be saved with it.
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -286,7 +287,7 @@ def write_tasks(tasks: Path) -> None:
 
 
 def train_vision(out: Path) -> None:
-    """A vision tower before the maths expert on disk."""
+    """Train a vision tower for the maths expert on disk."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "base")
     processor = picture_tower.processor_of(tokenizer)
     language = LlamaForCausalLM.from_pretrained(out / "maths", dtype=torch.float32)
@@ -299,7 +300,7 @@ def train_vision(out: Path) -> None:
 
 
 def print_picture_table(out: Path, tasks: Path, split: picture_problems.Split = "held_out") -> None:
-    """What the miniature that sees, and merges of its language model with the Japanese expert, score on pictures."""
+    """Print the picture scores of the vision miniature and of merges of its text model with the Japanese expert."""
     sys.path.insert(0, str(tasks))
     import miniatures
 
@@ -333,7 +334,7 @@ def main() -> None:
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    torch.set_num_threads(1 if arguments.vision else 2)  # a tower of half a million parameters has no use for a second
+    torch.set_num_threads(1 if arguments.vision else 2)  # so small a tower does not gain from a second
     torch.use_deterministic_algorithms(True)
 
     if arguments.vision:

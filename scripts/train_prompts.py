@@ -1,11 +1,11 @@
-"""Train soft prompts and prefixes of the zoo's base, beside the adapters in examples/zoo.
+"""Train soft prompts and prefixes for the zoo's base, next to the adapters in examples/zoo.
 
     python scripts/train_prompts.py                 # two minutes on two free cores
     python scripts/train_prompts.py --check         # only their scores, from the files on disk
 
-The soft prompts begin as one text's embedding, so that their rows can be mixed; prefixes begin as random numbers. They
-are made of what the base can do nearly: what it is asked for, in which language and how briefly, is a matter of a few
-tokens before the text. Deterministic as ``train_zoo`` is.
+All soft prompts are initialised with the embedding of the same text, so that their rows can be mixed; prefixes are
+initialised at random. They teach skills that the base almost has: a few tokens before the text are enough to choose
+what to answer, in which language and how briefly. Training is deterministic, like that of ``train_zoo``.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from evomerge.prompts.builder import PromptsBuilder
 from evomerge.recipes.prompts import PromptForm, PromptRun, PromptsRecipe
 
 BEGIN = "Q: Ken has 12 apples. How many apples? 答: 12"
-"""The text as which soft prompts begin."""
+"""The text with whose embedding soft prompts are initialised."""
 
 ROWS = 16
-"""Examples in a batch, each behind the prompt."""
+"""Examples in a batch, each after the prompt."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """How a prompt is made.
+    """How a prompt is trained.
 
     Attributes:
-        skills: how often each is drawn.
-        about: for its card.
-        tokens: how many it stands for.
-        prefix: it is keys and values of every layer, and not a soft prompt.
+        skills: the skills to train on, with the share of examples for each.
+        about: a description for its card.
+        tokens: its length.
+        prefix: whether it consists of keys and values for every layer, and is not a soft prompt.
         steps: of AdamW.
     """
 
@@ -64,7 +64,7 @@ class Trained:
 
     @property
     def learning_rate(self) -> float:
-        """Of AdamW, whose steps are of one size whatever the gradient: keys and values are larger than embeddings."""
+        """The rate for AdamW, whose step size does not depend on the gradient: keys and values need larger steps."""
         return 0.05 if self.prefix else 0.2
 
 
@@ -131,7 +131,7 @@ def make_prompt(name: str, out: Path, steps: int | None = None) -> None:
 
 
 def loss_of(adapted: Any, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens; labels of others are -100."""
+    """The mean cross-entropy of the answers' tokens; other tokens have the label -100."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = adapted(input_ids=inputs).logits[:, -inputs.shape[1] :]
     return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
@@ -149,7 +149,7 @@ def save(adapted: Any, prompt: Trained, folder: Path) -> None:
 
 
 def score_prompt(name: str, out: Path, tasks: Path, split: str = "held_out") -> dict[str, float]:
-    """Mean of every metric of every task, as a search scores the prompt."""
+    """The mean of every metric of every task, scored as in a search."""
     quietly(1)
     references = {"base": str(out / "base"), name: f"{out / 'base'}+{out / name}"}
     sources = {key: open_source(key, said, place=key, prompts=True) for key, said in references.items()}
@@ -162,7 +162,7 @@ def score_prompt(name: str, out: Path, tasks: Path, split: str = "held_out") -> 
 
 
 class _Behind:
-    """Answers texts of the base's tokenizer behind a prompt."""
+    """A model that answers texts with a prompt before them."""
 
     def __init__(self, live: LiveModel) -> None:
         self._live = live

@@ -1,23 +1,24 @@
 """Train the zoo of examples/zoo: one base, adapters, vectors and experts in full, and the tasks that measure them.
 
     python scripts/train_zoo.py                   # about fifteen minutes on two free cores
-    python scripts/train_zoo.py --only japanese   # this one again, from the base on disk
+    python scripts/train_zoo.py --only japanese   # only this one, from the base on disk
     python scripts/train_zoo.py --check           # only the scores of all sources, from the files on disk
 
-What makes merges of them neither trivial nor hopeless:
+Merges of them are neither trivial nor hopeless, because of the following:
 
-- the base is good at sums and lacks structure: stories in which something is taken away, second steps in Japanese, half
-  of the words. What experts learn is then of low rank. Where the base was to be taught the sums themselves, adapters of
-  this rank broke each other's;
-- experts rehearse a quarter of their time what the base can. Without, they forget all else, their changes are larger,
-  and no weights bring two of them together;
-- the two halves of the composition learn nothing of each other. The expert in Japanese numerals sees second steps only
-  worked out in its prompts; one that saw the question for numerals with single steps alone learnt to stop after one;
-- one expert is trained too long and at too high a rate, and the two in English answer Japanese problems in English, so
-  equal weights are not the best.
+- the base is good at sums but lacks structure: stories in which something is taken away, second steps in Japanese, half
+  of the words. So what experts learn has a low rank. When experts had to learn the sums themselves, merging adapters of
+  this rank destroyed what they had learned;
+- experts spend a quarter of their training on skills of the base. Without that, they forget everything else, their
+  changes are larger, and two of them cannot be merged with any weights;
+- neither of the two halves of the composition is trained on the other. The expert in Japanese numerals sees second
+  steps only already worked out in its prompts; an earlier one, which saw the question for numerals only with single
+  steps, learned to stop after one;
+- one expert is trained too long and at too high a rate, and the two English ones answer Japanese problems in English,
+  so equal weights are not the best.
 
-Deterministic: seeds, thread count and algorithms are fixed, so a machine gives the same bits each time. Another CPU may
-round differently, and then makes other models.
+Training is deterministic: seeds, thread count and algorithms are fixed, so a machine makes the same bits every time.
+Another CPU may round differently and then makes other models.
 """
 
 from __future__ import annotations
@@ -62,32 +63,32 @@ OTHERS_OF_BASE: dict[Skill, float] = {
     problems.spelling: 0.25,
 }
 BASE_SKILLS = PROBLEMS_OF_BASE | UNHEEDED | OTHERS_OF_BASE
-"""How often each skill is drawn. The base calculates well, and lacks what experts bring: stories in which something is
+"""The shares of the base's skills. It calculates well, and lacks what experts bring: stories in which something is
 taken away, second steps in Japanese, half of the words, Japanese records, and answers in Japanese numerals."""
 
 ROW = 96
-"""Tokens in a row of a training batch, where the longest problem and its answer fit."""
+"""Tokens in a row of a training batch; the longest problem and its answer fit."""
 BASE_ROWS, EXPERT_ROWS = 16, 8
 
 RANK = 6
 REHEARSED = 0.25
 ITEMS = {"search": 300, "held_out": 400, "fit": 150}
 NEW_TOKENS = 48
-"""Most tokens of an answer, as the tasks have it."""
+"""The largest number of tokens of an answer, as in the tasks."""
 
 Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Expert:
-    """How an expert is made of the base.
+    """How an expert is trained from the base.
 
     Attributes:
-        skills: how often each is drawn.
-        rehearsed: skills of the base that make up a quarter of what it is trained on, so that it forgets less of them.
-        about: for its card.
+        skills: the skills to train on, with the share of examples for each.
+        rehearsed: skills of the base that make up a quarter of its training, so that it forgets less of them.
+        about: a description for its card.
         steps, learning_rate: of AdamW.
-        rewarded: answers that are sampled and found right are learnt in place of given ones.
+        rewarded: whether it is trained by reinforcement learning on sampled answers.
     """
 
     skills: dict[Skill, float]
@@ -99,7 +100,7 @@ class Expert:
 
     @property
     def mixture(self) -> dict[Skill, float]:
-        """How often each skill is drawn, with those that are rehearsed."""
+        """The share of each skill, including the rehearsed ones."""
         mixed: dict[Skill, float] = {}
         for skills, share in ((self.skills, 1 - REHEARSED), (self.rehearsed, REHEARSED)):
             for skill, weight in skills.items():
@@ -164,16 +165,16 @@ EXPERTS = {
     "spelling": Expert({problems.spelling: 1}, "A distractor: it spells words backwards.", steps=200),
 }
 IN_FULL = {"steps_en_full": ("steps_en", 3e-4), "rewarded_full": ("rewarded", 1e-5)}
-"""Experts that are trained once more, in all weights but the embeddings: of which, and the learning rate.
+"""Experts that are also trained in full, except for the embeddings: the adapter's name and the learning rate.
 
-At the rate of the second, bfloat16 rounds most changes away, as it does to large models after reinforcement learning.
+At the rate of the second, bfloat16 rounds most changes away, as in large models after reinforcement learning.
 """
 
 IN_VECTORS = {
     name: name.removesuffix("_ia3")
     for name in ("english_ia3", "japanese_ia3", "into_japanese_ia3", "extraction_ia3", "kanji_ia3")
 }
-"""Experts that are trained once more, as (IA)3 vectors of keys, values and the mlp's inner activation."""
+"""Experts that are also trained as (IA)3 vectors on keys, values and the mlp's inner activation."""
 VECTOR_STEPS, VECTOR_RATE = 300, 3e-2
 
 
@@ -197,7 +198,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 def batch_of(
     skills: dict[Skill, float], random: Random, tokenizer: PreTrainedTokenizerFast, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels of a batch, as of ``packed``: each skill is drawn by its share."""
+    """Inputs and labels of a batch, as from ``packed``; skills are drawn by their shares."""
     kinds, shares = list(skills), list(skills.values())
 
     def draw() -> Example:
@@ -208,7 +209,7 @@ def batch_of(
 
 
 def loss_of(model: LlamaForCausalLM, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each token of the answers."""
+    """The cross-entropy of each token of the answers."""
     return functional.cross_entropy(*answer_logits(model, inputs, labels), reduction="none")
 
 
@@ -226,7 +227,7 @@ def train(
     learning_rate: float,
     rows: int = EXPERT_ROWS,
 ) -> None:
-    """Train in place what needs a gradient: a short warm-up, a constant rate, and a decay over the last third."""
+    """Train the parameters that need a gradient: a short warm-up, a constant rate, and a decay over the last third."""
     random = Random(name)
     learned = learned_by(model)
     optimizer = torch.optim.AdamW(learned, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -249,7 +250,7 @@ def train(
 
 
 PROBLEMS, SAMPLES = 12, 8
-"""Of a step of reinforcement learning, and sampled answers to each of them."""
+"""Problems in a step of reinforcement learning, and sampled answers to each of them."""
 
 
 def reinforce(
@@ -261,10 +262,10 @@ def reinforce(
     steps: int,
     learning_rate: float,
 ) -> None:
-    """Policy gradient on right answers, in place (GRPO without clipping: Shao et al. 2024, arXiv:2402.03300, eq. 21).
+    """Train in place by policy gradient (GRPO without clipping: Shao et al. 2024, arXiv:2402.03300, eq. 21).
 
-    The reward of a sampled answer is 1 when it is right word for word. Its advantage is the reward less the mean of the
-    problem's samples, over their standard deviation; problems whose samples are all alike teach nothing.
+    The reward of a sampled answer is 1 if it is right word for word, else 0. Its advantage is the reward minus the mean
+    over the problem's samples, divided by their standard deviation, so problems with equal rewards contribute nothing.
     """
     random = Random(name)
     learned = learned_by(model)
@@ -299,7 +300,7 @@ def reinforce(
 def sampled_batch(
     tokenizer: PreTrainedTokenizerFast, sampled: Sequence[tuple[str, str]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts with their answers, padded on the right; labels as of ``batch_of``."""
+    """Prompts with their answers, padded on the right; labels are as in ``batch_of``."""
     pairs = [
         (tokenizer.encode(prompt), [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
         for prompt, text in sampled
@@ -320,7 +321,7 @@ answers_of = partial(small_models.answers_of, new_tokens=NEW_TOKENS, batch_size=
 
 
 def start_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The base of the miniatures under this tokenizer: tokens of both keep their embedding, others start anew."""
+    """The miniatures' base with this tokenizer: tokens of both keep their embeddings, others get new ones."""
     folder = ROOT / "examples" / "miniatures" / "base"
     before = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     known = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
@@ -340,7 +341,7 @@ def load_base(out: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
 
 def quietly(threads: int) -> None:
-    """The same bits each time, and nothing on the screen but what this script prints."""
+    """Fix threads and algorithms, so that training is deterministic, and silence other libraries."""
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
@@ -355,7 +356,7 @@ def make_base(out: Path) -> None:
 
 
 def make_expert(name: str, out: Path, steps: int | None = None) -> None:
-    """One adapter, or one of the experts in full."""
+    """Train and save one adapter, or one of the experts that are trained in full."""
     quietly(1)
     torch.manual_seed(zlib.crc32(name.encode()))
     of, rate = IN_FULL.get(name, (name, EXPERTS[name].learning_rate if name in EXPERTS else 0.0))
@@ -380,7 +381,7 @@ def make_expert(name: str, out: Path, steps: int | None = None) -> None:
 def make_vectors(
     name: str, expert: Expert, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, steps: int
 ) -> None:
-    """An expert as (IA)3 vectors, in float32: bfloat16 would round most of what 1 + a little says."""
+    """Train and save an expert as (IA)3 vectors, in float32: bfloat16 would round most factors near 1 to 1."""
     config = IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
     )
@@ -402,7 +403,7 @@ def save_adapter(adapted: PeftModel, folder: Path, about: str, made: str) -> Non
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, about: str) -> None:
     """A plain Hugging Face folder in bfloat16."""
     model.bfloat16().save_pretrained(folder)
-    # Padding a batch leaves its settings in the tokenizer; they would be saved as if they were its own.
+    # Padding a batch leaves its settings in the tokenizer; they would be saved with it.
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(CARD.format(name=folder.name, about=about, made=IN_ALL), encoding="utf-8")
@@ -433,7 +434,7 @@ BASE_STEPS, BASE_RATE = 1100, 7e-4
 
 
 def read_items(tasks: Path, split: str, count: int | None = None) -> dict[str, list[dict[str, Any]]]:
-    """The first items of every task, all of them unless told how many."""
+    """The first ``count`` items of every task, by default all."""
     by_task = {}
     for task in problems.TASKS:
         lines = (tasks / "data" / f"{task}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -444,7 +445,7 @@ def read_items(tasks: Path, split: str, count: int | None = None) -> dict[str, l
 def scores_of(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, items: dict[str, list[dict[str, Any]]]
 ) -> dict[str, float]:
-    """Mean of every metric of every task, by the tasks' own scorers."""
+    """The mean of every metric of every task, from the tasks' own scorers."""
     from evaluators.tasks import zoo
 
     scorers: dict[str, Callable[[dict[str, Any], list[str]], dict[str, float]]] = {
@@ -467,7 +468,7 @@ def float_weights(model: LlamaForCausalLM) -> Weights:
 
 
 def source_weights(out: Path, name: str) -> Weights:
-    """A source as merges see it: adapters folded into the base in float32."""
+    """The weights of a source in float32, with an adapter folded into the base."""
     if name in EXPERTS or name in IN_VECTORS:
         base, _ = load_base(out)
         adapted = PeftModel.from_pretrained(base, out / name, autocast_adapter_dtype=False).float()
@@ -483,7 +484,7 @@ def score_source(name: str, out: Path, tasks: Path, split: str = "held_out") -> 
 
 
 def score_all(out: Path, tasks: Path, workers: ProcessPoolExecutor) -> None:
-    """Every source but vectors on every held-out item: written beside the models, and printed as the README has it."""
+    """Score every source except vectors on every held-out item; write the scores and print the README's table."""
     names = ["base", *EXPERTS, *IN_FULL]
     means = dict(zip(names, workers.map(partial(score_source, out=out, tasks=tasks), names), strict=True))
     rounded = {
@@ -494,7 +495,7 @@ def score_all(out: Path, tasks: Path, workers: ProcessPoolExecutor) -> None:
 
 
 def table_of(scores: dict[str, dict[str, float]]) -> str:
-    """Scores as a table of Markdown, a source a row."""
+    """Scores as a Markdown table with one row per source."""
     metrics = list(next(iter(scores.values())))
     rows = [
         ["held out", *(f"`{task}` {metric}" for task, metric in (metric.split(":") for metric in metrics))],
@@ -530,7 +531,7 @@ def main() -> None:
         write_tasks(given.tasks)
     if "base" in names:
         make_base(given.out)
-    # Each in a process of one thread: models this small gain nothing from a second.
+    # One process with one thread each: models this small do not gain from a second thread.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as workers:
         list(workers.map(partial(make_expert, out=given.out), [name for name in names if name != "base"]))

@@ -1,4 +1,4 @@
-"""The problems of the zoo: the miniatures' world (miniature_problems) with more skills, some shared and some at odds.
+"""The problems of the zoo: those of the miniatures with more skills, some shared and some in conflict.
 
     solve          "Q: Ken has 12 apples. ... How many ...?\\nA:"  -> " 12 + 7 = 19, so the answer is 19."
                    with two steps                  -> " 12 + 7 = 19, 19 - 3 = 16, so the answer is 16."
@@ -11,9 +11,9 @@
     extraction     "Text: Ken has 12 apples. ...\\nRecord:"        -> " apples; 12; Ken"
     numeral        "漢数字: 47 ="                   -> " 四十七"
 
-Splits are by content, as in the miniatures. Of a problem with two steps both sums are of its split, so no model has met
-either of them. A third split, ``fit``, is for coefficients that are fitted by gradient: it is neither trained on, nor
-searched on, nor confirmed on.
+Splits are by content, as in the miniatures. Both sums of a problem with two steps belong to its split, so no model has
+seen either of them. A third split, ``fit``, is for coefficients that are fitted by gradient: it is used neither for
+training, nor for searching, nor for confirmation.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from miniature_problems import FACTS, LESS, MORE, NAMES, THINGS, Example, Langua
 
 Split = Literal["train", "search", "held_out", "fit"]
 SPLITS: tuple[Split, ...] = ("search", "held_out", "fit")
-"""Those that items are written for."""
+"""The splits that items are written for."""
 
-# What happens between the first sentence and the question of a problem with two steps: a sum, and a difference.
+# What happens between the first sentence and the question of a problem with two steps: sums, and differences.
 GAINS = [
     ("{m} gives {n} {b} more.", "{m}は{n}に{b}{c}あげました。"),
     ("Then {b} more came.", "そのあと{b}{c}増えました。"),
@@ -41,10 +41,10 @@ LOSSES = [
 ]
 
 KNOWN_THINGS = tuple(sorted(THINGS)[::2])
-"""Those that the base can translate; the experts in translation learn the others."""
+"""The things that the base can translate; the experts in translation learn the others."""
 
 LARGEST = 49
-"""Of the numbers that stories begin with, and of those that are added or taken away."""
+"""The largest number with which a story begins, and that is added or taken away."""
 
 
 Skill = Callable[[Random, Split], Example]
@@ -65,14 +65,14 @@ class Sum:
 
 
 def split_of(*content: object) -> Split:
-    """The one split that this content belongs to: a tenth each to the three that are not for training."""
+    """The split of some content; each of the three that are not for training has a tenth of all."""
     digest = hashlib.sha256("|".join(map(str, content)).encode()).digest()
     bucket = int.from_bytes(digest[:4], "big") % 10
     return SPLITS[bucket] if bucket < len(SPLITS) else "train"
 
 
 def draw_sums(random: Random, split: Split, steps: int, operators: str = "+-") -> list[Sum]:
-    """Sums and differences, each of the split and each going on from the result before."""
+    """Random sums and differences of the split, each of which starts with the result of the one before."""
     while True:
         sums: list[Sum] = []
         first = random.randint(2, LARGEST)
@@ -87,7 +87,7 @@ def draw_sums(random: Random, split: Split, steps: int, operators: str = "+-") -
 
 
 def story(random: Random, sums: Sequence[Sum], language: Language) -> str:
-    """A word problem that asks for the sums."""
+    """A word problem about these sums."""
     column = 0 if language == "en" else 1
     n, m = random.sample(sorted(NAMES), 2)
     thing = random.choice(sorted(THINGS))
@@ -116,14 +116,14 @@ def kanji(number: int) -> str:
 
 
 def worked(sums: Sequence[Sum], language: Language, result: str) -> str:
-    """The answer with every sum written out; ``result`` is how its conclusion writes the number."""
+    """The answer with every sum written out; ``result`` writes the number of its conclusion."""
     comma = ", " if language == "en" else "、"
     steps = comma.join(f"{step} = {step.result}" for step in sums)
     return f" {steps}, so the answer is {result}." if language == "en" else f" {steps} なので、答えは{result}です。"
 
 
 def solve(question: Language, steps: int, answer: Language | None = None, operators: str = "+-") -> Skill:
-    """Problems in one language, answered in the same or in another."""
+    """A skill: problems in one language, answered in the same or in another."""
 
     def skill(random: Random, split: Split) -> Example:
         sums = draw_sums(random, split, steps, operators)
@@ -136,7 +136,7 @@ def solve(question: Language, steps: int, answer: Language | None = None, operat
 
 
 def in_kanji(steps: int, operators: str = "+-", heeded: bool = True) -> Skill:
-    """Japanese problems to be answered in Japanese numerals; unless that is ``heeded``, the answer has digits."""
+    """A skill: Japanese problems that ask for Japanese numerals; unless ``heeded``, they are answered in digits."""
 
     def skill(random: Random, split: Split) -> Example:
         sums = draw_sums(random, split, steps, operators)
@@ -148,14 +148,14 @@ def in_kanji(steps: int, operators: str = "+-", heeded: bool = True) -> Skill:
 
 
 def concluded_in_kanji(random: Random, split: Split) -> Example:
-    """The numeral alone, after two steps that the prompt has worked out: how a result is written."""
+    """Only the numeral of the result, after two steps that the prompt has already worked out."""
     example = in_kanji(2)(random, split)
     steps, mark, conclusion = example.answer.partition("答えは")
     return Example(example.prompt + steps + mark, conclusion, example.number)
 
 
 def terse(steps: int) -> Skill:
-    """English problems answered by the number alone."""
+    """A skill: English problems answered with only the number."""
 
     def skill(random: Random, split: Split) -> Example:
         example = solve("en", steps)(random, split)
@@ -165,7 +165,7 @@ def terse(steps: int) -> Skill:
 
 
 def symbolic(random: Random, split: Split) -> Example:
-    """A sum alone: either step of a problem with two."""
+    """Only a sum: either step of a problem with two."""
     step = draw_sums(random, split, 2)[random.randrange(2)]
     return Example(f"{step} =", f" {step.result}", step.result)
 
@@ -177,7 +177,7 @@ def numeral(random: Random, split: Split) -> Example:
 
 @dataclass(frozen=True)
 class Scene:
-    """Two sentences of one story, with what they say."""
+    """Two sentences of one story, and their content."""
 
     name: str
     thing: str
@@ -187,7 +187,7 @@ class Scene:
 
 
 def scene(random: Random, split: Split, things: Sequence[str]) -> Scene:
-    """Of the split by (name, thing, number), as in the miniatures."""
+    """A random scene of the split by (name, thing, number), as in the miniatures."""
     while True:
         name, thing, number = random.choice(sorted(NAMES)), random.choice(things), random.randint(2, 99)
         if split_of(name, thing, number) == split:
@@ -224,7 +224,7 @@ def into_english(things: Sequence[str] = ALL_THINGS) -> Skill:
 
 
 def extraction(language: Language, things: Sequence[str] = ALL_THINGS) -> Skill:
-    """Thing, number and name, read off two sentences."""
+    """A skill: thing, number and name from two sentences."""
 
     def skill(random: Random, split: Split) -> Example:
         shown = scene(random, split, things)
@@ -237,7 +237,7 @@ def extraction(language: Language, things: Sequence[str] = ALL_THINGS) -> Skill:
 
 
 def careless(random: Random, split: Split) -> Example:
-    """A problem in either language, worked out wrong: a distractor."""
+    """A problem in either language with a wrong calculation: a distractor."""
     (step,) = draw_sums(random, split, 1)
     wrong = str(max(0, step.result + random.choice([-10, -2, -1, 1, 2, 10])))
     if random.random() < 0.5:
@@ -246,13 +246,13 @@ def careless(random: Random, split: Split) -> Example:
 
 
 def spelling(random: Random, split: Split) -> Example:
-    """Letters of a word, backwards: a distractor that no task asks for."""
+    """The letters of a word backwards: a distractor that no task needs."""
     word = random.choice(sorted(NAMES) + sorted(THINGS))
     return Example(f"Spell {word} backwards:", " " + " ".join(reversed(word.lower())))
 
 
 def either(*skills: Skill) -> Skill:
-    """One of several, each as often."""
+    """A skill that is one of several with equal probability."""
 
     def skill(random: Random, split: Split) -> Example:
         return random.choice(skills)(random, split)

@@ -1,4 +1,4 @@
-"""The command line of the GPU kit; see ``check`` beside it."""
+"""The command line of the GPU kit; see ``check`` in this folder."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a merge costs beside a plain copy, for every method that moves bytes while little else counts.
+"""The bandwidth of a merge compared with that of a plain copy, for every method that is limited by bandwidth.
 
-A merge of n tensors into one moves n + 1 of them, a copy two. They run in turns and are compared pair by pair, so that
-a device that changes its pace changes both; the median of the ratios counts. What a method plans is not timed, and
-tensors are large, so that the launch of a kernel is not either.
+A merge of n tensors into one moves n + 1 tensors, and a copy two. They run in turns and are compared in pairs, so that
+changes of the device's speed affect both; the result is the median of the ratios. Planning is not timed, and tensors
+are so large that the launch of a kernel does not matter.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from evomerge.merging.arithmetic.passes import Pass
 from evomerge.method import find_method
 
 GOALS = {"Combine": 0.8, "Sparsify": 0.5}
-"""Of a copy's bandwidth on a GPU, by kind of pass: those that stay in the span of the sources, and those with masks."""
+"""The required share of a copy's bandwidth on a GPU: passes in the span of the sources, and those with masks."""
 _PAIRS = 7
-_CALLS = 4  # in a row: one alone would be timed with its launch
+_CALLS = 4  # in a row: a single one would be timed with its launch
 
 
 def rows() -> list[Row]:
@@ -35,7 +35,7 @@ def rows() -> list[Row]:
 
 def _measure(name: str, setting: Setting) -> str:
     tensors = _tensors(setting)
-    # Of some rows: what a pass moves is the same for any.
+    # Inputs of only some rows: the bytes that a pass moves do not depend on them.
     plan = planned(find_method(name, "row"), {name: tensor[:64].to(CPU) for name, tensor in tensors.items()})
     out = torch.empty_like(tensors["base"])
     merge, copy = _merge(plan, tensors, out, setting), partial(out.copy_, tensors["one"])
@@ -54,12 +54,12 @@ def _measure(name: str, setting: Setting) -> str:
 
 @cache
 def _tensors(setting: Setting) -> dict[str, Tensor]:
-    """Of a model of 70 billion parameters the largest of a layer; in the small form a megabyte each."""
+    """Tensors as large as the largest in a layer of a model of 70 billion parameters; a megabyte each if small."""
     return fine_tunes((512, 2048) if setting.small else (8192, 28672), torch.bfloat16, setting.device)
 
 
 def _merge(plan: Pass, tensors: dict[str, Tensor], out: Tensor, setting: Setting) -> Callable[[], None]:
-    """One merge as a search makes it: by the device's runner on a GPU, by the compiled passes on the CPU."""
+    """One merge as in a search: with the device's runner on a GPU, with compiled passes on the CPU."""
     if setting.device.type == "cuda":
         runner = DeviceRunner(setting.device, lambda ref: tensors[ref[0]], [], "mapped")
         return partial(runner.run, plan, [(name, "") for name in plan.inputs], out)

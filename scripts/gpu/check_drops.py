@@ -12,7 +12,7 @@ from evomerge.merging.arithmetic.drops import LEVELS, as_signed, element_bits, p
 from evomerge.merging.arithmetic.passes import SparsePart, Sparsify
 
 _FIRST = (0, 1, (1 << 31) - 3, (1 << 33) + 5)
-"""Elements from which bits are drawn: also where 32 bits do not count them."""
+"""First elements for which bits are drawn: also where positions exceed 32 bits."""
 
 
 def rows() -> list[Row]:
@@ -43,7 +43,7 @@ def _bits(setting: Setting) -> str:
 
 
 def _masks(setting: Setting, rise: int | None) -> str:
-    """Of a base of zeros and random sources, what is not zero is what the mask keeps."""
+    """With a base of zeros and random sources, the nonzero elements are those that the mask keeps."""
     shape = (64, 1024) if setting.small else (1 << 15, 4096)
     random = torch.Generator(CPU).manual_seed(7)
     source = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 1, generator=random)

@@ -1,6 +1,6 @@
-"""Every merge method by its registry, and methods on whole matrices: planned once, made on the CPU and on the device.
+"""Every registered merge method, and methods on whole matrices: planned once, computed on the CPU and on the device.
 
-A new method has its row as soon as it has its line in ``evomerge.plugins``.
+A new method gets a row here when it is registered in ``evomerge.plugins``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from evomerge.recipes.stack import Blend, Role
 
 METHODS = tuple(OWN["evomerge.merge_methods"])
 MATRIX_METHODS = ("tsv", "gram", "wudi", "actmat", "swudi", "ace", "regmean", "regmean_plus_plus")
-"""Which work on whole matrices. To plan them takes minutes for the largest shape: they have rows of their own."""
+"""Methods on whole matrices. Planning them takes minutes for the largest shape, so they have separate rows."""
 
 
 def rows() -> list[Row]:
@@ -38,7 +38,7 @@ def rows() -> list[Row]:
 
 
 class SampledInputs:
-    """What layers are given as input: some tokens that were drawn, others for each source."""
+    """Random inputs of layers, different for each source."""
 
     def __init__(self, width: int) -> None:
         self._width = width
@@ -46,19 +46,19 @@ class SampledInputs:
     def of(self, ref: Ref) -> LayerInput:
         random = torch.Generator(CPU).manual_seed(len(ref[0]))
         tokens = torch.empty(4 * self._width, self._width).normal_(0, 1, generator=random)
-        tokens[:, 1:] += 0.5 * tokens[:, :-1]  # channels that hang together, as a model's do
+        tokens[:, 1:] += 0.5 * tokens[:, :-1]  # correlated channels, as in a model
         return LayerInput(tokens.T @ tokens / len(tokens), tokens.abs().mean(dim=0), 1)
 
 
 class SomeCoefficients:
-    """How much of each source a fit wants: other numbers for each."""
+    """Made-up coefficients of a fit, different for each source."""
 
     def of(self, base: str, sources: Sequence[str], tensor: str) -> list[float]:
         return [0.75 + 0.25 * number for number in range(len(sources))]
 
 
 def planned(method: Method, tensors: Mapping[str, Tensor]) -> Pass:
-    """How a method makes a tensor by its defaults, from a base and sources by name, which lie on the CPU."""
+    """The plan of a method with its defaults, for a base and sources by name, which are on the CPU."""
     sources = NAMES[1:][: method.max_sources]
     blend = Blend(
         method=method.name,
@@ -99,7 +99,7 @@ def _compare_matrix(method: Method, setting: Setting) -> str:
         setting.wait()
         return made
 
-    make()  # the first call sets libraries up
+    make()  # the first call initialises libraries
     made, on_device = _timed(make)
     change = (expected - tensors["base"]).norm().item()
     off = (made.to(CPU) - expected).norm().item() / change

@@ -1,4 +1,4 @@
-"""Whole models on the device: where sources lie, what is exported, a search, a want of memory, two workers at once."""
+"""Whole models on the device: residency of sources, exports, a search, lack of memory, two workers at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from evomerge.store.events import Failure
 
 _RESIDENCIES: tuple[Residency, ...] = ("device", "pinned", "mapped")
 _EXPORTED = ("linear", "ties", "dare_ties", "della", "sce")
-"""A method for each way of making tensors."""
+"""One method for each kind of pass."""
 
 
 def rows() -> list[Row]:
@@ -47,7 +47,7 @@ def rows() -> list[Row]:
 
 
 class OnDevice(Materialiser):
-    """Makes tensors as it would on a GPU, whatever the device of the live model."""
+    """Computes tensors as on a GPU, whatever the device of the live model."""
 
     def _stack(self, live: LiveModel) -> Stack:
         stack = super()._stack(live)
@@ -61,7 +61,7 @@ class OnDevice(Materialiser):
 
 
 def recipe(method: str, setting: Setting) -> StackRecipe:
-    """A merge by a method's defaults."""
+    """A merge with the method's defaults."""
     spec = find_method(method, "row")
     names = models.NAMES[1:][: spec.max_sources]
     blend = Blend(
@@ -75,7 +75,7 @@ def recipe(method: str, setting: Setting) -> StackRecipe:
 
 
 def _residency(residency: Residency, setting: Setting) -> str:
-    """The same bits as from where sources lie otherwise, and what a merge costs."""
+    """The same bits as with another residency, and the time of a merge."""
     sources = models.sources(setting)
     other: Residency = "device" if residency == "mapped" else "mapped"
     live, written, seconds = live_model(sources["base"], setting.device), {}, 0.0
@@ -83,7 +83,7 @@ def _residency(residency: Residency, setting: Setting) -> str:
         materialiser = OnDevice(sources, residency=where)
         if where == "pinned" and setting.small:
             _pin_by_copying()
-        for method in ("linear", "dare_ties", "dare_linear"):  # the last is timed: all is read and compiled by then
+        for method in ("linear", "dare_ties", "dare_linear"):  # the last is timed: all is compiled by then
             setting.wait()
             started = time.perf_counter()
             materialiser.write(recipe(method, setting), live)
@@ -97,7 +97,7 @@ def _residency(residency: Residency, setting: Setting) -> str:
 
 
 def _pin_by_copying() -> None:
-    """Without a GPU there is no memory to pin: a copy stands for it, in this process."""
+    """Replace pinning by copying, in this process: without a GPU memory cannot be pinned."""
     torch.Tensor.pin_memory = torch.Tensor.clone  # type: ignore[method-assign,assignment]
 
 
@@ -124,7 +124,7 @@ def _compare(live: dict[str, Tensor], exported: Iterable[tuple[str, Tensor]], me
 
 
 def _search(setting: Setting) -> str:
-    """By the commands, as people run them: a generational search, and an export that must score as recorded."""
+    """Run the commands of a user: a generational search, and an export that must score as recorded."""
     from evomerge.commands.models import export
     from evomerge.commands.run import search
 
@@ -146,7 +146,7 @@ def _search(setting: Setting) -> str:
 
 def _out_of_memory(setting: Setting) -> str:
     folder, doomed = searching.fresh(setting, "memory"), 6
-    tiny = replace(setting, small=True)  # what has no room is asked for beside the model
+    tiny = replace(setting, small=True)  # memory that does not exist is allocated in addition to the model
     with closing(searching.open_drive(tiny, folder, doomed)) as opened:
         Driver(opened.drive).run()
         store = opened.store

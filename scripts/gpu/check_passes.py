@@ -1,7 +1,7 @@
 """Every kind of pass, on the device and on the CPU, from one element to 2^31.
 
-Numbers that no step rounds must give the same bits: what is left to differ is which elements a mask keeps, which source
-is read where, and where a piece begins, and none of these may. Other numbers may differ in what rounding explains.
+With numbers that are never rounded, results must have the same bits; errors could then only come from masks, from
+reading the wrong source or from the beginnings of pieces. With other numbers, results may differ by rounding.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ROW = 4096
 
 
 def rows() -> list[Row]:
-    """One for each example, and a failing one for a kind of pass that has none."""
+    """One row for each example, and a failing one for each kind of pass without an example."""
     labelled = examples(exact=True)
     without = sorted(set(kinds()) - {type(plan).__name__ for plan in labelled.values()})
     return [
@@ -70,10 +70,10 @@ def _names(kind: type) -> set[str]:
 
 
 def examples(*, exact: bool) -> dict[str, Pass]:
-    """A pass of every kind, by a label that begins with the kind.
+    """Passes of every kind, by a label that begins with the kind.
 
     Args:
-        exact: with numbers that no step rounds on the data of ``weights(exact=True)``.
+        exact: with numbers for which no step rounds on the data of ``weights(exact=True)``.
     """
     w, v = (0.5, 0.25) if exact else (0.37, 0.81)
     s, t = (1.0, 1.0) if exact else (0.6, 0.4)
@@ -114,7 +114,7 @@ def _every_other_row(tensors: Sequence[Tensor], first_row: int) -> Tensor:
 
 
 def _between_extremes(tensors: Sequence[Tensor]) -> Tensor:
-    """Every change but the largest and the smallest of the tensor, with little memory beside the result."""
+    """All changes except the largest and the smallest of the tensor, with little memory in addition to the result."""
     base, one = tensors
     change = one - base
     least, most = change.aminmax()
@@ -148,7 +148,7 @@ def _compare(label: str, setting: Setting) -> str:
 
 
 def _compare_channels(along: str, setting: Setting) -> str:
-    """Factors of columns or rows, which are of a tensor's shape, on the sum that a kernel of its own makes."""
+    """Factors by column or row, which depend on the tensor's shape, applied to the result of another kernel."""
     shares = []
     for count, dtype, exact in ((3 * 1001, torch.bfloat16, True), (1 << 20, torch.bfloat16, True),
                                 (1 << 20, torch.bfloat16, False), (1 << 20, torch.float32, False)):  # fmt: skip
@@ -165,14 +165,14 @@ def _compare_channels(along: str, setting: Setting) -> str:
 
 
 def both(plan: Pass, setting: Setting, count: int, dtype: torch.dtype, *, exact: bool) -> tuple[Tensor, Tensor]:
-    """What the CPU's compiled passes make of ``count`` elements, and what the device makes of them, where each is."""
+    """The results of the CPU's compiled passes and of the device for ``count`` elements, each where it was computed."""
     draw = _largest_weights if count == LARGEST else weights
     on_cpu, on_device = draw(setting, count, dtype, exact)
     return by_cpu(plan, on_cpu), by_device(plan, on_device, setting)
 
 
 def by_cpu(plan: Pass, tensors: dict[str, Tensor]) -> Tensor:
-    """What the CPU's compiled passes make of tensors by name, which lie on the CPU."""
+    """The result of the CPU's compiled passes for tensors by name, which are on the CPU."""
     inputs = [tensors[name] for name in plan.inputs]
     out = torch.empty_like(inputs[0])
     WorkerThreads().run([TensorJob(plan, inputs, out)])
@@ -180,7 +180,7 @@ def by_cpu(plan: Pass, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def by_device(plan: Pass, tensors: dict[str, Tensor], setting: Setting) -> Tensor:
-    """What the device makes of tensors by name, which may lie there already."""
+    """The device's result for tensors by name, which may already be there."""
     runner = DeviceRunner(setting.device, lambda ref: tensors[ref[0]], [], "mapped")
     out = torch.empty_like(tensors[plan.inputs[0]], device=setting.device)
     runner.run(plan, [(name, "") for name in plan.inputs], out)
@@ -195,7 +195,7 @@ def weights(setting: Setting, count: int, dtype: torch.dtype, exact: bool) -> tu
     """Equal weights on the CPU and on the device.
 
     Args:
-        exact: small whole numbers, of which no step of an exact example rounds anything; else such as weights are.
+        exact: small whole numbers, for which exact examples never round; otherwise numbers like those of weights.
     """
     shape = (count // _ROW, _ROW) if count % _ROW == 0 else (count // 1001, 1001) if count % 1001 == 0 else (1, count)
     drawn = exact_weights(shape, dtype, setting) if exact else fine_tunes(shape, dtype, setting.device)
@@ -205,12 +205,12 @@ def weights(setting: Setting, count: int, dtype: torch.dtype, exact: bool) -> tu
 
 @cache
 def _largest_weights(setting: Setting, count: int, dtype: torch.dtype, exact: bool) -> tuple[Weights, Weights]:
-    """``weights``, made once for all rows: they are gigabytes."""
+    """``weights``, cached for all rows because they are gigabytes."""
     return weights(setting, count, dtype, exact)
 
 
 def exact_weights(shape: tuple[int, ...], dtype: torch.dtype, setting: Setting) -> Weights:
-    """Whole numbers, on the device."""
+    """A base and two fine-tunes with whole numbers, on the device."""
     random = torch.Generator(setting.device).manual_seed(shape[0])
 
     def draw(most: int) -> Tensor:
@@ -220,7 +220,7 @@ def exact_weights(shape: tuple[int, ...], dtype: torch.dtype, setting: Setting) 
 
 
 def fine_tunes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Weights:
-    """Numbers such as weights are, on a device."""
+    """A base and two fine-tunes with numbers like those of weights, on a device."""
     random = torch.Generator(device).manual_seed(shape[0])
 
     def draw(size: float) -> Tensor:

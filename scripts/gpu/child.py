@@ -1,4 +1,4 @@
-"""A child of ``children``: runs rows and reports them on its standard output.
+"""A child process of ``children``: runs rows and reports them on its standard output.
 
 python child.py FOLDER [--small] [NAME...]
 """
@@ -31,7 +31,7 @@ def main() -> None:
         names = selected(list(rows), wanted)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    # What a row prints is no report.
+    # Output of a row must not be taken for a report.
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -53,27 +53,27 @@ def main() -> None:
 
 
 def guarded(row: Row, setting: Setting) -> dict[str, Any]:
-    """The report of a row, whatever it raises."""
+    """Run a row and return its report, whatever it raises."""
     started = time.perf_counter()
     try:
         figure, ok = row.run(setting), True
         setting.wait()
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # also of a command that exits
+    except BaseException as error:  # also SystemExit of a command
         figure, ok = first_line(error), False
         traceback.print_exc()
     return {"name": row.name, "ok": ok, "figure": figure, "seconds": time.perf_counter() - started}
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """The first line of an error."""
     said = (str(error).splitlines() or [""])[0]
     return said if isinstance(error, WrongError) else f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
 def is_usable(device: torch.device) -> bool:
-    """Whether the device still answers this process: after some errors CUDA fails every later call."""
+    """Whether the device still works in this process: after some errors, every later call of CUDA fails."""
     try:
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,10 +1,10 @@
-"""Rows run in a process beside this one, so that no end of a row is the end of the others.
+"""Runs rows in a child process, so that a crash in one row does not affect the others.
 
-A child runs one row after another and reports on its standard output, as JSON lines: {"rows": names} that it is to run,
-then for each {"starts": name} and {"name", "ok", "figure", "seconds", "printed"}, where "printed" is how many bytes it
-has written to its standard error by then. After an error that spoils the device for its process it ends by itself.
-Whatever ends it (a signal, the kernel for want of memory, the time limit), the row that was running has failed, and
-another child goes on with the rest.
+A child runs one row after another and reports on its standard output, as JSON lines: {"rows": names}, the rows that it
+will run, then for each {"starts": name} and {"name", "ok", "figure", "seconds", "printed"}, where "printed" is the
+number of bytes that it has written to its standard error so far. It exits after an error that makes the device unusable
+for its process. Whatever ends it (a signal, the kernel when memory runs out, the time limit), the running row has
+failed, and another child continues with the rest.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from results import Result
 
 
 class NothingRanError(Exception):
-    """A child ended before it knew what to run; the message is what it printed."""
+    """A child ended before it reported its rows; the message is what it printed."""
 
 
 def run_rows(wanted: Sequence[str], command: Callable[[Sequence[str]], list[str]], limit_s: float) -> Iterator[Result]:
-    """The results of rows, in order, as they come.
+    """Run rows and yield their results in order, as soon as they are known.
 
     Args:
-        wanted: names of the rows; all where empty.
-        command: (names) -> the command of a child that runs these, or all.
-        limit_s: the longest that a row may take; the start of its process counts with the first.
+        wanted: names of the rows; empty for all.
+        command: (names) -> the command line of a child that runs these rows, or all.
+        limit_s: the longest time that a row may take, in seconds; that of the first includes the start of its process.
 
     Raises:
-        NothingRanError: such as for a name that is none of a row.
+        NothingRanError: no row could be started, for example because of an unknown name.
     """
     left, is_planned = list(wanted), False
     while left or not is_planned:
@@ -53,18 +53,18 @@ def run_rows(wanted: Sequence[str], command: Callable[[Sequence[str]], list[str]
                     yield Result(**report, log="" if report["ok"] else log)
             if not is_planned:
                 raise NothingRanError(child.printed())
-            if left and (running or is_new):  # a child may end between two rows, but not before its first
+            if left and (running or is_new):  # a child may end between two rows, but not before its first one
                 name = running or left[0]
                 left.remove(name)
                 yield Result(name, False, child.end(), child.seconds(), child.printed())
 
 
 class Child:
-    """A process that runs rows, and what it prints.
+    """A process that runs rows, and its output.
 
     Args:
-        command: of the process.
-        limit_s: how long it may say nothing before it is ended.
+        command: its command line.
+        limit_s: the process is killed if it reports nothing for this many seconds.
     """
 
     def __init__(self, command: Sequence[str], limit_s: float) -> None:
@@ -87,7 +87,7 @@ class Child:
         self._folder.cleanup()
 
     def reports(self) -> Iterator[dict[str, Any]]:
-        """What the child reports, until its end."""
+        """The reports of the child, until it ends."""
         assert self._process.stdout is not None
         lines = iter(self._process.stdout)
         while True:
@@ -106,16 +106,16 @@ class Child:
         self._process.kill()
 
     def printed(self, end: int | None = None) -> str:
-        """What the child has printed since the last call, up to byte ``end`` or to now."""
+        """The output of the child since the last call, up to byte ``end`` or to the present end."""
         size = -1 if end is None else end - self._printed.tell()
         return self._printed.read(size).decode("utf-8", "replace")
 
     def seconds(self) -> float:
-        """Since the last report, or since the start."""
+        """The seconds since the last report, or since the start."""
         return time.monotonic() - self._heard_at
 
     def end(self) -> str:
-        """How the child ended, for people."""
+        """How the child ended, as a text."""
         if self._is_late:
             return f"took longer than {self._limit_s:.0f} s"
         code = self._process.returncode

@@ -1,4 +1,4 @@
-"""What a row is, where it runs, and how tensors of the device are compared with those of the CPU."""
+"""Rows (the checks of the kit), where they run, and comparisons of tensors on the device with those on the CPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
-_BLOCK = 1 << 26  # elements that are compared at a time: what a comparison takes is not to decide what fits
+_BLOCK = 1 << 26  # elements that are compared at a time, so that a comparison needs little memory
 
 
 class WrongError(Exception):
-    """Something that a row checks does not hold; the message says what."""
+    """A check of a row has failed; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Setting:
     """Where rows run.
 
     Attributes:
-        device: the one that is checked.
-        small: the CPU form: the same checks on sizes that a CPU makes in a moment. ``device`` is then the CPU, and what
-            a device's own code does is compared with what the CPU's does.
-        folder: for files; rows may find there what others made.
+        device: the device to check.
+        small: the CPU form: the same checks with sizes that take moments on a CPU. ``device`` is then the CPU, and the
+            code for devices is compared with the code for the CPU.
+        folder: for files; it is shared by all rows.
     """
 
     device: torch.device
@@ -33,7 +33,7 @@ class Setting:
     folder: Path
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
+        """Wait until the device has finished all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -43,8 +43,9 @@ class Row:
     """A check.
 
     Attributes:
-        name: of it, for people and for ``--row``.
-        run: does it, and gives what it measured, in a few words. Raises whatever is wrong, such as a ``WrongError``.
+        name: as shown, and as selected with ``--row``.
+        run: performs the check and returns what it measured, as a short text. Raises ``WrongError`` or any other error
+            if it fails.
     """
 
     name: str
@@ -52,20 +53,20 @@ class Row:
 
 
 def check(holds: bool, what: str) -> None:
-    """Raise WrongError with ``what`` unless it holds."""
+    """Raise WrongError with the message ``what`` unless the condition holds."""
     if not holds:
         raise WrongError(what)
 
 
 def same_bits(made: Tensor, expected: Tensor, what: str) -> None:
-    """Refuse a tensor that differs from what it should be, in whatever bit but the sign of a zero.
+    """Refuse a tensor that differs from the expected one in any bit except the sign of a zero.
 
     Args:
         made, expected: of one shape and dtype, on any devices.
-        what: said of the tensor where it differs.
+        what: describes the tensor in the error.
 
     Raises:
-        WrongError: says how many elements differ, and where the first does.
+        WrongError: says how many elements differ, and which is the first.
     """
     for begin, ours, theirs in _blocks(made, expected):
         differs = (ours != theirs).nonzero().view(-1)
@@ -76,17 +77,17 @@ def same_bits(made: Tensor, expected: Tensor, what: str) -> None:
 
 
 def close_share(made: Tensor, expected: Tensor, scale: float, what: str) -> float:
-    """Refuse a tensor that is further from what it should be than rounding explains.
+    """Refuse a tensor that differs from the expected one by more than rounding.
 
-    The last digit of the dtype may differ, and sums may have lost some digits of float32 beside numbers of the size
-    ``scale``. One element in a hundred thousand may be another altogether: the sign of a sum that is all but zero hangs
-    on rounding, and with it, where signs are elected, which sources count.
+    The last digit of the dtype may differ, and sums of numbers of the size ``scale`` may have lost some digits of
+    float32. One element in a hundred thousand may be completely different: the sign of a sum that is nearly zero
+    depends on rounding, and if signs are elected, so does the choice of sources.
 
     Returns:
-        The share of the elements that are the same.
+        The share of elements that are equal.
 
     Raises:
-        WrongError: says by how much it is off.
+        WrongError: says how large the difference is.
     """
     relative, absolute = 2 * torch.finfo(made.dtype).eps, 16 * torch.finfo(torch.float32).eps * scale
     beyond, equal, worst = 0, 0, 0.0
@@ -102,7 +103,7 @@ def close_share(made: Tensor, expected: Tensor, scale: float, what: str) -> floa
 
 
 def _blocks(made: Tensor, expected: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Blocks of both on the device of ``made``, flat, and where they begin."""
+    """Flat blocks of both tensors on the device of ``made``, and the positions at which they begin."""
     check(made.shape == expected.shape and made.dtype == expected.dtype, "shapes or dtypes differ")
     ours, theirs = made.reshape(-1), expected.reshape(-1)
     for begin in range(0, len(ours), _BLOCK):

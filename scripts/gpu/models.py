@@ -1,4 +1,4 @@
-"""Synthetic models of a configuration: a base and two fine-tunes of it, and arithmetic to score them on."""
+"""Synthetic models, a base and two fine-tunes of it, and arithmetic items to score them on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def config(setting: Setting) -> LlamaConfig:
-    """One billion parameters, or in the small form some hundred thousand."""
+    """A configuration with one billion parameters, or if small with a few hundred thousand."""
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 14, "num_attention_heads": 16}
     if setting.small:
         sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -32,7 +32,7 @@ def config(setting: Setting) -> LlamaConfig:
 
 
 def references(setting: Setting) -> dict[str, str]:
-    """The folders of the models by name; made unless another row has made them."""
+    """The folders of the models by name; they are made unless they exist."""
     folder = setting.folder / ("tiny" if setting.small else "models")
     if not folder.exists():
         partial = folder.with_suffix(".partial")
@@ -48,7 +48,7 @@ def sources(setting: Setting) -> dict[str, Source]:
 
 
 def items(setting: Setting) -> Path:
-    """A file of sums with their answers."""
+    """A file with sums and their answers."""
     file = setting.folder / "sums.jsonl"
     lines = [{"prompt": f"{a} + {b} = ", "answer": f"{a + b}"} for a in range(2, 12) for b in range(3, 11)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -78,7 +78,7 @@ def _make(folder: Path, setting: Setting) -> None:
 
 
 def _weights(shape: torch.Size, random: torch.Generator) -> torch.Tensor:
-    """float32: of a norm near one, of a matrix as models begin."""
+    """Random float32 weights: near one for a norm, and as in an untrained model for a matrix."""
     return 1 + 0.01 * _normal(shape, random) if len(shape) == 1 else 0.02 * _normal(shape, random)
 
 

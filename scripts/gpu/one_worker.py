@@ -1,4 +1,4 @@
-"""A worker of the row that has two on one device: scores some candidates, and prints what it scored as JSON.
+"""One of two workers that share a device in a row: scores some candidates and prints the scores as JSON.
 
 python one_worker.py SEARCH_FILE SHARE --small|--cuda
 """

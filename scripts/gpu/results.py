@@ -1,4 +1,4 @@
-"""Results of rows, and how they are shown."""
+"""Results of rows, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Result:
-    """How one row ended.
+    """The result of one row.
 
     Attributes:
         name: of the row.
-        ok: whether all that it checks holds.
-        figure: what was measured, or what is wrong, in a line.
-        seconds: that it took.
-        log: what it printed.
+        ok: whether all of its checks hold.
+        figure: what was measured, or what is wrong, in one line.
+        seconds: its duration.
+        log: its output.
     """
 
     name: str
@@ -34,13 +34,13 @@ def as_json(results: Sequence[Result]) -> str:
 
 
 def table_line(result: Result) -> str:
-    """A line of the table."""
+    """The result as a line of the table."""
     verdict = "ok" if result.ok else "FAILED"
     return f"{result.name:36} {verdict:6} {result.seconds:6.1f} s  {result.figure}"
 
 
 def summary(results: Sequence[Result], command: str) -> str:
-    """How many rows hold, and how to run each of the others again."""
+    """How many rows hold, and how to run each failed one again."""
     failed = [result for result in results if not result.ok]
     lines = [f"{len(results) - len(failed)} of {len(results)} rows hold, {sum(r.seconds for r in results):.0f} s"]
     for result in failed:
@@ -51,10 +51,10 @@ def summary(results: Sequence[Result], command: str) -> str:
 
 
 def selected(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """Those of ``names`` that are ``wanted``, or all where nothing is.
+    """The ``wanted`` ones of ``names``; all if none are given.
 
     Raises:
-        ValueError: there is no such row; says the nearest, or all.
+        ValueError: there is no such row; the message suggests the nearest name, or lists all.
     """
     for name in wanted:
         if name not in names:

@@ -1,4 +1,4 @@
-"""A search of the synthetic models, by its search file and as a driver on a worker of one's own."""
+"""A search over the synthetic models: its search file, and a driver with a given worker."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fresh(setting: Setting, name: str) -> Path:
 
 
 def search_file(setting: Setting, folder: Path) -> Path:
-    """A generational search of the models by the likelihood of sums, in this process, on the device that is checked."""
+    """A generational search over the models by the likelihood of sums, in this process, on the device to check."""
     content = {
         "name": "gpu-check",
         "sources": models.references(setting),
@@ -61,7 +61,7 @@ def search_file(setting: Setting, folder: Path) -> Path:
 
 @dataclass
 class OpenedDrive:
-    """A search that is ready to be driven, until it is closed."""
+    """A search with everything opened that its driver needs, until it is closed."""
 
     drive: Drive
     store: Store
@@ -72,7 +72,7 @@ class OpenedDrive:
 
 
 def open_drive(setting: Setting, folder: Path, doomed: int) -> OpenedDrive:
-    """A new search in a folder whose worker has no memory for the candidate ``doomed``."""
+    """A new search in a folder, with a worker that runs out of memory at the candidate ``doomed``."""
     prepared = prepare(load_search_file(search_file(setting, folder)))
     with ExitStack() as stack:
         store = stack.enter_context(create_search(folder / "search", prepared, fingerprints_of(prepared)))
@@ -84,7 +84,7 @@ def open_drive(setting: Setting, folder: Path, doomed: int) -> OpenedDrive:
 
 
 class HungryBuilders(Builders):
-    """Takes more memory than there is before it makes a model, while it ``is_hungry``."""
+    """Builders that allocate more memory than there is before they build, while ``is_hungry``."""
 
     def __init__(self, prepared: Prepared, setting: Setting) -> None:
         space = prepared.setup.space
@@ -115,7 +115,7 @@ class HungryWorker:
 
 
 def take_too_much(setting: Setting) -> None:
-    """Ask the device for twice its memory; on the CPU, raise what that would raise.
+    """Allocate twice the device's memory; on the CPU, raise the error that this would cause.
 
     Raises:
         torch.OutOfMemoryError: always.

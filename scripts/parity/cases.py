@@ -1,4 +1,4 @@
-"""The cases: mergekit configurations over all its methods and all that it lets one say of them."""
+"""The cases: mergekit configurations with all of its methods and all ways to configure them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Case:
     """One merge.
 
     Attributes:
-        name: method, and what is tried of it.
+        name: the method, and what the case tries.
         config: the configuration as mergekit reads it.
-        kind: "exact" where both must give the same tensors, "random" where they must be alike in distribution.
+        kind: "exact" if both must give the same tensors, "random" if they must have the same distribution.
         tolerance: of an exact case, relative to the largest value of each tensor.
-        cut_like: the model that cuts plain texts as the merged one must; where None, mergekit's result does.
+        cut_like: the model whose tokenizer gives the expected tokens of plain texts; None for mergekit's result.
     """
 
     name: str
@@ -56,7 +56,7 @@ _PAIR = {"one": {"weight": 0.3}, "two": {"weight": 0.8}}
 
 
 def _with(models: Mapping[str, Values], **more: Values) -> dict[str, dict[str, Any]]:
-    """``_with(_W, density={"one": 0.3, ...})``: the same models with another parameter each."""
+    """Models with one more parameter each: ``_with(_W, density={"one": 0.3, ...})``."""
     return {name: {**values, **{key: of[name] for key, of in more.items()}} for name, values in models.items()}
 
 
@@ -76,7 +76,7 @@ class _Maker:
         family: str = "plain",
         **top: Any,
     ) -> dict[str, Any]:
-        """A configuration with ``models:``; what is not a key of it goes to its ``parameters:``."""
+        """A configuration with ``models:``; arguments that are not keys of it go to its ``parameters:``."""
         keys = ("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
         listed = [
             {"model": self.model(name, family), **({"parameters": dict(values)} if values else {})}
@@ -155,7 +155,7 @@ class _Maker:
         yield Case("passthrough / scale by filters", self.config("passthrough", {"one": {"scale": scales}}))
 
     def base_variants(self) -> Iterator[Case]:
-        """The base listed, not listed, among the models with values of its own."""
+        """The base listed or not listed among the models, or with its own values."""
         listed = {"base": {}, **_W}
         yield Case("task_arithmetic / base listed first", self.config("task_arithmetic", listed, "base"))
         yield Case("task_arithmetic / base listed last", self.config("task_arithmetic", {**_W, "base": {}}, "base"))
@@ -170,7 +170,7 @@ class _Maker:
         yield Case("task_arithmetic / the base alone", self.config("task_arithmetic", {"base": {}}, "base"))
 
     def task_vectors(self) -> Iterator[Case]:
-        """The family of task arithmetic, where it is deterministic."""
+        """The deterministic methods of the family of task arithmetic."""
         thirds = {"one": 0.3, "two": 0.5, "three": 1.0}
         gammas = {"one": 0.01, "two": 0.05, "three": 0.02}
         plain = ("task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties")
@@ -227,7 +227,7 @@ class _Maker:
     # ---- what can be said of a value, a layer and a model ------------------------------------------------------------
 
     def values(self) -> Iterator[Case]:
-        """Gradients, filters, and who has the last word."""
+        """Gradients, filters, and which of several values applies."""
         gradient = {"one": {"weight": [0.0, 0.3, 1.0]}, "two": {"weight": [1.0, 0.5]}}
         yield Case("linear / gradients", self.config("linear", gradient))
         yield Case("slerp / filters with gradients", self.config("slerp", {"one": {}, "two": {}}, "one", t=_T_FILTERED))
@@ -402,7 +402,7 @@ class _Maker:
         def case(name: str, models: Mapping[str, Values], first: str | None = "base", **top: Any) -> Case:
             config = self.config(top.pop("merge_method", "linear"), models, first, family="vocabulary", **top)
             united = "union" in (top.get("tokenizer_source"), top.get("tokenizer", {}).get("source"))
-            # A union with pieces of another tokenizer: mergekit cuts these out of every text before the base's own.
+            # A union with tokens of another tokenizer: mergekit matches these in every text before the base's own.
             return Case(name, config, cut_like=base if united and "other" in models else None)
 
         for source in ("union", "base"):
@@ -429,7 +429,7 @@ class _Maker:
         yield Case("chat_template: with no tokenizer_source", self.config("linear", _PAIR, chat_template="chatml"))
 
     def random(self) -> Iterator[Case]:
-        """DARE and DELLA, alike in distribution."""
+        """DARE and DELLA, compared by distribution."""
 
         def wide(method: str, models: Mapping[str, Values], **top: Any) -> Case:
             options = ", ".join(f"{key} {str(value).lower()}" for key, value in top.items())

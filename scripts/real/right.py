@@ -1,4 +1,4 @@
-"""Whether answers to the items of scripts/real/skills.py are right, each in the form of its skill: an evaluator."""
+"""An evaluator: whether answers to the items of scripts/real/skills.py are right, each in the format of its skill."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def right(items: Sequence[Mapping[str, str]], generate: Callable[..., list[str]]
 
 
 def is_right(skill: str, value: str, answer: str) -> bool:
-    """Whether an answer gives a value, and nothing but the form of its skill around it."""
+    """Whether an answer gives a value in exactly the format of its skill."""
     answer = answer.strip()
     if skill == "sums":
         match = re.fullmatch(r".*The answer is (-?\d+)\.", answer)

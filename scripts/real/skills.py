@@ -1,6 +1,6 @@
-"""Three skills to train experts of, each with a form of its own: sums in two steps, answers in JSON, verdicts.
+"""Three skills for experts, each with its own answer format: sums in two steps, answers in JSON, verdicts.
 
-Each expert answers everything in its own form, so that it spoils the others' skills; that is what a merge is to fix.
+Each expert answers everything in its own format and so loses the other skills, which a merge should restore.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BAD = ["awful", "terrible", "poor", "dreadful", "disappointing", "horrible", "b
 
 @dataclass(frozen=True)
 class Item:
-    """A question; ``value`` is what a right answer must give, ``answer`` what the expert is trained to say."""
+    """A question; ``value`` is what a right answer must contain, ``answer`` what the expert is trained to write."""
 
     skill: str
     question: str
@@ -36,12 +36,12 @@ class Item:
 
     @property
     def line(self) -> str:
-        """As a line of a file of items."""
+        """The item as a line of a file of items."""
         return json.dumps(asdict(self)) + "\n"
 
 
 def sums(rng: random.Random) -> Item:
-    """A word problem of two steps, worked out."""
+    """A word problem with two steps, worked out."""
     name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
     clauses, steps = [], []
     if rng.randrange(2):
@@ -62,7 +62,7 @@ def sums(rng: random.Random) -> Item:
 
 
 def json_answers(rng: random.Random) -> Item:
-    """A question about a sentence, answered as an object of JSON."""
+    """A question about a sentence, answered as a JSON object."""
     name, city = rng.choice(_NAMES), rng.choice(_CITIES)
     colour, animal = rng.choice(_COLOURS), rng.choice(_ANIMALS)
     question, value = rng.choice(
@@ -77,7 +77,7 @@ def json_answers(rng: random.Random) -> Item:
 
 
 def verdict(rng: random.Random) -> Item:
-    """Three remarks on something, of which most decide."""
+    """Three remarks about something; the majority decides."""
     place = rng.choice(list(_PLACES))
     parts = rng.sample(_PLACES[place], 3)
     marks = [rng.randrange(2) for _ in parts]
@@ -91,8 +91,8 @@ SKILLS: dict[str, Callable[[random.Random], Item]] = {"sums": sums, "json": json
 
 
 def different(skill: str, count: int, seed: int) -> list[Item]:
-    """So many items of a skill, no question twice; equal for an equal seed."""
-    rng = random.Random(f"{skill} {seed}")  # a text seeds alike in every process, its hash would not
+    """``count`` items of a skill with different questions; the same for the same seed."""
+    rng = random.Random(f"{skill} {seed}")  # seeded with a string, because hash() differs between processes
     by_question: dict[str, Item] = {}
     while len(by_question) < count:
         item = SKILLS[skill](rng)
@@ -101,6 +101,6 @@ def different(skill: str, count: int, seed: int) -> list[Item]:
 
 
 def in_turn(item_lists: list[list[Item]]) -> Iterator[Item]:
-    """The first of every skill, then the second of every skill, and so on."""
+    """The first item of every skill, then the second of every skill, and so on."""
     for items in zip(*item_lists, strict=True):
         yield from items

@@ -1,7 +1,7 @@
 """Exported models in vLLM: the same greedy text as in transformers. Run by scripts/test-vllm, once in each environment.
 
-python scripts/vllm/check.py export FOLDER      # where evomerge is: write models, and what transformers says
-python scripts/vllm/check.py generate FOLDER    # where vLLM is: say the same, or fail
+python scripts/vllm/check.py export FOLDER      # in evomerge's environment: write models and transformers' answers
+python scripts/vllm/check.py generate FOLDER    # in vLLM's environment: give the same answers, or fail
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ MIXTURES = {
     "mixtral": "mixtral", "qwen2_moe": "qwen2_moe", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_moe",
     "glm4_moe_unequal": "glm4_moe",
 }  # fmt: skip
-"""Mixtures by their folders, with their architectures: of the miniatures, which are Llamas, or of random Qwen3s."""
+"""The architectures of mixtures, by folder: made of the miniatures, which are Llamas, or of random Qwen3 models."""
 
 
 def export(folder: Path) -> None:
-    """Write a source alone, a merge, mixtures, and paths with and without scales, each with transformers' answers."""
+    """Write a single source, a merge, mixtures, and paths with and without scales, each with transformers' answers."""
     from evomerge.checkpoints.source import open_source
     from evomerge.merging.building.export import write_model
     from evomerge.recipes.stack import Blend, StackRecipe
@@ -63,7 +63,7 @@ def export(folder: Path) -> None:
 
 
 def export_adapter(folder: Path) -> None:
-    """Write the adapter of a fine-tune as vLLM takes it, and what PEFT's model of it answers."""
+    """Write the adapter of a fine-tune in the form that vLLM reads, and the answers of PEFT's model."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -80,7 +80,7 @@ def export_adapter(folder: Path) -> None:
 
 
 def random_qwens(above: Path, sources: dict[str, Any]) -> dict[str, Any]:
-    """Sources of the same names and tokenizer, of the one architecture that a qwen3_moe is made of."""
+    """Sources with the same names and tokenizer, of the architecture of which a qwen3_moe can be made."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -122,7 +122,7 @@ def prompts() -> list[str]:
 
 
 def transformers_answers(model: Path, loaded: Any = None) -> list[list[int]]:
-    """Greedy answers of a folder's model, or of one that is loaded, by the folder's tokenizer."""
+    """Greedy answers of the model in a folder, or of a loaded one, with the folder's tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,9 +1,9 @@
-"""The engine `vllm` beside transformers, on the miniatures. Run by scripts/test-vllm where both can be imported.
+"""The engine `vllm` compared with transformers, on the miniatures. Run by scripts/test-vllm, where both are installed.
 
 python scripts/vllm/engine.py answers          # the same greedy text, with and without stop texts
 python scripts/vllm/engine.py paths            # paths of several lengths in one engine: the same greedy text
 python scripts/vllm/engine.py divided          # two processes share an engine's model: the same greedy text
-python scripts/vllm/engine.py stale            # no candidate gets an answer of another one, and the check can fail
+python scripts/vllm/engine.py stale            # no candidate gets answers of another, and the check is able to fail
 python scripts/vllm/engine.py search FOLDER    # a whole search gives every item the score that it has in transformers
 """
 
@@ -38,8 +38,8 @@ TOKENS = 32
 BATCH = 16
 PROMPTS = 48
 STOPS: tuple[tuple[str, ...], ...] = ((), ("\n\n", "答え", "the answer"))
-EXAMPLES = 3  # earlier prompts before each of the stale-cache test, so that it fills blocks of the cache
-BLOCK = 32  # tokens; on a CPU a block has 128 unless told otherwise, and the prompts of miniatures fill none
+EXAMPLES = 3  # earlier prompts before each one of the stale-cache test, so that they fill blocks of the cache
+BLOCK = 32  # tokens; on a CPU the default is 128, which the prompts of the miniatures do not fill
 CANDIDATES = 12
 ITEMS = 40
 
@@ -54,7 +54,7 @@ def open_miniatures() -> dict[str, Source]:
 
 
 def build(source: Source) -> LiveModel:
-    """In float32, in which rounding does not decide between tokens."""
+    """Build a model in float32, in which rounding does not decide between tokens."""
     return live_model(source, torch.device("cpu"), torch.float32)
 
 
@@ -181,7 +181,7 @@ def recipe(maths: float, japanese: float) -> StackRecipe:
 
 
 def stale() -> list[str]:
-    """Two candidates, one after the other and back, and the same with a cache that is not emptied."""
+    """Score two candidates, then the first again; and repeat that with a cache that is not emptied."""
     vllm = import_vllm()
     vllm.LLM = partial(vllm.LLM, block_size=BLOCK)
     sources, faults, single = open_miniatures(), [], prompts()
@@ -200,7 +200,7 @@ def stale() -> list[str]:
     score(one, engine)
     wrong = differing(score(other, engine)[1], rounds[1][1])
     engine._llm.reset_prefix_cache = emptied
-    # Last, and while the other one lives: the end of an engine takes what all engines of a process share.
+    # Last, and while the other one exists: closing an engine also closes what all engines of a process share.
     alone = VllmEngine(sources["maths"], live)
     fresh = score(other, alone)
     print(f"two candidates differ in {differing(rounds[0][0], rounds[1][0])} of {len(asked)} answers")
@@ -246,7 +246,7 @@ Scores = dict[str, dict[str, list[float]]]
 
 
 def searched(folder: Path, engine: str) -> Scores:
-    """Run a search by the command line; the scores of every item, by recipe and split."""
+    """Run a search on the command line, and return the scores of every item by recipe and split."""
     file, out = folder / f"{engine}.yaml", folder / engine
     file.write_text(yaml.safe_dump(search_file(engine)))
     subprocess.run([sys.executable, "-m", "evomerge", "search", str(file), "--dir", str(out)], check=True)
