@@ -1,11 +1,11 @@
-"""What it costs in quality to do without the barrier: asynchronous against generational search, at equal candidates.
+"""The loss of quality without the barrier: asynchronous against generational search, with equally many candidates.
 
-Workers run on a simulated clock and take log-normal times with a tenth of stragglers, so that results come back late
-and out of order. Both modes search with the same seeds: standard functions in 10 dimensions, and one that is only seen
-through 250 items that are right or wrong, as a merge's score is; with ``--miniatures`` also merges of the miniatures,
-scored for real, of which the best candidate's held-out score counts. A figure is asynchronous minus generational,
-paired by seed, with its 95% confidence interval (BCa bootstrap of the mean): of the logarithm of the best loss for
-functions, of scores otherwise. The time that both take on that clock is told as a ratio.
+Workers run on a simulated clock and take log-normal times, with a tenth of stragglers, so that results come back late
+and out of order. Both modes search with the same seeds: standard functions in 10 dimensions, and one that is only
+visible through 250 items that are right or wrong, like a merge's score; with ``--miniatures`` also real merges of the
+miniatures, of which the best candidate's held-out score counts. A figure is asynchronous minus generational, paired by
+seed, with its 95% confidence interval (BCa bootstrap of the mean): for functions of the logarithm of the best loss,
+otherwise of scores. The simulated time of both is given as a ratio.
 
     python scripts/bench/asynchronous.py [--seeds 12] [--candidates 600] [--miniatures N] [--json FILE]
 """
@@ -70,7 +70,7 @@ def seconds_of(random: np.random.Generator) -> float:
 
 
 def drive(setup: Setup, workers: int, simulate: Simulation, end: Callable[[Store], float]) -> tuple[float, float]:
-    """What ``end`` finds when the search has ended, and its seconds on the simulated clock."""
+    """The result of ``end`` after the search, and the search's seconds on the simulated clock."""
     with tempfile.TemporaryDirectory() as folder:
         store = Store.create(Path(folder) / "search.db", name="bench", settings={}, fingerprints={}, environment={})
         with store, acquire(store):
@@ -81,7 +81,7 @@ def drive(setup: Setup, workers: int, simulate: Simulation, end: Callable[[Store
 
 
 def on_function(name: str, mode: Mode, workers: int, candidates: int, seed: int) -> tuple[float, float]:
-    """The best loss as a logarithm, or the true score of the best seen through items; and simulated seconds."""
+    """The logarithm of the best loss, or the true score of the best candidate by items; and simulated seconds."""
     space = made_up_space(LAYERS, "layer", sources=1)
     genomes: dict[str, Genome] = {}
     decode = space.decode
@@ -135,7 +135,7 @@ def on_miniatures(mode: Mode, workers: int, candidates: int, seed: int) -> tuple
 
 
 Search = Callable[[Mode, int, int], tuple[float, float]]
-"""(mode, workers, seed) -> what is compared, and simulated seconds."""
+"""(mode, workers, seed) -> the number to compare, and simulated seconds."""
 
 
 def compare(name: str, better: str, search: Search, workers: Sequence[int], seeds: int) -> list[dict[str, Any]]:

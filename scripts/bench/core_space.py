@@ -1,9 +1,9 @@
-"""What a candidate of LoRA adapters costs before it is scored: merged in core space, and folded into whole weights.
+"""The cost of making a candidate from LoRA adapters: merged in core space, and folded into whole weights.
 
-Three ways take turns over the same candidates of a method, with other numbers in every layer each time: its small
-matrices for rows of a batch (`together`), the same put on the base's weights in a live model, and adapters folded whole
-and merged as full models are. Seconds are of one core (processor time of this process on one thread), medians of turns;
-the first candidate of each way, which makes evidence, is told apart. Nothing is scored.
+Three ways take turns over the same candidates of a method, with different numbers in every layer: small matrices for
+rows of a batch (`together`), the same added to the base's weights in a live model, and adapters that are folded and
+merged like full models. Seconds are of one core (processor time of this process on one thread), as medians of turns;
+the first candidate of each way, which also computes evidence, is reported separately. Nothing is scored.
 
     python scripts/bench/core_space.py --real real [--methods task_arithmetic,ties,dare_ties,karcher] [--repeats 5]
         [--dtype bfloat16] [--json FILE]
@@ -37,7 +37,7 @@ METHODS = "task_arithmetic,ties,dare_ties,karcher"
 
 
 def recipe_of(sources: Mapping[str, Source], method: str, basis: Basis | None, seed: int) -> StackRecipe:
-    """A candidate with weights and densities of its own in every layer; equal for equal seeds but for the basis."""
+    """A candidate with its own weights and densities in every layer; for equal seeds only the basis differs."""
     numbers = np.random.default_rng(seed)
     found = find_method(method, "--methods")
 
@@ -61,14 +61,14 @@ def recipe_of(sources: Mapping[str, Source], method: str, basis: Basis | None, s
 
 
 def seconds(work: Callable[[StackRecipe], object], recipe: StackRecipe) -> float:
-    """Of the processor."""
+    """Processor seconds."""
     started = time.process_time()
     work(recipe)
     return time.process_time() - started
 
 
 def measured(sources: Mapping[str, Source], method: str, repeats: int, dtype: torch.dtype) -> dict[str, object]:
-    """Seconds a candidate in each way, after the first, and of the first."""
+    """Seconds per candidate in each way, after the first, and seconds of the first."""
     live = live_model(sources["base"], (torch.device("cpu"),), dtype)
     in_core, folded = Materialiser(sources), Materialiser(sources)
     merges: list[CoreMerges] = []
@@ -101,7 +101,7 @@ def measured(sources: Mapping[str, Source], method: str, repeats: int, dtype: to
 
 
 def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """The median of the ratios of pairs after the first."""
+    """The median of the ratios of pairs, without the first."""
     return statistics.median(one / other for one, other in zip(slow[1:], fast[1:], strict=True))
 
 

@@ -1,16 +1,16 @@
-"""How the encodings of data-flow space search, on the miniatures: equal budgets, several seeds, one table and a plot.
+"""Compares the encodings of data-flow space on the miniatures: equal budgets, several seeds, one table and a plot.
 
 A candidate is scored by the log-likelihood of the right Japanese answers on items of the search split; the best of each
-run is then scored on the held-out split, by that and by the share of answers that are right. Two settings:
+run is then scored on the held-out split, by that and by the share of right answers. There are two settings:
 
-- "maths": model A is the maths expert, which answers in English, and layers of the Japanese expert may join in;
-- "hurt": model A is the Japanese expert with three layers more that hurt: copies of its own with shuffled weights,
-  which add eight times as much to the residual stream. Nothing but its path can fix it.
+- "maths": model A is the maths expert, which answers in English, and layers of the Japanese expert may be used;
+- "hurt": model A is the Japanese expert with three additional, harmful layers: copies of its own with shuffled weights,
+  which add eight times as much to the residual stream. Only another path can fix it.
 
     python scripts/bench/data_flow.py [--seeds 5] [--candidates 120] [--settings maths;hurt] [--only NAME;...]
 
-Writes data-flow.json and data-flow.svg; what the file holds of other settings is kept, so that settings can be run side
-by side. Some 40 minutes a setting on one core.
+Writes data-flow.json and data-flow.svg; results of other settings in the file are kept, so settings can be run
+separately. A setting takes about 40 minutes on one core.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ ROOT = Path(__file__).parents[2]
 MINIATURES = ROOT / "examples" / "miniatures"
 DATA = ROOT / "evaluators" / "tasks" / "data"
 ITEMS = 64
-HURT = (2, 4, 5)  # layers of A after which one that hurts stands
-HARM = 8.0  # times what it would add to the residual stream
+HURT = (2, 4, 5)  # layers of A that are followed by a harmful one
+HARM = 8.0  # factor on what it adds to the residual stream
 
 CMA = {"name": "cma", "x0": "default"}
 CATCMA = {"name": "catcma"}
-# Label: (settings of the space, optimizer). The first is the paper's: a slot for each layer of each repetition, zero on
-# average but for A's, a scale for each pair of layers, and CMA-ES. Its population of 128 would be most of this budget.
+# Label: (settings of the space, optimizer). The first is the paper's: a slot for each layer of each repetition, with a
+# mean of zero except for A's, a scale for each pair of layers, and CMA-ES. The paper's population of 128 would take
+# most of this budget.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "indicators, as in the paper": ({"start": "paper", "scale": "transition"}, CMA),
     "indicators, a scale a hop": ({"start": "paper"}, CMA),
@@ -70,7 +71,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 class Scorer:
-    """Scores recipes over some sources, the first of which is model A."""
+    """Scores recipes over sources, the first of which is model A."""
 
     def __init__(self, folders: dict[str, Path]) -> None:
         self.sources = {name: open_source(name, str(folder), place=name) for name, folder in folders.items()}
@@ -86,13 +87,13 @@ class Scorer:
         self.sums = LmEvalSettings(task="mini_math_ja", batch_size=100).build()
 
     def loss(self, recipe: StackRecipe) -> float:
-        """Minus the mean log-likelihood on the search split."""
+        """The negative mean log-likelihood on the search split."""
         self.materialiser.write(recipe, self.live)
         log_likelihoods = score(self.likelihood, self.live, "search", range(ITEMS)).scores["log_likelihood"]
         return -float(log_likelihoods.mean()) if np.isfinite(log_likelihoods).all() else np.inf
 
     def held_out(self, recipe: StackRecipe) -> dict[str, float]:
-        """Mean log-likelihood, and the share of right answers, on the whole held-out split."""
+        """The mean log-likelihood and the share of right answers on the whole held-out split."""
         self.materialiser.write(recipe, self.live)
         every = range(len(self.likelihood.items("held_out")))
         likely = score(self.likelihood, self.live, "held_out", every).scores["log_likelihood"]
@@ -101,7 +102,7 @@ class Scorer:
 
 
 def hurt(folder: Path, out: Path) -> None:
-    """A copy of a model with layers more, whose weights are those of the layer before in another order."""
+    """A copy of a model with additional layers, whose weights are those of the layer before, shuffled."""
     shutil.copytree(folder, out)
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
@@ -126,7 +127,7 @@ def hurt(folder: Path, out: Path) -> None:
 def search(
     scorer: Scorer, space: dict[str, Any], optimizer: dict[str, Any], seed: int, candidates: int
 ) -> dict[str, Any]:
-    """One search; its best loss after each candidate, and what the best one scores on held-out items."""
+    """Run one search: its best loss after each candidate, and the held-out scores of the best one."""
     names = list(scorer.sources)
     first = scorer.sources[names[0]]
     context = SpaceContext(
@@ -156,7 +157,7 @@ def search(
         best.append(min([known[recipe.hash], *best[-1:]]))
         return known[recipe.hash]
 
-    alone = next(iter(built.baselines()))  # of the baselines only A: the encodings are to show what they find
+    alone = next(iter(built.baselines()))  # only baseline A, because encodings are compared by what they find
     if alone.genome is not None:
         chooser.tell([Observation(alone.genome, [loss_of(alone.recipe)])])
     while len(best) < candidates and chooser.stopped is None:
@@ -172,7 +173,7 @@ def path_of(recipe: StackRecipe) -> list[str]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half of its 95% confidence interval by Student's t."""
+    """The mean, and the half-width of its 95% confidence interval by Student's t."""
     if len(values) < 2:
         return float(np.mean(values)), 0.0
     reach = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
@@ -233,7 +234,7 @@ def row(setting: str, label: str, runs: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(results: dict[str, Any], out: Path) -> None:
-    """The best log-likelihood so far over candidates: mean over the seeds, and its standard error as a band."""
+    """Plot the best log-likelihood so far over candidates: the mean over seeds, with its standard error as a band."""
     matplotlib.rcParams.update({"svg.hashsalt": "evomerge", "font.size": 9})
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axes, (setting, content) in zip(

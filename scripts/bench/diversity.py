@@ -1,19 +1,19 @@
-"""What a team of three covers: searches that keep many different candidates beside plain CMA-ES, at equal budgets.
+"""The coverage of teams of three: searches that keep many different candidates against plain CMA-ES, at equal budgets.
 
-Four adapters of the zoo (examples/zoo), their base, and four tasks, of which one is a composition that no source does;
-no one merge does all of them. Every search has 96 candidates, baselines among them, each scored on 25 items of every
-task; a seed is a draw of these items, and of all that the search draws. From each search a team of three is chosen
-greedily by the items that it was scored on (``evomerge team``), and scored on 300 held-out items. Beside these teams
-stand the three best candidates of plain CMA-ES by the mean of the tasks, which is what a search without niches offers,
-the team that can be chosen from that search as well, and that of the sources.
+Four adapters of the zoo (examples/zoo), their base, and four tasks, of which one is a composition that no source
+solves; no single merge solves all of them. Every search has 96 candidates including baselines, each scored on 25 items
+of every task; a seed determines these items and all random numbers of the search. From each search a team of three is
+chosen greedily by the items that it was scored on (``evomerge team``), and scored on 300 held-out items. These teams
+are compared with the three best candidates of plain CMA-ES by the mean of the tasks, which is what a search without
+niches offers, with the team that can also be chosen from that search, and with that of the sources.
 
 Coverage is the share of held-out items that at least one member solves; a majority is more than half of the members.
-Differences are paired by seed and item; their 95% intervals are a bootstrap over both.
+Differences are paired by seed and item; their 95% intervals come from a bootstrap over both.
 
     python scripts/bench/diversity.py run FOLDER [--seeds 0 1 2 ...] [--only NAME ...]      # can be interrupted
     python scripts/bench/diversity.py report FOLDER      # docs/diversity.json, docs/diversity.svg, and the table
 
-Runs that were reported are kept in docs/diversity_runs.json, and are not run again: further seeds add to them.
+Reported runs are kept in docs/diversity_runs.json and are not repeated: further seeds add to them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CANDIDATES = 96
 ITEMS, HELD_OUT = 25, 75  # of each task
 AT = (16, 32, 64, 96)  # candidates of the coverage curve
 
-METRICS = {"zoo_math_ja": "acc_ja"}  # of the other tasks: acc
+METRICS = {"zoo_math_ja": "acc_ja"}  # the other tasks have acc
 ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "plain CMA-ES": {"name": "cma", "scalarisation": {"name": "weighted_sum", "weights": [1.0] * len(TASKS)}},
     "dns": {"name": "dns"},
@@ -91,7 +91,7 @@ def content(name: str, seed: int) -> dict[str, Any]:
 
 
 def run(folder: Path, name: str, seed: int) -> None:
-    """One search and its teams, in FOLDER/NAME-SEED.json; nothing when that is known already."""
+    """Run one search and choose its teams, for FOLDER/NAME-SEED.json; skipped if that exists."""
     key = f"{''.join(letter if letter.isalnum() else '_' for letter in name)}-{seed}"
     out = folder / f"{key}.json"
     if out.exists() or any((known["name"], known["seed"]) == (name, seed) for known in reported()):
@@ -118,10 +118,10 @@ def run(folder: Path, name: str, seed: int) -> None:
 
 
 class Searched:
-    """A search that has ended: the teams that can be chosen of it, and what they solve of the held-out items.
+    """A finished search: the teams that can be chosen from it, and the held-out items that they solve.
 
     Args:
-        known: a folder of what recipes solve, in files named by their hashes: searches have sources in common.
+        known: a folder with the results of recipes, in files named by their hashes, because searches share sources.
     """
 
     def __init__(self, store: Store, prepared: Prepared, worker: Worker, known: Path) -> None:
@@ -130,7 +130,7 @@ class Searched:
         self._numbers, self._scores = search_scores(store, rows, maximised(store))
 
     def greedy(self, at: int) -> list[int]:
-        """The team of the first so many candidates."""
+        """The team of the first ``count`` candidates."""
         return self._team([number for number in self._numbers if number < at])
 
     def of_sources(self) -> list[int]:
@@ -138,7 +138,7 @@ class Searched:
         return self._team([row.number for row in self._store.candidates(step=0) if row.origin == "source"])
 
     def best(self) -> list[int]:
-        """The candidates with the highest means of the tasks, each genome once."""
+        """The candidates with the highest mean over tasks, without repeated genomes."""
         order = np.argsort(-self._scores.mean(axis=1), kind="stable").tolist()
         distinct: dict[str, int] = {}
         for place in order:
@@ -151,7 +151,7 @@ class Searched:
         return [self._numbers[places[member]] for member in greedy_team(self._scores[places], MEMBERS)]
 
     def shown(self, team: Sequence[int]) -> list[str]:
-        """For each member a text of 0 and 1: whether it solves each held-out item."""
+        """For each member a string of 0 and 1: whether it solves each held-out item."""
         return [self._held_out(number) for number in team]
 
     def _held_out(self, number: int) -> str:
@@ -180,7 +180,7 @@ class Searched:
 
 @dataclass(frozen=True)
 class Teams:
-    """One row's teams. ``solved``: of each seed float64 [members, items]."""
+    """The teams of one row. ``solved`` has float64 [members, items] for each seed."""
 
     solved: Sequence[Scores]
 
@@ -203,13 +203,13 @@ class Teams:
 
 
 def reported() -> list[dict[str, Any]]:
-    """The runs that earlier reports were of."""
+    """The runs of earlier reports."""
     runs: list[dict[str, Any]] = json.loads(RUNS.read_text()) if RUNS.exists() else []
     return runs
 
 
 def report(folder: Path) -> None:
-    """docs/diversity.json, its picture, and the table: of each search the seeds that plain CMA-ES has as well."""
+    """Write docs/diversity.json and its plot, and print the table, with the seeds that plain CMA-ES also has."""
     found = [*reported(), *(json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))]
     runs = list({(run["name"], run["seed"]): run for run in found}.values())
     RUNS.write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")
@@ -244,7 +244,7 @@ def report(folder: Path) -> None:
 
 
 def _row(name: str, teams: Teams, others: Mapping[str, Scores]) -> dict[str, Any]:
-    """What a team covers, and by how much more than others do on the same seeds: float64 [seeds, items] each."""
+    """The coverage of a team, and by how much it exceeds others on the same seeds (float64 [seeds, items] each)."""
     gaps = {other: teams.covered - covered for other, covered in others.items()}
     ends = {other: interval(gap) for other, gap in gaps.items()}
     return {

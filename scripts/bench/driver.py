@@ -1,8 +1,9 @@
-"""What the driver itself costs: seconds of its own for each candidate, as a search grows.
+"""The driver's own time per candidate, as a search grows.
 
-A search of many parameters runs in a simulated pool whose workers take no time, so that everything the clock shows is
-the driver's: asking, decoding, hashing, every transaction of the store, the front. Prints a curve over the number of
-candidates, which should be flat. The store is an SQLite file, or in the database of a URL, where the search stays.
+A search over many parameters runs in a simulated pool whose workers take no time, so all the time that passes is the
+driver's: asking, decoding, hashing, all transactions of the store, the front. Prints a curve over the number of
+candidates, which should be flat. The store is an SQLite file, or a database given by a URL, in which the search
+remains.
 
     python scripts/bench/driver.py [--parameters 200] [--candidates 2000] [--store postgresql://user@host/database]
                                    [--json]
@@ -32,9 +33,9 @@ ITEMS = 1000
 def run(parameters: int, candidates: int, place: str | None = None) -> tuple[int, list[tuple[int, float]]]:
     """The number of parameters, and (candidates finished, seconds since the start) along the search.
 
-    ``place`` is the URL of a database for the store; left out, the store is a file.
+    ``place`` is the URL of a database for the store; by default, the store is a file.
     """
-    # Three sources, weights by layer: 3 x (layers + 3) parameters, as near as that gets.
+    # Three sources with weights by layer: 3 x (layers + 3) parameters, as close to the requested number as possible.
     space = made_up_space(max(1, round(parameters / 3) - 3), "layer")
     setup = made_up_setup(space, candidates, ITEMS)
     rng = np.random.default_rng(0)
@@ -47,7 +48,7 @@ def run(parameters: int, candidates: int, place: str | None = None) -> tuple[int
 
     curve: list[tuple[int, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        name = f"bench-{time.time_ns()}"  # a database may hold the searches of earlier runs
+        name = f"bench-{time.time_ns()}"  # a database may have the searches of earlier runs
         path = place or Path(folder) / "search.db"
         store = Store.create(path, name=name, settings={}, fingerprints={}, environment={})
         with store, acquire(store):
@@ -66,7 +67,7 @@ def run(parameters: int, candidates: int, place: str | None = None) -> tuple[int
 
 
 def slopes(curve: list[tuple[int, float]], pieces: int) -> list[tuple[int, float]]:
-    """Milliseconds a candidate in each of ``pieces`` equal stretches of the search."""
+    """Milliseconds per candidate in each of ``pieces`` equal parts of the search."""
     stretches = []
     counts, seconds = np.array([c for c, _ in curve]), np.array([s for _, s in curve])
     marks = np.linspace(0, counts[-1], pieces + 1)

@@ -1,26 +1,26 @@
-"""When routing pays: adapters routed token by token beside the best that plain merges of them make, at equal budgets.
+"""When routing pays: adapters routed token by token, against the best plain merges of them, at equal budgets.
 
-Eight adapters of the zoo, four tasks, of which one is a composition that no adapter does. What needs no search is
-scored as it is: every adapter alone, their mean and sum, Arrow as peft has it. Equal weights of tuned strength and
-LoraHub's rule choose a few numbers; static coefficients (one for each weight and adapter) and routers are fitted by
-gradient to the third split, with equally many answers; and three searches have 150 candidates each, raced on the same
-100 items: of adapters' weights, around the fitted coefficients, and of routed experts. A seed is one of the fits, of
-LoraHub's draw, and of the searches. All is scored on the same held-out items, item by item.
+Eight adapters of the zoo and four tasks, of which one is a composition that no adapter solves. Models that need no
+search are scored as they are: every adapter alone, their mean and sum, Arrow as in peft. Equal weights with tuned
+strength and LoraHub's rule choose a few numbers; static coefficients (one per weight and adapter) and routers are
+fitted by gradient to the third split, with equally many answers; and three searches have 150 candidates each, raced on
+the same 100 items: over weights of adapters, around the fitted coefficients, and over routed experts. A seed determines
+the fits, LoraHub's sample, and the searches. Everything is scored on the same held-out items, item by item.
 
-Differences are to the best plain merge (that with the highest mean over seeds), paired by item; their 95% intervals are
-a bootstrap over seeds and items. Tokens a second are those of answers to the same items on one thread, of all forms in
-turn, the median of several turns.
+Differences are relative to the best plain merge (the one with the highest mean over seeds), paired by item; their 95%
+intervals come from a bootstrap over seeds and items. Tokens per second are measured for answers to the same items on
+one thread, with all forms in turn, as the median of several turns.
 
-Learning rates were chosen before, by ``tune``, on a seed that is not reported: fits to four fifths of the third split,
-by how likely the answers of the last fifth are.
+Learning rates were chosen beforehand with ``tune``, on a seed that is not reported: fits to four fifths of the third
+split are compared by the likelihood of the answers of the last fifth.
 
     python scripts/bench/experts.py tune FOLDER                         # how good each learning rate is
     python scripts/bench/experts.py run FOLDER [--seeds 0 1 2 ...]      # can be interrupted
-    python scripts/bench/experts.py speed FOLDER       # tokens a second, by what the first seed found
+    python scripts/bench/experts.py speed FOLDER       # tokens per second of what the first seed found
     python scripts/bench/experts.py report FOLDER      # docs/experts.json, and the table
 
-What is reported is kept in docs/experts_runs.json, item by item, and is not run again: further seeds add to it. Remove
-a run there where what it measured has changed.
+Reported runs are kept in docs/experts_runs.json, item by item, and are not repeated: further seeds add to them. If what
+a run measured has changed, remove it there.
 """
 
 from __future__ import annotations
@@ -73,16 +73,16 @@ SPACES: Mapping[str, Mapping[str, Any]] = {
 TURNS = 5
 SPEED_ITEMS = 100
 TIMED = ("uniform average", *ROUTED)
-TUNING_SEED = 100  # none of those that are reported
+TUNING_SEED = 100  # not among the reported ones
 RATES = (0.025, 0.05, 0.1, 0.2, 0.4)
-TUNED_ITEMS = 480  # of the third split, to which rates are tried; they are judged by the others
+TUNED_ITEMS = 480  # items of the third split to fit to with each rate; the others judge it
 TUNED = ("fitted", "fitted soft")
 
 Scores = NDArray[np.float64]
 
 
 def content(space: Mapping[str, Any], seed: int, fit: Mapping[str, Any]) -> dict[str, Any]:
-    """A search file. Routed spaces have choices, which CatCMA takes; weights have none, and know of no fit."""
+    """A search file. Routed spaces have choices, so their optimizer is CatCMA; spaces over weights have no fit."""
     is_routed, is_fitted = space["kind"] == "routed", space.get("method") != "task_arithmetic"
     return {
         "name": "experts", "seed": seed, "base": "base", "dtype": "float32",
@@ -97,11 +97,11 @@ def content(space: Mapping[str, Any], seed: int, fit: Mapping[str, Any]) -> dict
 
 
 class Bench:
-    """One seed: a worker, and the recipes of all that no search makes.
+    """One seed: a worker, and the recipes of all forms that need no search.
 
     Args:
         folder: of all seeds, with the items of the fit.
-        fit: its settings, where they are not the usual ones.
+        fit: settings of the fit that differ from the usual ones.
     """
 
     def __init__(self, folder: Path, seed: int, fit: Mapping[str, Any] | None = None) -> None:
@@ -125,7 +125,7 @@ class Bench:
         return prepared, Worker("bench", builders, [*prepared.evaluators, *fit])
 
     def result(self) -> dict[str, Any]:
-        """The held-out scores of every form, a character an item, and the recipe that the routed search ended with."""
+        """The held-out scores of every form, one character per item, and the best recipe of the routed search."""
         best = max(EXPERTS, key=lambda name: self.scores(self.recipes[name], "search", ITEMS).mean())
         chosen: dict[str, Recipe] = {"best adapter": self.recipes[best]}
         chosen |= {name: self.recipes[name] for name in ("base", "uniform average", "sum", "fitted", *ROUTED)}
@@ -149,7 +149,7 @@ class Bench:
     # ---- what chooses a few numbers ----------------------------------------------------------------------------------
 
     def weighted(self, weights: Sequence[float]) -> StackRecipe:
-        """The base and so much of each adapter's change."""
+        """The base plus a weighted sum of the adapters' changes."""
         like = self.recipes["sum"]
         parameters = {"weight": dict(zip(EXPERTS, weights, strict=True)), "normalize": False, "lambda": 1.0}
         blend = Blend(method="task_arithmetic", sources=EXPERTS, base="base", parameters=parameters)
@@ -159,14 +159,14 @@ class Bench:
         )
 
     def _tuned_strength(self) -> StackRecipe:
-        """Equal weights, the best of some on the search items."""
+        """Equal weights with the strength that is best on the search items."""
         recipes = [self.weighted([strength] * len(EXPERTS)) for strength in STRENGTHS]
         return max(recipes, key=lambda recipe: self.scores(recipe, "search", ITEMS).mean())
 
     def _lora_hub(self) -> StackRecipe:
-        """Huang et al., arXiv 2307.13269, section 3.3: 40 steps without gradient from zero, within 1.5, on the loss of
-        five examples of each task and 0.05 of the weights' mean size. Its optimizer is nevergrad's, here it is CMA-ES;
-        its weights multiply both factors of an adapter, here its change.
+        """LoraHub (Huang et al., arXiv 2307.13269, section 3.3): 40 steps without gradients, from zero and within 1.5,
+        on the loss of five examples per task plus 0.05 times the mean absolute weight. The paper uses nevergrad's
+        optimizer, and here it is CMA-ES; its weights multiply both factors of an adapter, and here its change.
         """
         space = [Parameter(name, -1.5, 1.5, 0.0) for name in EXPERTS]
         optimizer = CmaSettings(name="cma", x0="default", population=8).build(space, 1, self.seed)
@@ -183,7 +183,7 @@ class Bench:
         return self.weighted(best[1])
 
     def likelihood(self, recipe: Recipe, items: Sequence[int]) -> float:
-        """The mean log-likelihood of right answers of the fit's items."""
+        """The mean log-likelihood of right answers to the fit's items."""
         result = self.worker.run(Job(0, 1, recipe, [Task(1, "search", items)])).result
         if not isinstance(result, Measured):
             raise RuntimeError(result)
@@ -192,7 +192,7 @@ class Bench:
     # ---- searches ----------------------------------------------------------------------------------------------------
 
     def _searched(self, name: str, space: Mapping[str, Any]) -> Recipe:
-        """The best candidate of a search."""
+        """The recipe of the best candidate of a search."""
         prepared, worker = self._opened(space)
         pool = CountingPool(worker, {})
         place = self.folder / f"{name.replace(' ', '_')}-{self.seed}.{int(time.time())}"
@@ -205,10 +205,10 @@ class Bench:
     # ---- speed -------------------------------------------------------------------------------------------------------
 
     def speeds(self, searched: str) -> dict[str, float]:
-        """Tokens of answers a second by form, the median of several turns of all.
+        """Tokens of answers per second by form, the median of several turns over all forms.
 
         Args:
-            searched: the canonical text of the recipe that the routed search ended with.
+            searched: the canonical text of the best recipe of the routed search.
         """
         recipes = {name: self.recipes[name] for name in TIMED}
         recipes["searched routed"] = read_recipe(searched, self.prepared.file.sources)
@@ -223,14 +223,14 @@ class Bench:
 
 
 def _written(scores: Scores) -> str:
-    """Right and wrong answers as 1 and 0."""
+    """Scores as a string of 1 and 0."""
     if not set(scores) <= {0.0, 1.0}:
         raise ValueError("an answer is neither right nor wrong")
     return "".join(f"{score:.0f}" for score in scores)
 
 
 def tune(folder: Path) -> None:
-    """How likely right answers are that were not fitted to, by learning rate."""
+    """The likelihood of right answers that were not fitted to, by learning rate."""
     for rate in RATES:
         bench = Bench(folder, TUNING_SEED, {"items": TUNED_ITEMS, "rate": rate})
         assert bench.prepared.file.fit_split is not None
@@ -243,7 +243,7 @@ def tune(folder: Path) -> None:
 
 
 def report(folder: Path) -> None:
-    """docs/experts.json and the table, the best first."""
+    """Write docs/experts.json and print the table, the best first."""
     known = _known()
     found = [json.loads(file.read_text()) for seed in SEEDS if (file := folder / f"{seed}.json").exists()]
     runs = {run["seed"]: run for run in [*known["runs"], *found]}
@@ -262,7 +262,7 @@ def report(folder: Path) -> None:
 
 
 def _known() -> dict[str, Any]:
-    """What earlier reports were of: ``runs``, and ``tokens_per_second`` by form."""
+    """The measurements of earlier reports: ``runs``, and ``tokens_per_second`` by form."""
     if not RUNS.exists():
         return {"runs": [], "tokens_per_second": {}}
     known: dict[str, Any] = json.loads(RUNS.read_text())
@@ -289,7 +289,7 @@ def _rows(scores: Mapping[str, Scores], speeds: Mapping[str, float]) -> list[dic
 
 
 def write_items(folder: Path) -> None:
-    """The items of the fit: of the tasks' third splits one of each in turn."""
+    """Write the items of the fit: those of the tasks' third splits, interleaved."""
     (folder / "fit.jsonl").write_text("\n".join(line for _, line in in_turn("fit")) + "\n", "utf-8")
 
 
@@ -314,7 +314,7 @@ def main() -> None:
 
 
 def run(folder: Path, seeds: Sequence[int]) -> None:
-    """The seeds that neither an earlier report nor the folder has."""
+    """Run the seeds that are neither in an earlier report nor in the folder."""
     reported = {run["seed"] for run in _known()["runs"]}
     for seed in seeds:
         if seed not in reported and not (out := folder / f"{seed}.json").exists():

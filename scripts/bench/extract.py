@@ -1,10 +1,10 @@
-"""What extracting an adapter costs next to mergekit-extract-lora, in one run. Prints a table.
+"""The cost of extracting an adapter, compared with mergekit-extract-lora in one run. Prints a table.
 
-A bfloat16 model of 468 M parameters and one that differs from it in every weight, rank 32, whole commands on two cores
-in turns: process start, reading, the decomposition of 168 matrices, writing. Memory is what is no file's: models are
-mapped, and the system takes those pages back when it needs them; the most that is resident has them in it. On a machine
-that others use, too, seconds of processors say more than the clock. Energy lost is of the linear layers, each
-adapter's own.
+A bfloat16 model of 468 M parameters and one that differs from it in every weight, rank 32. Whole commands take turns on
+two cores: process start, reading, the decomposition of 168 matrices, writing. Memory is without mapped files, because
+the system can take back their pages at any time; the peak of resident memory includes them. On a machine with other
+load, processor seconds are more reliable than those of the clock. Lost energy is that of the linear layers' changes,
+for each adapter.
 
     python scripts/bench/extract.py --mergekit PYTHON [--layers 24] [--rank 32] [--rounds 3] [--json FILE]
 
@@ -30,20 +30,20 @@ from merging import make_models
 from safetensors import safe_open
 
 CORES = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
-"""Threads that wait for each other sleep, so that processor seconds are of work."""
+"""Waiting threads sleep, so that processor seconds measure work only."""
 
 OURS, THEIRS = "evomerge extract", "mergekit-extract-lora"
-_LOOKS_EVERY_S = 0.02  # at a process's memory
+_LOOKS_EVERY_S = 0.02  # seconds between looks at a process's memory
 
 LARGEST = 4096 * 1024 * 4 / 1e9
-"""GB of the largest matrix of the layers in float32, in which both decompose it."""
+"""GB of the largest matrix of the layers in float32, the dtype in which both decompose it."""
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a process took: seconds by the clock and of processors, and the most memory, with and without files."""
+    """What a process took: seconds of the clock and of processors, and its peak memory with and without files."""
 
     seconds: float
     cpu_seconds: float
@@ -62,12 +62,12 @@ def run(command: list[str]) -> Run:
     if status:
         raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
     took = time.perf_counter() - begin
-    # Not what wait4 says: the most of a process begins there with what its parent had when it started it.
+    # Not from wait4, where the peak of a process starts with the memory of its parent.
     return Run(took, used.ru_utime + used.ru_stime, most["VmHWM"] / 1e9, most["RssAnon"] / 1e9)
 
 
 def memory(process: int) -> dict[str, int]:
-    """Bytes that a process had resident at most so far, and that it has of no file; 0 of one that has ended."""
+    """The peak of a process's resident bytes, and its present bytes without files; 0 if it has ended."""
     found = dict.fromkeys(("VmHWM", "RssAnon"), 0)
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         key, _, value = line.partition(":")
@@ -77,7 +77,7 @@ def memory(process: int) -> dict[str, int]:
 
 
 def lost(folder: Path, adapter: Path, layers: int) -> float:
-    """The share of the change of all linear layers that an adapter does not hold, in a few layers of the model."""
+    """The share of the energy of linear layers' changes that an adapter lacks, in a few layers of the model."""
     total = rest = 0.0
     with (
         safe_open(folder / "base" / "model.safetensors", "pt") as base,
@@ -96,7 +96,7 @@ def lost(folder: Path, adapter: Path, layers: int) -> float:
 
 
 def commands_for(folder: Path, mergekit: Path, rank: int) -> dict[str, list[str]]:
-    """The two commands by name; each writes into the folder of its name."""
+    """The two commands by name; each writes to a folder of that name."""
     model, base = str(folder / "one"), str(folder / "base")
     return {
         OURS: [

@@ -1,15 +1,15 @@
-"""What a gradient of the proxy costs: in forward passes over the same items, and in memory beyond theirs.
+"""The cost of a gradient of the proxy: in forward passes over the same items, and in additional memory.
 
-A forward pass over some items with their answers, and the same with the backward pass that gives the derivatives by all
-weights of a layer-wise search, take turns. Seconds are of one core (processor time of this process on one thread),
-medians of turns; what is done once for all items of a step, decoding genomes and planning beside them, is told apart.
-Memory is how far each goes above what the process holds before it.
+A forward pass over items with their answers takes turns with the same plus the backward pass that gives the derivatives
+with respect to all weights of a layer-wise search. Seconds are of one core (processor time of this process on one
+thread), as medians of turns; work that is done once for all items of a step (decoding and planning nearby genomes) is
+reported separately. Memory is the peak of each above the memory of the process before it.
 
     python scripts/bench/gradient.py --real real [--methods task_arithmetic,ties] [--items 24] [--repeats 3]
         [--dtype bfloat16] [--json FILE]
     python scripts/bench/gradient.py --zoo
 
-The first is of the model and the adapters of scripts/real/prepare, the second of the base and twelve adapters of
+The first uses the model and the adapters of scripts/real/prepare, the second the base and twelve adapters of
 examples/zoo.
 """
 
@@ -44,8 +44,8 @@ MB = 1e6
 
 
 def peak(work: Callable[[], object]) -> float:
-    """By how many bytes the process grows at most while something is done."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+    """The peak of the process's memory during a call, in bytes above its memory before."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present memory
     before = _memory("VmRSS")
     work()
     return _memory("VmHWM") - before
@@ -63,11 +63,11 @@ def timed(work: Callable[[], object]) -> float:
 
 
 class Problem:
-    """A live model, the items of a step, and the gradient there.
+    """A live model, the items of a step, and the gradient for these.
 
     Args:
-        builder: of the model.
-        evaluator: whose answers are made likely.
+        builder: builds the model.
+        evaluator: gives the items and their right answers.
     """
 
     def __init__(self, builder: StackBuilder, space: ParameterSpace, prompts: list[Prompt]) -> None:
@@ -80,11 +80,11 @@ class Problem:
         self._weights = [1.0] * len(prompts)
 
     def plan(self) -> None:
-        """What a gradient takes beside the passes over the model."""
+        """The part of a gradient's work that is not passes over the model."""
         self._point = self._gradients.at(self._genome)
 
     def forward(self) -> None:
-        """The proxy alone, of the same batches."""
+        """Only the proxy, with the same batches."""
         items = [proxy._Item(p.fed, p.scored, 1.0, number) for number, p in enumerate(self._prompts)]
         with torch.inference_mode():
             for batch in proxy._batches(items, self._builder.live):
@@ -103,7 +103,7 @@ def measured(problem: Problem, repeats: int) -> dict[str, float]:
         for name, work in works.items():
             taken = partial(lambda work, name: seconds[name].append(timed(work)), work, name)
             memory[name].append(peak(taken))
-            if not repeat:  # the first turn imports, compiles and looks at the sources
+            if not repeat:  # the first turn imports, compiles and reads statistics of the sources
                 seconds[name].clear()
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     return {
@@ -138,7 +138,7 @@ def opened(given: argparse.Namespace) -> tuple[StackBuilder, list[Prompt]]:
 
 
 def space_of(builder: StackBuilder, method: str) -> ParameterSpace:
-    """Weights of every layer and source."""
+    """The space with a weight for every layer and source."""
     base = builder.sources["base"]
     context = SpaceContext(
         sources={name: source.reference for name, source in builder.sources.items()}, base="base", tokenizer="base",

@@ -1,8 +1,8 @@
-"""What kept image tokens save: a candidate scored on pictures with them, and with the tower run anew.
+"""What the cache of image tokens saves: a candidate scored on pictures with it, and with the tower run every time.
 
-The miniature that sees, on items of mini_picture_ja. Figures are seconds of one core (processor time of this process on
-one thread), medians of turns: with image tokens kept; with processor and tower run for every item, one at a time, as
-where a tower changes; plain transformers, which runs both in batches, and its tower and processor alone.
+The vision miniature on items of mini_picture_ja. Figures are seconds of one core (processor time of this process on one
+thread), as medians of turns: with the cache; with processor and tower run for every item, one at a time, as when a
+tower changes; plain transformers, which runs both in batches; and only its tower and processor.
 
     python scripts/bench/image_tokens.py [--items 200] [--turns 5]
 """
@@ -32,7 +32,7 @@ BATCH = 100
 
 
 def plain(live: LiveModel, asked: Sequence[Generate]) -> None:
-    """Answers as transformers gives them by itself: a batch is done when its last row is."""
+    """Answers by plain transformers, in which a batch ends with its last row."""
     for start in range(0, len(asked), BATCH):
         inputs = processed(live, asked[start : start + BATCH])
         live.model.generate(
@@ -80,7 +80,7 @@ def main() -> None:
         "processor and tower alone, in batches": lambda: tower_alone(live, asked),
     }
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(arguments.turns + 1):  # the first fills what is kept
+    for turn in range(arguments.turns + 1):  # the first one fills the cache
         for name, work in works.items():
             started = time.process_time()
             work()

@@ -1,10 +1,10 @@
-"""What stops a race short of the best candidate that it has found.
+"""How much worse than the best candidate of a race is the one that it selects.
 
-Simulated searches by CMA-ES for a weight of each of two or four sources. A candidate solves an item when its quality,
-quadratic around the best weights, exceeds the item's difficulty; every item has leanings of its own in some direction,
-and some roughness, so that what is best on the 250 items of a search is not what is best on 4,000 others, by which
-candidates are judged here. For each way of searching: what the best candidate by the search is worth there, the best of
-those that it scored on every item, and the best of all that it asked for.
+CMA-ES searches for one weight for each of two or four sources, in simulation. A candidate solves an item if its
+quality, a quadratic function around the best weights, exceeds the item's difficulty. Every item also prefers some
+direction and has some roughness, so that the best candidate on the 250 items of a search is not the best on 4,000 other
+items, by which candidates are judged here. Printed for each way of searching are the true quality of the search's best
+candidate, of the best one that was scored on every item, and of the best one of all.
 
     python scripts/bench/last_points.py [--seeds 32] [--json docs/last_points.json]
 """
@@ -40,7 +40,7 @@ SEARCHES: Mapping[str, tuple[int, Racing | None]] = {  # candidates, and how the
 
 
 class Landscape:
-    """Which items weights solve."""
+    """A simulated task: which items a candidate with given weights solves."""
 
     def __init__(self, seed: int, weights: int) -> None:
         random = np.random.default_rng(seed)
@@ -52,7 +52,7 @@ class Landscape:
         self._waves, self._phase = random.normal(0, 9, (items, weights)), random.uniform(0, 2 * np.pi, items)
 
     def solved(self, genome: Genome) -> NDArray[np.float32]:
-        """float32 [items]: those of a search first."""
+        """float32 [items], those of a search first."""
         away = genome - self.best
         quality = 1.2 - 3 * float((self._scale * away**2).sum())
         own = self._leaning @ away + 0.5 * np.sin(self._waves @ genome + self._phase)

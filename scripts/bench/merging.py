@@ -1,19 +1,19 @@
-"""What a candidate's merge costs next to copying its bytes, and next to mergekit. Prints a table and JSON.
+"""The time of a candidate's merge, compared with copying its bytes and with mergekit. Prints a table and JSON.
 
-Three synthetic bfloat16 models of 468 M parameters (a base and two fine-tunes of it) lie in memory. Each method makes
-the live model anew several times, with other numbers each time; the median counts. The roofline is a plain copy of the
-same tensors in the same run: bytes read and written over time. A merge of n tensors into one moves n + 1 of them.
+Three synthetic bfloat16 models of 468 M parameters (a base and two fine-tunes of it) are in memory. Each method writes
+the live model several times, each time with different numbers; the median counts. The roofline is a plain copy of the
+same tensors in the same run: bytes read and written per time. A merge of n tensors into one moves n + 1 of them.
 
-mergekit runs in an environment of its own on the same tensors, through its Python API, once as it comes and once with
-glibc told to keep freed memory (MALLOC_*), since much of its time goes into fresh pages.
+mergekit runs in its own environment on the same tensors, through its Python API, once with defaults and once with glibc
+set to keep freed memory (MALLOC_*), because much of its time is spent on new pages.
 
 With --adapters the fine-tunes are LoRA adapters of the base (rank 16, on all matrices of the layers) that are folded in
-each time; such a merge moves only the base and what it writes.
+each time; such a merge only moves the base and its result.
 
-With --matrix the methods and steps that work on whole matrices are timed: a candidate after the first, all of whose
-numbers differ, beside one product of matrices for each weight (of its short side with itself: the least that makes a
-full-rank change), in turns, and beside what the papers' code does for every candidate, written plainly in float32, on
-one layer. The first candidate makes what all others use.
+With --matrix the methods and steps that work on whole matrices are timed: candidates after the first, with different
+numbers each time. They take turns with one matrix product for each weight (of its short side with itself, the least
+that gives a full-rank change), and are compared with the algorithm of the papers' code for every candidate, in plain
+float32, on one layer. The first candidate computes what all others use.
 
     python scripts/bench/merging.py [--mergekit PYTHON | --adapters | --matrix] [--end-to-end] [--layers 24]
     [--methods ties,linear] [--json FILE]
@@ -60,7 +60,7 @@ REPEATS = 5
 RANK = 16
 SPAN_GOAL = 0.9
 
-# Method: (parameters beside weights, goal as a share of copy bandwidth). mergekit gets the same numbers.
+# Method: (parameters besides weights, required share of copy bandwidth). mergekit gets the same numbers.
 CASES: dict[str, tuple[dict[str, Any], float]] = {
     "linear": ({}, SPAN_GOAL),
     "slerp": ({}, SPAN_GOAL),
@@ -84,7 +84,7 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "pcb": ({}, 0.0),
 }
 
-# Of whole matrices. Method, or step after task arithmetic: values of its parameters beside weights.
+# For whole matrices. Method, or step after task arithmetic: values of its parameters besides weights.
 MATRIX: dict[str, dict[str, Any]] = {
     "tsv": {}, "gram": {}, "actmat": {}, "wudi": {}, "swudi": {}, "ace": {},
     "iso": {"strength": 0.7}, "iso_cts": {}, "subspace_boosting": {}, "svc": {},
@@ -135,7 +135,7 @@ def make_models(folder: Path, layers: int) -> None:
 
 
 def make_adapters(folder: Path) -> dict[str, str]:
-    """References to the base and two adapters of it, which are written here."""
+    """Write two adapters of the base, and return references to the base and to these."""
     base = open_source("base", str(folder / "base"), place="base")
     matrices = {name: base.tensors[name].shape for name, role in base.roles.items() if role.layer is not None}
     for seed, name in enumerate(NAMES[1:]):
@@ -155,7 +155,7 @@ def make_adapters(folder: Path) -> dict[str, str]:
 
 
 def blend(label: str, number: int) -> Blend:
-    """The blend of a case; ``number`` makes it another one each time."""
+    """The blend of a case; a different one for each ``number``."""
     parameters, _ = CASES[label]
     method = find_method(label.split(",")[0], "--methods")
     names = NAMES[1:]
@@ -168,17 +168,17 @@ def blend(label: str, number: int) -> Blend:
 
 
 def timed(run: Callable[[int], None], number: int) -> tuple[float, float]:
-    """Seconds by the clock and of the processor."""
+    """Seconds of the clock and of the processor."""
     begin, of_processor = time.perf_counter(), time.process_time()
     run(number)
     return time.perf_counter() - begin, time.process_time() - of_processor
 
 
 def beside(copy: Callable[[int], None], merge: Callable[[int], None]) -> tuple[float, float, float, float]:
-    """Medians: seconds of a copy, seconds of a merge, those of the processor, and a copy's seconds to the merge's.
+    """Medians of a copy's seconds, a merge's seconds and processor seconds, and the ratio of a copy to a merge.
 
-    Both run in turns and are compared pair by pair: a shared machine changes its pace, and a copy in a slow moment
-    beside a merge in a quick one would say that the merge moves more than the memory can.
+    Both run in turns and are compared in pairs. The speed of a shared machine changes, and a copy in a slow moment,
+    compared with a merge in a fast one, would mean that the merge exceeds the bandwidth of the memory.
     """
     pairs = [(timed(copy, number), timed(merge, number)) for number in range(REPEATS + 1)][1:]  # the first warms up
     return (
@@ -190,7 +190,7 @@ def beside(copy: Callable[[int], None], merge: Callable[[int], None]) -> tuple[f
 
 
 def ours(references: dict[str, str], labels: list[str]) -> tuple[float, int, list[dict[str, Any]]]:
-    """Copy bandwidth in bytes a second, bytes of a model, and a row a case."""
+    """The copy bandwidth in bytes per second, the bytes of a model, and a row for each case."""
     sources = {name: open_source(name, reference, place=name) for name, reference in references.items()}
     layers = sources["base"].layers
     live = live_model(sources["base"], torch.device("cpu"))
@@ -229,7 +229,7 @@ def ours(references: dict[str, str], labels: list[str]) -> tuple[float, int, lis
 
 
 def matrix_blend(label: str, number: int) -> Blend:
-    """The blend of a method or step of whole matrices; every number is another one each time."""
+    """The blend of a method or step of whole matrices, with different numbers for each ``number``."""
     is_step = label in OWN["evomerge.merge_steps"]
     method, names = find_method("task_arithmetic" if is_step else label, "--methods"), NAMES[1:]
     values: dict[str, Any] = default_parameters(method, names)
@@ -245,7 +245,7 @@ def matrix_blend(label: str, number: int) -> Blend:
 
 
 def matrices(references: dict[str, str], labels: list[str]) -> list[dict[str, Any]]:
-    """A row for each method or step of whole matrices."""
+    """A row for each method or step on whole matrices."""
     sources = {name: open_source(name, reference, place=name) for name, reference in references.items()}
     layers = sources["base"].layers
     live = live_model(sources["base"], torch.device("cpu"))
@@ -288,7 +288,7 @@ def matrices(references: dict[str, str], labels: list[str]) -> list[dict[str, An
 
 
 def naive_seconds(sources: Mapping[str, Source], label: str) -> float:
-    """What a candidate takes of one layer where everything is computed for it alone."""
+    """Seconds of one layer of a candidate if nothing is shared between candidates."""
     names = [name for name, role in sources["base"].roles.items() if role.layer == 0]
     started = time.perf_counter()
     for name in names:
@@ -395,7 +395,7 @@ def main() -> None:
             results = {"copy_bandwidth_gbps": bandwidth / 1e9, "model_gb": size / 1e9, "rows": rows}
             if given.mergekit:
                 plain = theirs(folder, labels, given.mergekit, {})
-                # Where sorting takes the time, fresh pages do not matter.
+                # If most of the time is spent on sorting, new pages do not matter.
                 spans = [label for label in labels if CASES[label][1] == SPAN_GOAL]
                 kept = theirs(folder, spans, given.mergekit, KEPT)
                 for row in rows:

@@ -1,14 +1,14 @@
-"""Which merge methods earn their place: each tuned with equally many items, and confirmed on held-out ones.
+"""Compares merge methods: each is tuned with equally many items, and confirmed on held-out ones.
 
-Published tables of merge methods ran each at one fixed strength, where most fall below the base for the size of their
-change and not for its direction. Here every method makes its change for equal weights, its other numbers as its paper
-has them, and is tuned in its strength: the size of the change, kappa sqrt(N) times that of the mean task vector (arXiv
-2608.17366). Every method tries the same kappas, scored on the same items. A seed is a draw of these
-items from the search split, and of the masks of methods that draw some; the best candidate on them is scored on the
-held-out split. Beside it stands the method at its paper's setting, which nothing is chosen by.
+Published tables compare merge methods at one fixed strength each. There, most are worse than the base because of the
+size of their change, not because of its direction. Here every method computes its change for equal weights, with its
+other numbers as in its paper, and its strength is tuned: the size of the change, as kappa sqrt(N) times the size of the
+mean task vector (arXiv 2608.17366). Every method tries the same kappas on the same items. A seed determines these items
+of the search split, and the masks of methods with random ones; the best candidate on them is scored on the held-out
+split. In addition, the method is scored with its paper's setting, without any choice.
 
-Differences are to task arithmetic tuned in the same way on the same seed, paired by item, averaged over seeds; their
-95% intervals are a bootstrap over seeds and items.
+Differences are relative to task arithmetic that is tuned in the same way on the same seed, paired by item and averaged
+over seeds; their 95% intervals come from a bootstrap over seeds and items.
 
     python scripts/bench/methods.py run FOLDER --problem zoo|real [--only NAME ...]     # can be interrupted
     python scripts/bench/methods.py report FOLDER     # docs/methods.json, docs/methods.svg, and the table
@@ -49,7 +49,7 @@ ROOT = Path(__file__).parents[2]
 SEEDS = range(5)
 BASELINE = "task arithmetic"
 _CORRECTIONS, _PRECISION = 4, 0.03
-"""How often the factor of a change is corrected at most, and how near its size is to come."""
+"""The largest number of corrections of a change's factor, and the required accuracy of its size."""
 
 _MIN_CHANGE = 1e-9
 
@@ -63,13 +63,13 @@ class Case:
 
     Attributes:
         method: of the blends.
-        paper: the numbers that its paper gives, strength included; None where it fixes no strength.
-        own: its numbers besides strength where ``paper`` has none.
-        step: what is done to what it makes; numbers are of it, too.
+        paper: the numbers in its paper, including strength; None if the paper fixes no strength.
+        own: its numbers besides strength if ``paper`` is None.
+        step: the step after it, whose numbers are among these as well.
         basis: of the blends.
-        profile: whether it has the numbers ``first`` and ``last``, the shares of the change that the outer layers keep;
-            those between lie evenly.
-        masks: whether it draws masks, and so depends on the seed.
+        profile: whether it has the numbers ``first`` and ``last``: the shares of the change that the first and the last
+            layer keep, with linear interpolation between them.
+        masks: whether it draws masks, so that it depends on the seed.
     """
 
     method: str
@@ -88,7 +88,7 @@ class Case:
 
 STRENGTH = ("weight", "lambda")
 
-# Where a paper has several settings, that for language models.
+# If a paper has several settings, the one for language models.
 CASES: dict[str, Case] = {
     BASELINE: Case("task_arithmetic", {"weight": 0.4}),
     "TIES": Case("ties", {"weight": 0.4, "density": 0.3}),
@@ -132,7 +132,8 @@ class Candidate:
 
     Attributes:
         numbers: of the method and its step.
-        kappa: the size of the change, in sizes of the mean task vector times sqrt(N); None at the paper's setting.
+        kappa: the size of the change, divided by sqrt(N) times that of the mean task vector; None for the paper's
+            setting.
         seed: of masks.
     """
 
@@ -146,14 +147,14 @@ class Problem:
     """Sources, tasks and texts.
 
     Attributes:
-        file: the search file that names sources and objectives.
-        objectives: in place of the file's.
-        sources: those of the file that are merged; all where empty.
-        kappas: sizes of the change that every method tries, around the best of most.
-        items: of the search split of each objective that a seed draws.
-        split: items of the search split of each objective that are drawn from.
-        held_out: items of the held-out split of each objective that are scored.
-        texts: gives the calibration texts of each source, of its own task: no answers, and no held-out items.
+        file: the search file with sources and objectives.
+        objectives: used instead of the file's.
+        sources: the sources of the file that are merged; empty for all.
+        kappas: the sizes of the change that every method tries, around the optimum of most methods.
+        items: how many items of the search split a seed draws for each objective.
+        split: how many items of the search split they are drawn from.
+        held_out: how many items of the held-out split are scored for each objective.
+        texts: gives the calibration texts of each source, from its own task, without held-out items.
     """
 
     file: Path
@@ -175,7 +176,7 @@ ZOO_TASKS = {
     "careless": "zoo_math_en", "japanese": "zoo_math_ja", "steps_ja": "zoo_math_ja", "kanji": "zoo_steps_kanji",
     "into_japanese": "zoo_translate", "into_english": "zoo_translate", "extraction": "zoo_extract",
 }  # fmt: skip
-"""The task nearest to what a source of the zoo was trained on; the base and the spelling have none."""
+"""The task that is most similar to the training data of each source of the zoo; base and spelling have none."""
 
 
 def zoo_texts(source: str) -> list[str]:
@@ -188,15 +189,15 @@ def zoo_texts(source: str) -> list[str]:
 
 
 def real_texts(source: str) -> list[str]:
-    """Questions of the search split with their answers, of the source's skill."""
+    """Questions of the search split with their answers, for the source's skill."""
     lines = [json.loads(line) for line in (ROOT / "real/items/search.jsonl").read_text("utf-8").splitlines()]
     own = [line for line in lines if line["skill"] == source] or lines
     return [f"{line['question']}\n{line['answer']}" for line in own]
 
 
 THREE = ("steps_ja", "extraction", "kanji")
-"""Sources of the zoo that fit together, and two of which make the composition. At equal weights its experts at odds end
-below the best of them, whatever the method: all twelve are for searches over weights."""
+"""Sources of the zoo that are compatible; two of them give the composition. With equal weights of all twelve, which
+include conflicting experts, every method ends below the best source: all twelve need searches over weights."""
 
 ZOO = ROOT / "examples" / "zoo.yaml"
 ZOO_OBJECTIVES = {name: {"task": name, "metric": metric, "batch_size": 200} for name, metric in ZOO_METRICS.items()}
@@ -208,7 +209,7 @@ PROBLEMS = {
 }
 
 PROMPTS, TOKENS = 60, 64
-"""Of the calibration texts of each source."""
+"""The number of calibration texts of each source."""
 
 
 class Bench:
@@ -240,7 +241,7 @@ class Bench:
         change = ChangeSettings(model=sources[self.base].reference).build()
         self._worker = Worker("bench", self._builders, [*self._prepared.evaluators, change])
         self._layers = sources[self.base].layers
-        self._factors: dict[Case, float] = {}  # of the last candidate of a case, beside its kappa
+        self._factors: dict[Case, float] = {}  # the factor of the last candidate of a case, with its kappa
 
     def _texts(self, sources: Sequence[str], work: Path) -> dict[str, Any]:
         """The calibration texts, written for each source."""
@@ -255,7 +256,7 @@ class Bench:
     # ---- recipes -----------------------------------------------------------------------------------------------------
 
     def blend(self, case: Case, numbers: Values, factor: float = 1.0) -> Blend:
-        """Equal weights, the other numbers as ``numbers`` has them, the change ``factor`` times as large."""
+        """A blend with equal weights and these other numbers, whose change is multiplied by ``factor``."""
         method = find_method(case.method, "case")
         values = default_parameters(method, self.mixed)
         weight = 1.0 / len(self.mixed)
@@ -276,7 +277,7 @@ class Bench:
         )  # fmt: skip
 
     def recipe(self, case: Case, numbers: Values, factor: float = 1.0, seed: int = 0) -> StackRecipe:
-        """A case at these numbers."""
+        """The recipe of a case with these numbers."""
         last = self._layers - 1
         shares = [1.0] * self._layers
         if case.profile:
@@ -305,7 +306,7 @@ class Bench:
             return self.recipe(case, candidate.numbers, seed=candidate.seed)
         wanted = candidate.kappa * math.sqrt(len(self.mixed)) * self.mean_change
         factor = self._factors.get(case, 1.0 / candidate.kappa) * candidate.kappa
-        for _ in range(_CORRECTIONS):  # not proportional where small changes are rounded away in 16 bits
+        for _ in range(_CORRECTIONS):  # not exactly proportional, because small changes are rounded away in 16 bits
             recipe = self.recipe(case, candidate.numbers, factor, candidate.seed)
             ratio = wanted / max(self.change(recipe), _MIN_CHANGE)
             if abs(ratio - 1) < _PRECISION:
@@ -318,7 +319,7 @@ class Bench:
 
     @cached_property
     def mean_change(self) -> float:
-        """The size of the mean task vector beside the base."""
+        """The size of the mean task vector, relative to the base."""
         return self.change(self.recipe(CASES[BASELINE], {}))
 
     def change(self, recipe: StackRecipe) -> float:
@@ -328,7 +329,7 @@ class Bench:
     def score(
         self, recipe: StackRecipe, split: Literal["search", "held_out"], items: Sequence[Sequence[int]]
     ) -> Scores:
-        """Scores of some items of each objective, one objective after the other."""
+        """Scores of items of each objective, one objective after the other."""
         objectives = self._prepared.setup.objectives
         tasks = [Task(o.evaluator, split, list(some)) for o, some in zip(objectives, items, strict=True)]
         measured = self._run(recipe, tasks)
@@ -345,7 +346,7 @@ class Bench:
         return self.score(recipe, "held_out", [range(self.problem.held_out)] * len(self._prepared.setup.objectives))
 
     def drawn(self, seed: int) -> list[NDArray[np.int64]]:
-        """The items of each objective that a seed tunes by."""
+        """The items of each objective that a seed tunes on."""
         random = np.random.default_rng(seed)
         count = len(self._prepared.setup.objectives)
         return [np.sort(random.permutation(self.problem.split)[: self.problem.items]) for _ in range(count)]
@@ -356,10 +357,10 @@ def key(candidate: Candidate) -> str:
 
 
 def run(bench: Bench, name: str, out: Path) -> None:
-    """Tune a case on every seed and score what was chosen; OUT has it all, item by item."""
+    """Tune a case on every seed and score the chosen candidates; the file has all scores, item by item."""
     started, case = time.time(), CASES[name]
     split, count = bench.problem.split, len(bench.drawn(0))
-    known: dict[str, Scores] = {}  # on all items that are drawn from, or (masks) on those of the one seed
+    known: dict[str, Scores] = {}  # on all items that seeds draw from, or (with masks) on those of one seed
     held: dict[str, list[float]] = {}
     rows = []
     for seed in SEEDS:
@@ -394,7 +395,7 @@ def run(bench: Bench, name: str, out: Path) -> None:
 
 
 def run_sources(bench: Bench, out: Path) -> None:
-    """Each source alone, and the plain average: what needs no tuning."""
+    """Score what needs no tuning: each source alone, and the plain average."""
     held = {}
     for source in (bench.base, *bench.mixed):
         held[source] = bench.held_out(bench.alone(source)).tolist()
@@ -412,12 +413,12 @@ def write(out: Path, content: Mapping[str, Any]) -> None:
 
 
 def tuned_scores(result: Mapping[str, Any], setting: str) -> Scores:
-    """[seeds, items] held-out scores of what each seed chose."""
+    """The held-out scores of the candidates that each seed chose: [seeds, items]."""
     return np.array([result["held_out"][row["held"]] for row in result["rows"] if row["setting"] == setting])
 
 
 def interval(differences: Scores) -> tuple[float, float]:
-    """95% of the means of differences [seeds, items] over draws of seeds and of items."""
+    """The 95% bootstrap interval of the mean of differences [seeds, items], over seeds and items."""
     random = np.random.default_rng(0)
     seeds, items = differences.shape
     means = []
@@ -429,7 +430,7 @@ def interval(differences: Scores) -> tuple[float, float]:
 
 
 def rows_of(folder: Path, problem: str) -> list[dict[str, Any]]:
-    """The table of one problem, best tuned methods first."""
+    """The table of one problem, the best tuned methods first."""
     results = {name: json.loads(file.read_text()) for name in CASES if (file := place(folder, problem, name)).exists()}
     baseline = tuned_scores(results[BASELINE], "tuned")
     rows = []

@@ -1,19 +1,19 @@
-"""How much of what niches keep is luck: with cross-fitting and without, and in races with all items for whoever leads.
+"""How many elites are kept by luck: with and without cross-fitting, and in races that score leaders on all items.
 
-Two measurements.
+There are two measurements.
 
-*Lucky elites*, where the truth is known: 30 made-up searches of 200 candidates, each with six skills, and items of one
-skill each. An elite is lucky if it would not be kept by what candidates truly are worth, which 2,000 further items say.
-Archives keep the best of each bin of a skill (grid), 16 candidates by dominated novelty (dns) or 16 by shared credit
-(m2n2); they judge and describe candidates by all items, by disjoint halves of them (cross-fitting), or both by the same
-half.
+*Lucky elites*, where the truth is known: 30 simulated searches of 200 candidates with six skills each, and items that
+need one skill each. An elite is lucky if it would not be kept by its true scores, measured on 2,000 other items.
+Archives keep the best of each bin of a skill (grid), 16 candidates by dominated novelty (dns), or 16 by shared credit
+(m2n2). They judge and describe candidates by all items, by disjoint halves of them (cross-fitting), or by the same half
+for both.
 
 *Races*: searches that scored every candidate on every item (recorded by ``diversity.py run``) are raced again by the
-driver itself, from their scores, in five orders of items, with MAP-Elites' rule of what not to drop: one objective, the
-mean of all four tasks, and two tasks as features. A candidate is wrongly dropped that left the race though it is, by
-all items, the elite of its niche among all up to its generation. Lucky elites are those kept that are none by all
-items: of the archive that has only those scored on every item, as whoever leads a niche is, and of one that takes the
-race's estimates as well.
+driver itself, from their scores, in five orders of items, with MAP-Elites' rule for candidates that must not be
+dropped. There is one objective, the mean of all four tasks, and two tasks are features. A candidate is wrongly dropped
+if it left the race although, by all items, it is the elite of its niche among all candidates up to its generation.
+Lucky elites are kept candidates that are not elites by all items: in the archive that takes only candidates that were
+scored on every item, as leaders of niches are, and in one that also takes the race's estimates.
 
     python scripts/bench/niches.py [--recorded FOLDER] [--json docs/niches.json]
 """
@@ -61,7 +61,7 @@ POPULATION = 16
 
 
 def world(seed: int) -> tuple[Table, Table]:
-    """What candidates solve of some items and of many others: [candidates, items] each; item i is of skill i % 6."""
+    """Scores on items and on many other items, [candidates, items] each; item i needs skill i % 6."""
     random = np.random.default_rng(seed)
     skill = random.normal(0.0, 1.0, (CANDIDATES, SKILLS))
 
@@ -75,7 +75,7 @@ def world(seed: int) -> tuple[Table, Table]:
 
 
 def by_grid(judged: Table, described: Table, skills: NDArray[np.int64]) -> set[int]:
-    """The best by the judged items in each bin of the share of the first skill's items that are described."""
+    """The best candidates by ``judged`` items, in bins of the share of the first skill's ``described`` items."""
     axis = Feature("skill", 0.0, 1.0, BINS)
     place = described[:, skills == 0].mean(axis=1)
     points = {i: Point([-score], [place[i]]) for i, score in enumerate(judged.mean(axis=1).tolist())}
@@ -97,7 +97,7 @@ ARCHIVES: dict[str, Callable[[Table, Table, NDArray[np.int64]], set[int]]] = {
 
 
 def lucky() -> list[dict[str, Any]]:
-    """The share of lucky elites by archive, number of items, and which of them judge and describe."""
+    """The share of lucky elites by archive, number of items, and items that judge and describe."""
     shares: dict[tuple[str, int, str], list[float]] = {}
     for seed in range(WORLDS):
         table, truth = world(seed)
@@ -115,7 +115,7 @@ def lucky() -> list[dict[str, Any]]:
 
 
 def halves_of(items: int) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """By which of so many items candidates are judged and described; every skill is in both halves."""
+    """For each variant the items that judge candidates and those that describe them; both have every skill."""
     every = np.arange(items)
     half = (every // SKILLS) % 2 == 0
     return {
@@ -130,8 +130,8 @@ def halves_of(items: int) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64
 
 @dataclass
 class Recorded:
-    """A search: the recipes of its candidates, baselines first, and what each solves. ``scores``: [candidates, items],
-    the tasks' items one of each in turn.
+    """A recorded search: the recipes of its candidates, baselines first, and their scores [candidates, items]. Items
+    of the tasks are interleaved.
     """
 
     recipes: list[Recipe]
@@ -161,17 +161,17 @@ class Recorded:
         return cls(recipes, baselines, scores.transpose(0, 2, 1).reshape(len(rows), -1), scores.shape[1])
 
     def values(self, recipe_hash: str, evaluator: int) -> Table:
-        """Of all items, or of those of one of the last two tasks."""
+        """The scores on all items, or on those of one of the last two tasks."""
         row = self.scores[self.place_of[recipe_hash]]
         return row if evaluator == 0 else row[self.tasks - evaluator :: self.tasks]
 
     def point(self, recipe_hash: str) -> Point:
-        """By all items."""
+        """The candidate's losses and features by all items."""
         return Point([-self.values(recipe_hash, 0).mean()], [self.values(recipe_hash, e).mean() for e in (1, 2)])
 
 
 class RecordedSpace:
-    """Its only number is the place of a candidate."""
+    """A space with one number: the index of a candidate."""
 
     layer_buffers = hops = 1
 
@@ -191,7 +191,7 @@ class RecordedSpace:
 
 
 class AgainSettings(Settings):
-    """Asks for the candidates of a search once more, in their order."""
+    """Settings of an optimizer that asks for the recorded candidates again, in their order."""
 
     name: Literal["again"] = "again"
     first: int
@@ -217,11 +217,11 @@ class Again:
         return [np.array([float(place)]) for place in range(self._next - n, self._next)]
 
     def tell(self, observations: Sequence[Observation]) -> None:
-        """Learns nothing."""
+        """Do nothing."""
 
 
 def raced(recorded: Recorded, seed: int) -> dict[str, float]:
-    """Counts of one search that is raced again."""
+    """The counts of one search that is raced again."""
     count, items = recorded.scores.shape
     each = items // recorded.tasks
     setup = Setup(

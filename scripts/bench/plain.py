@@ -1,6 +1,6 @@
-"""Merge methods of whole matrices as papers' code has them: everything anew for each candidate, in float32.
+"""Merge methods on whole matrices as in the papers' code: everything is computed for each candidate, in float32.
 
-They are what scripts/bench/merging.py times beside Evomerge, and nothing else.
+scripts/bench/merging.py compares Evomerge with their times; they serve no other purpose.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def merged(label: str, changes: Tensor) -> Tensor:
-    """The change that a method or a step after task arithmetic makes of task vectors [sources, rows, columns]."""
+    """The change from a method, or a step after task arithmetic, for task vectors [sources, rows, columns]."""
     if label in OF_SUM:
         return OF_SUM[label](changes.sum(dim=0), changes)
     return OF_TASKS[label](changes)
 
 
 def tsv(changes: Tensor) -> Tensor:
-    """Gargiulo et al. (arXiv 2412.00081): a decomposition of each source, and of each side."""
+    """TSV-Merge, Gargiulo et al. (arXiv 2412.00081): decompositions of each source and of each side."""
     count = min(changes.shape[1:]) // len(changes)
     u, s, v = (
         list(parts) for parts in zip(*(torch.linalg.svd(one, full_matrices=False) for one in changes), strict=True)
@@ -35,7 +35,7 @@ def polar(matrix: Tensor) -> Tensor:
 
 
 def gram(changes: Tensor, norm: float = 1.0, eps: float = 1e-2) -> Tensor:
-    """Cheng et al. (arXiv 2503.08099): products of every task vector with itself, and an inverse."""
+    """WUDI, Cheng et al. (arXiv 2503.08099): products of every task vector with itself, and an inverse."""
     above, below = 0.0, torch.zeros(changes.shape[-1], changes.shape[-1])
     for change in changes:
         own = change.T @ change / change.square().sum() ** norm
@@ -45,7 +45,7 @@ def gram(changes: Tensor, norm: float = 1.0, eps: float = 1e-2) -> Tensor:
 
 
 def swudi(changes: Tensor) -> Tensor:
-    """Wei et al. (arXiv 2606.07289): the same by eigenvalues, of which the largest are filtered."""
+    """SWUDI, Wei et al. (arXiv 2606.07289): the same with a filter on the largest eigenvalues."""
     above, below = 0.0, torch.zeros(changes.shape[-1], changes.shape[-1])
     for change in changes:
         own = change.T @ change / change.square().sum()
@@ -58,7 +58,7 @@ def swudi(changes: Tensor) -> Tensor:
 
 
 def ace(changes: Tensor) -> Tensor:
-    """Without what it does after the inverse, which costs another decomposition."""
+    """ACE without the refinement after the inverse, which costs another decomposition."""
     return gram(changes - changes.mean(dim=1, keepdim=True), norm=0.0)
 
 
@@ -69,7 +69,7 @@ def iso(change: Tensor, changes: Tensor) -> Tensor:
 
 
 def iso_cts(change: Tensor, changes: Tensor) -> Tensor:
-    """Marczak et al., Iso-CTS: common directions of the sum, the rest of each source's own."""
+    """Marczak et al., Iso-CTS: common directions of the sum, the others from each source."""
     u, s, v = torch.linalg.svd(change, full_matrices=False)
     common = int(0.8 * len(s))
     each = (len(s) - common) // len(changes)

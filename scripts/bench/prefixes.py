@@ -1,9 +1,9 @@
-"""How much work candidates of one generation share at the start of their paths: what a trie over hops would save.
+"""How much work candidates of one generation share at the start of their paths, which a trie over hops would save.
 
 Two candidates whose first k hops are the same layers with the same scales compute the same hidden states up to there.
-For tasks without decoding, a generation could be scored as a trie, each shared prefix once. This counts, for each
-encoding, the share of hops that would be saved: in the first generation, and in the last of a search towards A without
-its middle layers, in which generations have come closer together. No model is needed.
+For tasks without decoding, a generation could be scored as a trie, with each shared prefix computed once. This counts
+for each encoding the share of hops that this would save: in the first generation, and in the last generation of a
+search whose optimum is A without its middle layers, when candidates are more similar. No model is needed.
 
     python scripts/bench/prefixes.py [--layers 32] [--generations 40]
 """
@@ -38,7 +38,7 @@ def path(recipe: StackRecipe) -> tuple[object, ...]:
 
 
 def shared(paths: list[tuple[object, ...]]) -> float:
-    """The share of hops that are in a prefix of another path; of equal paths all but one are answered by the store."""
+    """The share of hops that are in a prefix of another path; equal paths count once, as the store answers the rest."""
     distinct = set(paths)
     nodes = {one[: k + 1] for one in distinct for k in range(len(one))}
     return 1 - len(nodes) / sum(map(len, distinct))

@@ -1,13 +1,13 @@
-"""How often a race is wrong: candidates that it eliminates though the optimizer would have learnt from them.
+"""How often a race is wrong: how many candidates it eliminates from which the optimizer would have learned.
 
 Generations of searches that scored every candidate on every item (recorded by ``search_cost.py``, or simulated here)
-are raced again from their scores, by rungs of fewer items than they have. A candidate is wrongly eliminated when it is
-among the best ``keep`` by all items.
+are raced again from their scores, with rungs of fewer items. A candidate is wrongly eliminated if it is among the best
+``keep`` by all items.
 
     python scripts/bench/racing.py [--recorded NAME=FOLDER]... [--json docs/racing.json]
 
-FOLDER holds the searches of ``search_cost.py run``, and NAME is what the results of its searches are called. The file
-keeps the results of other names, and the printed table, which is that of docs/scoring.md, has them all.
+FOLDER has the searches of ``search_cost.py run``, and NAME is a name for their results. Results with other names are
+kept in the file, and the printed table, which is that of docs/scoring.md, contains all.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass
 class Tally:
-    """Candidates by how their race ended, and the items that they took."""
+    """Counts of candidates by how their race ended, and of items."""
 
     candidates: int = 0
     eliminated: int = 0
@@ -82,7 +82,7 @@ def race(losses: Losses, order: ItemOrder, rungs: Sequence[int], keep: int, conf
         racing &= ~(eliminated | settled)
     scored[racing] = items
     means = np.sort(losses.mean(axis=1))
-    selected = losses.mean(axis=1) < means[keep]  # a tie with the first that is not kept is no loss
+    selected = losses.mean(axis=1) < means[keep]  # dropping one that is equal to the first that is not kept is no error
     tally.candidates += count
     tally.eliminated += int(eliminated.sum())
     tally.wrongly += int((eliminated & selected).sum())
@@ -109,10 +109,10 @@ def recorded(folder: Path) -> Iterator[list[Losses]]:
 
 
 def simulated(searches: int, items: int = 500, population: int = 9) -> Iterator[list[Losses]]:
-    """Searches whose generations are spread wide at first and narrow later, as those of an optimizer that converges.
+    """Searches whose generations are wide at first and narrow later, as with an optimizer that converges.
 
-    An item is solved with a probability that is logistic in ability less difficulty, and which half of the randomness
-    is the item's own, the same for all candidates, is drawn for each search.
+    An item is solved with a probability that is logistic in ability minus difficulty; half of the randomness belongs to
+    the item, is the same for all candidates, and is drawn for each search.
     """
     for seed in range(searches):
         random = np.random.default_rng(seed)
@@ -142,7 +142,7 @@ def measure(searches: Sequence[list[Losses]], orders: int) -> list[dict[str, obj
 
 
 def table(results: Mapping[str, Rows]) -> str:
-    """The results as a table in Markdown: ranges over all kinds of searches, and each one's own rate of wrong races."""
+    """The results as a Markdown table: ranges over all kinds of searches, and the error rate of each."""
     by_race: dict[tuple[str, float], dict[str, Mapping[str, Any]]] = {}
     for name, rows in results.items():
         for row in rows:

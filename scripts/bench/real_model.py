@@ -1,11 +1,11 @@
-"""A candidate of the real model of scripts/real/prepare: its seconds and memory beside plain transformers'.
+"""A candidate of the real model of scripts/real/prepare: its time and memory, compared with plain transformers.
 
-A worker merges a candidate into its live model and scores it on items of the search split, the common beginning of all
-prompts computed once; plain transformers ``generate``s for the same prompts with the same weights, at the best of four
-batch sizes. Both take turns in one process, and the ratio is the median of those of pairs. The merge and the grading,
-which plain transformers has no counterpart for, count against Evomerge. Beside them: a merge against the copy of as
-many bytes, the peak of a process that does nothing but score candidates, and how long ``evomerge validate`` takes to
-its plan on the miniatures. With --search, the confirmed gain of the search of scripts/real/search.
+A worker merges a candidate into its live model and scores it on items of the search split, computing the common
+beginning of all prompts once. Plain transformers runs ``generate`` on the same prompts with the same weights, with the
+best of four batch sizes. Both take turns in one process, and the ratio is the median over pairs. The times of Evomerge
+include the merge and the grading, which plain transformers does not have. Also measured are a merge against a copy of
+as many bytes, the peak memory of a process that only scores candidates, and how long ``evomerge validate`` takes to
+print its plan for the miniatures; and with --search, the confirmed gain of the search of scripts/real/search.
 
     python scripts/bench/real_model.py [--real real] [--items 60] [--repeats 5] [--threads 2] [--search real/search]
         [--json docs/real_model.json]
@@ -43,18 +43,18 @@ from evomerge.search.workers.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 SKILLS = ("sums", "json", "verdict")
-NEW_TOKENS = 40  # as many as scripts/real/right.py asks for
+NEW_TOKENS = 40  # as in scripts/real/right.py
 BATCH_SIZES = (8, 15, 30, 60)
 MB = 1e6
 
 
 def weights(count: int) -> np.ndarray:
-    """Of each source in each candidate [count, sources]: in the middle of what a search tries."""
+    """The weights of each source in each candidate, [count, sources]: in the middle of a search's range."""
     return np.random.default_rng(1).uniform(0.3, 0.8, (count, len(SKILLS)))
 
 
 def recipe_of(sources: Mapping[str, Source], numbers: np.ndarray) -> StackRecipe:
-    """Task arithmetic with one weight for each source, as scripts/real/search.yaml has it."""
+    """Task arithmetic with one weight for each source, as in scripts/real/search.yaml."""
     parameters = {"weight": dict(zip(SKILLS, numbers.tolist(), strict=True))}
     blend = Blend(method="task_arithmetic", sources=SKILLS, base="base", parameters=parameters)
     return StackRecipe.compose(
@@ -108,8 +108,8 @@ class Candidates:
 
 
 def plain(folder: Path) -> tuple[Any, Any]:
-    """The model and its tokenizer in plain transformers, which is imported here: a process that scores does without
-    much of what this brings, and its peak is measured too."""
+    """The model and its tokenizer in plain transformers. It is imported here because a process that scores, whose peak
+    memory is measured too, does not need much of it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder / "smollm2", dtype=torch.bfloat16).eval()
@@ -117,14 +117,14 @@ def plain(folder: Path) -> tuple[Any, Any]:
 
 
 def plain_prompts(tokenizer: Any, folder: Path, items: int) -> list[str]:
-    """The questions as a chat, as the evaluator asks them."""
+    """The questions as chats, as the evaluator asks them."""
     lines = (folder / "items" / "search.jsonl").read_text("utf-8").splitlines()[:items]
     talks = [[{"role": "user", "content": json.loads(line)["question"]}] for line in lines]
     return [tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) for talk in talks]
 
 
 def plain_answers(model: Any, tokenizer: Any, prompts: Sequence[str], rows: int) -> None:
-    """Greedy answers by transformers' own ``generate``, the longest prompts first so that few are padded much."""
+    """Greedy answers from transformers' ``generate``, with prompts sorted by length to avoid padding."""
     ordered = sorted(prompts, key=len, reverse=True)
     for first in range(0, len(ordered), rows):
         batch = tokenizer(ordered[first : first + rows], return_tensors="pt", padding=True, add_special_tokens=False)
@@ -139,7 +139,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def compare(folder: Path, items: int, repeats: int) -> dict[str, float]:
-    """Seconds a candidate, ours and plain; those of its merge, and of copying what a merge reads and writes."""
+    """Seconds per candidate, ours and plain; of its merge; and of copying what a merge reads and writes."""
     ours = Candidates(folder, items, repeats + 1)
     model, tokenizer = plain(folder)
     prompts = plain_prompts(tokenizer, folder, items)
@@ -170,7 +170,7 @@ def compare(folder: Path, items: int, repeats: int) -> dict[str, float]:
 
 
 def peak(arguments: Sequence[str]) -> int:
-    """Bytes at the peak of a process that runs this file so."""
+    """The peak memory, in bytes, of a process that runs this file with these arguments."""
     command = [sys.executable, str(Path(__file__)), *arguments]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -180,7 +180,7 @@ def own_peak() -> int:
 
 
 def first_plan(repeats: int) -> float:
-    """Seconds of ``evomerge validate`` on the miniatures, which ends with its plan."""
+    """Seconds that ``evomerge validate`` takes on the miniatures, up to and including its plan."""
     command = [sys.executable, "-m", "evomerge", "validate", str(ROOT / "examples" / "miniature.yaml")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return statistics.median(
@@ -198,7 +198,7 @@ def model_and_sources(sources: Mapping[str, Source]) -> int:
 
 
 def confirmed_gain(search: Path) -> dict[str, float | None]:
-    """The winner's held-out gain over the best source, with its corrected interval; Nones where a source wins."""
+    """The winner's held-out gain over the best source, with its corrected interval; None if a source wins."""
     status = read_status(search)
     (objective,) = status.directions
     sources = [entry for entry in status.confirmed_baselines if entry.origin == "source"]

@@ -1,9 +1,10 @@
-"""What routed experts cost: tokens a second beside those of the base alone, on random weights of the shape of a model.
+"""The cost of routed experts: tokens per second, relative to the base alone, with random weights in a model's shape.
 
-All forms read the same prompts and say as many tokens each, in turn, in one process on one thread. A ratio is the
-median of those to the base in the same turn, by the seconds of the thread, so that what else runs counts less. Routers
-are linear, one for each adapted layer or one for each block, and keep all experts or the best two. What modules are
-given alike is multiplied once by all their routers and once by all their adapters; "apart" is without that.
+All forms read the same prompts and generate equally many tokens, in turn, in one process on one thread. A ratio is the
+median over turns of those to the base in the same turn, in processor seconds of the thread, so that other load matters
+less. Routers are linear, one for each adapted layer or one for each block, and keep all experts or the best two. If
+modules have the same input, it is multiplied once by all of their routers and once by all of their adapters; "apart" is
+without that.
 
     python scripts/bench/routed.py [--hidden 576] [--layers 30] [--experts 4] [--rank 16] [--rows 60] [--turns 7]
         [--json docs/routed.json]
@@ -50,7 +51,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def write_family(folder: Path, given: argparse.Namespace) -> dict[str, Source]:
-    """A base of random weights and adapters of all its linear layers."""
+    """A base with random weights, and adapters on all of its linear layers."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=given.vocabulary, hidden_size=given.hidden, intermediate_size=given.hidden * 8 // 3,
@@ -78,7 +79,7 @@ def write_family(folder: Path, given: argparse.Namespace) -> dict[str, Source]:
 
 @torch.inference_mode()
 def seconds(live: LiveModel, prompts: torch.Tensor) -> float:
-    """Of this thread, for all answers."""
+    """Processor seconds of this thread for all answers."""
     started = time.thread_time()
     found = live.model(prompts, use_cache=True)
     for _ in range(ANSWER - 1):
@@ -88,7 +89,7 @@ def seconds(live: LiveModel, prompts: torch.Tensor) -> float:
 
 
 def forms_of(sources: dict[str, Source], live: LiveModel) -> dict[str, Callable[[], AbstractContextManager[object]]]:
-    """What has the live model compute in each form while it is open."""
+    """For each form, a context in which the live model computes in that form."""
     base, names = sources["base"], tuple(name for name in sources if name != "base")
     experts: LiveExperts | None = None
     found: dict[str, Callable[[], AbstractContextManager[object]]] = {"base": nullcontext}
@@ -111,7 +112,7 @@ def forms_of(sources: dict[str, Source], live: LiveModel) -> dict[str, Callable[
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of the base, and the ratio of every form to it."""
+    """Tokens per second of the base, and the ratio of every form to it."""
     with tempfile.TemporaryDirectory() as folder:
         sources = write_family(Path(folder), given)
         live = live_model(sources["base"], torch.device("cpu"), torch.float32)

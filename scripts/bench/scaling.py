@@ -1,18 +1,18 @@
-"""How a search scales to many workers: how long they wait, and what the driver costs, in simulated time.
+"""How a search scales to many workers: how long they wait, and the time of the driver, with simulated workers.
 
 Candidates take log-normal times; a tenth are stragglers, ten times as slow, and one in fifty fails. The pool has a
-clock of its own, so that hundreds of workers cost nothing, and all that the real clock shows is the driver's.
+simulated clock, so hundreds of workers take no time, and the real time is that of the driver.
 
     python scripts/bench/scaling.py [--workers 16 64 256] [--candidates 10000] [--longest 100000]
                                     [--last 20000 --of 1000000 --many 1000] [--json docs/scaling.json]
 
-Writes the curve of the driver's cost along ``--longest`` candidates, and a plot beside the JSON file. The driver's
-milliseconds are those of its processor.
+Writes the curve of the driver's cost along ``--longest`` candidates, and a plot next to the JSON file. The driver's
+milliseconds are processor time.
 
-``--last`` drives the last candidates of a search of so many: the first ``SEED`` of it are driven, and those between are
-copies of their rows in the database, under other numbers and other hashes of recipes. The driver holds all that it
-would after driving them: its map of known recipes is read from the database, and nothing else of it grows. Workers'
-waiting is that of the whole search, on the pool alone: they never wait while there is something to ask for.
+``--last`` drives the last candidates of a search of ``--of`` candidates: the first ``SEED`` are driven, and those in
+between are copies of their rows in the database, with other numbers and other hashes of recipes. The driver is then in
+the same state as after driving all of them: its map of known recipes is read from the database, and nothing else in it
+grows. Workers' waiting is that of the whole search, on the pool alone: they never wait while candidates are left.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SEED = 5_000  # candidates whose rows are copied to make a longer search
 
 
 def run(mode: Mode, workers: int, candidates: int) -> dict[str, Any]:
-    """One search: the share of the workers' time that they waited, and milliseconds of the driver a candidate."""
+    """Run one search: the share of time that workers waited, and the driver's milliseconds per candidate."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "search.db"
         Store.create(place, name="bench", settings={}, fingerprints={}, environment={}).close()
@@ -70,7 +70,7 @@ def run(mode: Mode, workers: int, candidates: int) -> dict[str, Any]:
 
 
 def run_last(workers: int, last: int, candidates: int) -> dict[str, Any]:
-    """The last candidates of a search without a barrier."""
+    """Run the last candidates of a search without a barrier."""
     before = candidates - last
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "search.db"
@@ -93,7 +93,7 @@ def run_last(workers: int, last: int, candidates: int) -> dict[str, Any]:
 
 
 class _TimedDriver(Driver):
-    """A driver that knows when it had read what is recorded, in seconds of its processor."""
+    """A driver that notes its processor seconds after replaying what is recorded."""
 
     began = 0.0
 
@@ -103,7 +103,7 @@ class _TimedDriver(Driver):
 
 
 class _LateDriver(_TimedDriver):
-    """A driver that begins where it would be after all candidates that are recorded."""
+    """A driver that starts in the state after all recorded candidates."""
 
     def _replay(self) -> None:
         with self._store.transaction() as connection:
@@ -119,11 +119,11 @@ class _LateDriver(_TimedDriver):
 
 
 class _Simulation:
-    """Times and scores of candidates, and how long workers were busy.
+    """Simulated times and scores of candidates, and how long workers were busy.
 
     Attributes:
-        busy: seconds of all workers.
-        jobs: when each began and ended.
+        busy: seconds, summed over workers.
+        jobs: the start and the end of each job.
     """
 
     def __init__(self, workers: int) -> None:
@@ -147,7 +147,7 @@ def _seconds(random: np.random.Generator) -> float:
 
 
 def _setup(mode: Mode, workers: int, candidates: int) -> Setup:
-    # Generations as large as there are workers: the best case of that mode.
+    # As many candidates in a generation as there are workers, which is the best case of that mode.
     optimizer = CmaSettings(name="cma", population=workers, restarts=50)
     return made_up_setup(made_up_space(), candidates, ITEMS, mode=mode, optimizer=optimizer)
 
@@ -155,7 +155,7 @@ def _setup(mode: Mode, workers: int, candidates: int) -> Setup:
 def _drive(
     place: Path, setup: Setup, simulation: _Simulation, kind: type[_TimedDriver]
 ) -> tuple[list[tuple[int, float]], float]:
-    """(candidates, processor seconds) along the search, and the seconds of all of it but reading what is recorded."""
+    """(candidates, processor seconds) along the search, and the seconds of all of it without the replay."""
     curve: list[tuple[int, float]] = []
     turns = [0]
     with Store.open(place) as store, acquire(store):
@@ -175,7 +175,7 @@ def _drive(
 
 
 def copy_rows(place: Path, candidates: int) -> None:
-    """Make a search of so many candidates of a shorter one: the rows of its own, again and again."""
+    """Lengthen a search to ``candidates`` by copying its rows again and again."""
     with closing(sqlite3.connect(place)) as connection:
         columns = {
             table: [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
@@ -206,7 +206,7 @@ def copy_rows(place: Path, candidates: int) -> None:
 
 
 def idle_of(workers: int, candidates: int) -> float:
-    """The share of time that workers wait, their end included, where one that is free always gets a candidate."""
+    """The share of time that workers wait, including the end, if a free worker always gets a candidate."""
     random = np.random.default_rng(0)
     free = [0.0] * workers
     busy = 0.0

@@ -1,18 +1,18 @@
 """Scoring a candidate: Evomerge against ``lm_eval.simple_evaluate``, on the same task, model and items, in one run.
 
-Figures are seconds of one core for one candidate: processor time of this process on one thread, which a worker has too,
-medians of runs that take turns. ``simple_evaluate`` gets every advantage: the model is in memory and wrapped once,
-tasks are indexed once, of several batch sizes it has its best, it neither bootstraps nor keeps samples, and what it
-asks of pip and git about the machine, in subprocesses, is left out. Evomerge runs by its defaults.
+Figures are seconds of one core per candidate: processor time of this process on one thread, as in a worker, as medians
+of runs that take turns. ``simple_evaluate`` gets every advantage: the model is in memory and wrapped once, tasks are
+indexed once, it uses the best of several batch sizes, it neither bootstraps nor keeps samples, and its queries about
+the machine (pip and git in subprocesses) are omitted. Evomerge runs with its defaults.
 
-In float32 the scores of all items must be equal. In bfloat16, in which searches mostly run, two tokens are often
-equally likely but for rounding, and lm-eval's own scores hang on its batch size; so the items that differ are counted.
+In float32 the scores of all items must be equal. In bfloat16, in which most searches run, two tokens are often equally
+likely up to rounding, and lm-eval's own scores depend on its batch size, so the items that differ are counted.
 
-A model of random weights with a vocabulary of 50,000, as real ones have, is timed beside plain transformers: its
-``generate`` with the best of three batch sizes for answers, one batch and the head on the answers' tokens alone for
-likelihoods. Runs take turns, and a ratio is the median of those of pairs. ``--vocabulary`` does that alone.
+A model with random weights and a vocabulary of 50,000, as in real models, is compared with plain transformers: its
+``generate`` with the best of three batch sizes for answers, and one batch with the head on only the answers' tokens for
+likelihoods. Runs take turns, and a ratio is the median over pairs. ``--vocabulary`` does only this.
 
-Answers alone are timed in three steps: transformers' own batches, rows that end making room for others, and the common
+Answers alone are timed in three steps: transformers' own batches, finished rows replaced by others, and the common
 beginning of all prompts computed once.
 
     python scripts/bench/scoring.py [--repeats 3] [--items 500] [--output docs/scoring.json] [--vocabulary]
@@ -80,7 +80,7 @@ metadata: {{version: 1.0}}
 
 
 def write_task(folder: Path, shots: int) -> str:
-    """mini_math_ja with worked examples; its own file fixes their number at 0. The task's name."""
+    """Write mini_math_ja with worked examples, whose own file fixes their number at 0; return the task's name."""
     shutil.copy(TASKS / "miniatures.py", folder)
     files = json.dumps({split: str(TASKS / "data" / f"mini_math_ja.{split}.jsonl") for split in ("search", "held_out")})
     (folder / f"bench_{shots}.yaml").write_text(FEWSHOT.format(shots=shots, files=files))
@@ -103,7 +103,7 @@ class Theirs:
         self._models: dict[int, HFLM] = {}
 
     def __call__(self, batch_size: int, samples: bool = False) -> dict[int, tuple[float, ...]]:
-        """Every item's scores, where samples are kept."""
+        """The scores of every item, if samples are kept."""
         if batch_size not in self._models:
             self._models[batch_size] = HFLM(self._live.model, tokenizer=self._live.tokenizer, batch_size=batch_size)
         results = lm_eval.simple_evaluate(
@@ -125,7 +125,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def interleaved(repeats: int, works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """The median seconds of each, run in turns, after one turn that does not count."""
+    """The median seconds of each function, run in turns after one turn that does not count."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():
@@ -136,12 +136,12 @@ def interleaved(repeats: int, works: Mapping[str, Callable[[], object]]) -> dict
 
 
 def unaware() -> Any:
-    """simple_evaluate without its questions to pip and git."""
+    """Make simple_evaluate omit its queries of pip and git."""
     return mock.patch.multiple("lm_eval.evaluator", add_env_info=lambda *_: None, get_git_commit_hash=lambda *_: None)
 
 
 def compare(live: LiveModel, folder: Path, task: str, items: int, repeats: int) -> dict[str, Any]:
-    """Seconds a candidate, theirs and ours, and how many items' scores differ."""
+    """Seconds per candidate, theirs and ours, and the number of items whose scores differ."""
     settings = LmEvalSettings(
         task=task, task_folders=(folder,), allow_task_code=True, search=f"validation[:{items}]",
         held_out=f"test[:{items}]",
@@ -178,7 +178,7 @@ def compare(live: LiveModel, folder: Path, task: str, items: int, repeats: int) 
 
 
 def answers_alone(live: LiveModel, evaluator: LmEvalEvaluator, items: int, repeats: int) -> dict[str, float]:
-    """Seconds to answer the prompts of the items, by each step."""
+    """Seconds to answer the prompts of the items, for each step."""
     prompts = [live.tokenizer.encode(group[0].args[0]) for group in evaluator._instances["held_out"][:items]]
     batches: Callable[[], Sequence[str]] = lambda: generation._in_batches(live, prompts, 32, ["\n"], "auto")  # noqa: E731
     rows = partial(answer, live, prompts, generation.Decoding(32, ("\n",)))
@@ -196,13 +196,13 @@ def answer(live: LiveModel, prompts: Sequence[Sequence[int]], how: generation.De
 
 
 def large_vocabulary(repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds of answers and of likelihoods, plain transformers' and ours, and the median of their ratios."""
+    """Seconds for answers and for likelihoods, with plain transformers and ours, and the median of their ratios."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=None,
     )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)  # which knows none of most of its tokens
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)  # which does not have most of its tokens
     live = LiveModel(for_scoring(LlamaForCausalLM(config).to(torch.bfloat16)), tokenizer)
     lengths = [40 + number % 12 for number in range(60)]
     prompts = [torch.randint(VOCABULARY, (length,)).tolist() for length in lengths]
@@ -222,7 +222,7 @@ def large_vocabulary(repeats: int) -> dict[str, dict[str, float]]:
 
 
 def plain_answers(live: LiveModel, prompts: Sequence[Sequence[int]], rows: int) -> None:
-    """Greedy answers by transformers' own ``generate``."""
+    """Greedy answers from transformers' ``generate``."""
     for first in range(0, len(prompts), rows):
         batch = prompts[first : first + rows]
         width = max(map(len, batch))
@@ -235,7 +235,7 @@ def plain_answers(live: LiveModel, prompts: Sequence[Sequence[int]], rows: int) 
 
 
 def plain_likelihoods(live: LiveModel, prompts: Sequence[Sequence[int]], scored: int) -> list[float]:
-    """log p of the last tokens of each text, all in one batch, as one would write it by hand."""
+    """The log-likelihood of the last tokens of each text, all in one batch, as in a simple script."""
     width = max(map(len, prompts))
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in prompts])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in prompts])
@@ -250,7 +250,7 @@ def plain_likelihoods(live: LiveModel, prompts: Sequence[Sequence[int]], scored:
 
 
 def paired(repeats: int, theirs: Callable[[], object], ours: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of both, run in turns, and the median of the ratios of turns, after one that does not count."""
+    """Median seconds of both, and the median ratio, over turns after one that does not count."""
     turns = [(seconds(theirs), seconds(ours)) for _ in range(repeats + 1)][1:]
     return {
         "transformers": statistics.median(t for t, _ in turns),

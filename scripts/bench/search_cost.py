@@ -1,26 +1,26 @@
-"""What a good merge costs: items generated until a search's held-out score is as good as plain CMA-ES makes it.
+"""The cost of a good merge: items generated until a search's held-out score is as good as that of plain CMA-ES.
 
 Four problems:
 
 * miniatures: DARE-TIES with a weight and a density for each of two experts (examples/miniatures), on 250 items.
 * model, over the zoo (examples/zoo): a weight for each of four experts, and the mean score on four tasks, of which one
-  is a composition that no expert can do; 100 items.
-* blocks: a weight for each expert in each attention, each mlp and outside of the layers: 56.
+  is a composition that no expert solves; 100 items.
+* blocks: a weight for each expert in each attention, in each mlp and outside of the layers: 56.
 * density: TIES with a weight and a density for each of these: 112.
 
-The reference of each is a search by the settings of the original work: CMA-ES at its defaults from the centre of the
-box, 1,000 candidates, each scored on every item. Every technique searches the same space on the same items, and
+The reference of each is a search with the settings of the original work: CMA-ES with its defaults from the centre of
+the box, 1,000 candidates, each scored on every item. Every technique searches the same space on the same items, and
 whenever its best candidate changes, that candidate is scored on the held-out split, which no search reads. The curves
-are those held-out scores over the items generated so far, those of the baselines among them. What a technique asks for
-beside answers, passes forward and backward through right ones, is counted apart. The goal
-is 95% of the gain over the best baseline that the reference has when its budget is spent.
+are these held-out scores over the items generated so far, including those of the baselines. Forward and backward passes
+through right answers are counted separately. The goal is 95% of the reference's gain over the best baseline at the end
+of its budget.
 
     python scripts/bench/search_cost.py run FOLDER [--problem blocks] [--seeds 0 1 2 ...] [--only NAME ...]
     python scripts/bench/search_cost.py report FOLDER    # docs/search_cost.json, docs/search_cost_PROBLEM.svg
 
-Hours; it can be interrupted. Runs of several processes, each with its own seeds or problem, may share a folder. What is
-reported is kept in docs/search_cost_runs.json, curve by curve, and is not run again: further seeds add to it. Remove a
-run there where what it measured has changed.
+This takes hours, and can be interrupted. Several processes with different seeds or problems may share a folder.
+Reported runs are kept in docs/search_cost_runs.json, curve by curve, and are not repeated: further seeds add to them.
+If what a run measured has changed, remove it there.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ RUNS = ROOT / "docs" / "search_cost_runs.json"
 ZOO = ROOT / "examples" / "zoo"
 DATA = ROOT / "evaluators" / "tasks" / "data"
 SHARE = 0.95  # of the reference's gain
-PARTS = (0.01, 0.02, 0.05)  # of the reference's items, at which it is told how much of the gain a technique has
+PARTS = (0.01, 0.02, 0.05)  # shares of the reference's items at which a technique's share of the gain is reported
 REFERENCE = "full evaluation, plain CMA-ES"
 SEEDS = 8
-SPACING = 1.1  # by which items grow from one point of a curve to the next
+SPACING = 1.1  # the ratio of items between neighbouring points of a curve
 HELD_OUT = 500  # items of the held-out split, as many of each task
 
 EXPERTS = ("steps_ja", "kanji", "into_english", "extraction")
@@ -140,24 +140,24 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def write_items(folder: Path) -> None:
-    """What the proxy reads: the items of a problem, of several tasks one of each in turn."""
+    """Write the items that the proxy reads: those of a problem, with several tasks interleaved."""
     for split in ("search", "held_out"):
         (folder / f"miniatures.{split}.jsonl").write_bytes((DATA / f"mini_math_ja.{split}.jsonl").read_bytes())
         (folder / f"{split}.jsonl").write_text("\n".join(line for _, line in in_turn(split)) + "\n", "utf-8")
 
 
 def in_turn(split: str) -> list[tuple[str, str]]:
-    """The items of a split of ``TASKS``, one of each in turn: its task, and its line of JSON."""
+    """The interleaved items of a split of ``TASKS``: the task, and the line of JSON."""
     by_task = [(DATA / f"{task}.{split}.jsonl").read_text("utf-8").splitlines() for task in TASKS]
     return [pair for row in zip(*by_task, strict=True) for pair in zip(TASKS, row, strict=True)]
 
 
 class CountingPool:
-    """One worker in this process; remembers how many items each attempt was asked to answer and to screen.
+    """A pool with one worker in this process, which counts the items that each attempt answers and screens.
 
     Args:
-        known: what this process has measured on the problem, by recipe and tasks. The same model is not asked the same
-            items twice, as baselines would be in every run; what is counted does not depend on it.
+        known: the results that this process has for the problem, by recipe and tasks. They save scoring the same model
+            again, for example baselines in every run; the counts do not depend on them.
     """
 
     def __init__(self, worker: Worker, known: dict[Hashable, Result]) -> None:
@@ -174,7 +174,7 @@ class CountingPool:
         return [self.run(self._waiting.pop(0))] if self._waiting else []
 
     def run(self, job: Job) -> Finished:
-        """Do a job, unless its result is known."""
+        """Run a job unless its result is known."""
         if job.instead is not None:
             return self.worker.run(job)
         key = (
@@ -205,14 +205,14 @@ class CountingPool:
 
 
 def _seedless(recipe: Recipe) -> Recipe:
-    """The recipe without its seed, where nothing of it is drawn by that."""
+    """The recipe without its seed, if nothing in it is random."""
     drawn = not isinstance(recipe, StackRecipe) or any("dare" in blend.method for blend in recipe.blends)
     return recipe if drawn else recipe.model_copy(update={"seed": 0})
 
 
 @dataclass(frozen=True)
 class Point:
-    """A change of the best candidate: when, what it scored on the search split, and what it scores held out."""
+    """A change of the best candidate: when, and its scores on the search split and on the held-out split."""
 
     items: int
     passes: int
@@ -225,7 +225,7 @@ _MEASURED: defaultdict[str, dict[Hashable, Result]] = defaultdict(dict)  # by pr
 
 
 def run(folder: Path, problem: str, name: str, seed: int) -> None:
-    """One search, with its curve in FOLDER/PROBLEM-NAME-SEED.json; nothing when that is known already."""
+    """Run one search and write its curve to FOLDER/PROBLEM-NAME-SEED.json; skipped if that exists."""
     key = "".join(letter if letter.isalnum() else "_" for letter in f"{problem} {name}")
     out = folder / f"{key}-{seed}.json"
     if out.exists() or any(_key(known) == (problem, name, seed) for known in _reported()):
@@ -248,7 +248,7 @@ def run(folder: Path, problem: str, name: str, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Search:
-    """A search that came to its end. ``baselines``: held-out scores by label."""
+    """A finished search. ``baselines`` has held-out scores by label."""
 
     place: Path
     why: str
@@ -256,7 +256,7 @@ class Search:
     points: Sequence[Point]
 
     def then(self, search: Search) -> Search:
-        """This search and one that started from it: what both spent, and the best of the one that runs."""
+        """This search and one that started from it: the cost of both, and the best so far of the one that runs."""
         spent = self.points[-1]
         points = [
             Point(
@@ -289,9 +289,9 @@ def _search(folder: Path, name: str, problem: str, case: Mapping[str, Any], seed
 
 
 def _curve(store: Store, prepared: Prepared, pool: CountingPool) -> list[Point]:
-    """The best candidate after every tell that changed it, and one more point when the search ended.
+    """The best candidate after every tell that changed it, and another point at the end of the search.
 
-    Of changes within a tenth of the items generated so far the first alone, since each costs ``HELD_OUT`` answers.
+    Changes within a tenth of the items generated so far count as one, because each costs ``HELD_OUT`` answers.
     """
     points, items, passes, candidates, best = [], 0, 0, 0, -1
     for event in store.events(kinds=("ask", "descent", "dispatch", "front", "tell")):
@@ -330,12 +330,12 @@ def _held_out(number: int, store: Store, prepared: Prepared, pool: CountingPool)
 
 @dataclass(frozen=True)
 class Curves:
-    """One technique's runs. ``grid``: items; ``held_out``: float [seeds, grid], each run's held-out score there."""
+    """The runs of one technique. ``grid`` has numbers of items, ``held_out`` the runs' scores there [seeds, grid]."""
 
     runs: Sequence[Mapping[str, Any]]
 
     def at(self, grid: NDArray[np.float64]) -> NDArray[np.float64]:
-        """float [seeds, grid]: the held-out score of the best candidate at so many items; its last one beyond."""
+        """float64 [seeds, grid]: the held-out score of the best candidate at these items, or at the end of the run."""
         rows = []
         for search in self.runs:
             items = np.array([point["items"] for point in search["points"]])
@@ -349,7 +349,7 @@ class Curves:
         return [search["seed"] for search in self.runs]
 
     def of(self, seeds: Sequence[int]) -> Curves:
-        """The runs of some seeds, in their order."""
+        """The runs of these seeds, in their order."""
         by_seed = {search["seed"]: search for search in self.runs}
         return Curves([by_seed[seed] for seed in seeds])
 
@@ -363,7 +363,7 @@ class Curves:
 
 
 def report(folder: Path) -> None:
-    """Put the curves of all runs together: docs/search_cost.json, and a picture of each."""
+    """Combine the curves of all runs: docs/search_cost.json, and a plot for each problem."""
     found = [*_reported(), *(json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))]
     runs = [run for _, run in sorted({_key(run): run for run in found}.items())]
     lines = ",\n".join(json.dumps(run) for run in runs)
@@ -379,7 +379,7 @@ def report(folder: Path) -> None:
     curves = {problem: of_problem for problem, of_problem in curves.items() if REFERENCE in of_problem}
     rows = {problem: _problem(of_problem) for problem, of_problem in curves.items()}
     docs = ROOT / "docs"
-    earlier = json.loads((docs / "search_cost.json").read_text())["problems"]  # of problems that were not run again
+    earlier = json.loads((docs / "search_cost.json").read_text())["problems"]  # of problems that were not repeated
     content: dict[str, Any] = {**rows.get("model", {}), "problems": earlier | rows}
     if {"model", "blocks"} <= curves.keys():
         content["layerwise"] = _finer(curves["model"], curves["blocks"]) | {
@@ -397,7 +397,7 @@ def report(folder: Path) -> None:
 
 
 def _reported() -> list[dict[str, Any]]:
-    """The runs that earlier reports were of."""
+    """The runs of earlier reports."""
     runs: list[dict[str, Any]] = json.loads(RUNS.read_text()) if RUNS.exists() else []
     return runs
 
@@ -407,7 +407,7 @@ def _key(run: Mapping[str, Any]) -> tuple[str, str, int]:
 
 
 def _problem(curves: Mapping[str, Curves]) -> dict[str, Any]:
-    """The rows of a problem, and who comes to the reference's gain with the fewest items."""
+    """The rows of a problem, and which technique reaches the reference's gain with the fewest items."""
     reference = curves[REFERENCE]
     start = float(np.mean([max(search["baselines"].values()) for search in reference.runs]))
     goal = start + SHARE * max(0.0, float(reference.last.mean()) - start)
@@ -431,9 +431,9 @@ def _grid(curves: Mapping[str, Curves]) -> NDArray[np.float64]:
 
 
 def _finer(model: Mapping[str, Curves], blocks: Mapping[str, Curves]) -> dict[str, float]:
-    """By how much the best technique block by block ends above the best over the whole model, with as many items.
+    """By how much the best technique with a weight per block exceeds the best over the whole model, with equal items.
 
-    95%, by Student's t over the seeds that both have.
+    The interval is 95%, by Student's t over the seeds that both have.
     """
     ends = {name: float(of_case.last.mean()) for name, of_case in blocks.items()}
     fine = blocks[max(ends, key=lambda name: ends[name])]
@@ -449,9 +449,9 @@ def _finer(model: Mapping[str, Curves], blocks: Mapping[str, Curves]) -> dict[st
 def _row(
     curves: Curves, reference: Curves, grid: NDArray[np.float64], start: float, goal: float
 ) -> dict[str, float | None]:
-    """What a technique needs. ``items``: from where on the mean over seeds stays at the goal, None if it ends below.
+    """The cost of a technique. ``items`` is the number from which the mean over seeds stays at the goal, else None.
 
-    Where the reference ends no better than the best baseline, ``start``, the goal is to be better, and shares are None.
+    If the reference does not exceed the best baseline, ``start``, the goal is to exceed it, and shares are None.
     """
     mean = curves.at(grid).mean(axis=0)
     short = np.flatnonzero((mean < goal) | (mean <= start))

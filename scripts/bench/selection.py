@@ -1,12 +1,11 @@
-"""How well `select` finds the useful ones of twelve sources, and what a search after it loses.
+"""How well `select` finds the useful sources among twelve, and what a search after it loses.
 
-The zoo with its distractors and four tasks of one skill each. Useful are the four sources that are best at one of them
-on the held-out items (examples/zoo/README.md; the two translators each at its half of the items). Every source is
-scored in full once; the race of each seed, which decides on which items sources are scored and in which order, is
-replayed by these scores. The choice is right where all four are kept. Some seeds are run as a person would: the choice
-with its averages and its control, then a search over what was chosen, and one of equally many candidates that is told
-the four. Their winners are scored on the same held-out items; the difference is paired by item, with a bootstrap over
-seeds and items.
+The zoo with its distractors, and four tasks of one skill each. The useful sources are the four that are best at one of
+the tasks on the held-out items (examples/zoo/README.md; each of the two translators on its half of the items). Every
+source is scored once on all items; the races of all seeds, which differ in the order of items, are replayed from these
+scores. A choice is right if all four are kept. Some seeds are run completely: the choice with its averages and its
+control, then a search over the chosen sources, and one with equally many candidates over the four useful ones. The
+winners are scored on the same held-out items; the difference is paired by item, with a bootstrap over seeds and items.
 
     python scripts/bench/selection.py run FOLDER [--searches 0 1 2]      # can be interrupted
     python scripts/bench/selection.py report FOLDER      # the key `select` of docs/diversity.json, and the tables
@@ -52,15 +51,15 @@ RUN = range(10)
 SEARCHES = range(3)
 CANDIDATES, ITEMS, HELD_OUT = 40, 25, 60
 MERGES = 3
-"""Averages and control that are scored on the items of the last rung."""
+"""The number of averages and controls that are scored on the items of the last rung."""
 RESULTS = ROOT / "docs" / "diversity.json"
 
 Known = Mapping[str, Mapping[str, Scores]]
-"""Of each source its scores on the search split, by task."""
+"""For each source its scores on the search split, by task."""
 
 
 def search_file(seed: int, sources: dict[str, str], items: int | None, **more: Any) -> SearchFile:
-    """A search over sources; ``items`` of each task, or all 300."""
+    """A search file over sources, with ``items`` of each task, by default all 300."""
     measure = {"batch_size": 100, "held_out": f"test[:{HELD_OUT}]"} | ({} if items is None else {"items": items})
     content = {
         "name": "select", "seed": seed, "base": "base", "dtype": "float32", "sources": sources,
@@ -80,10 +79,10 @@ def of_zoo(names: Sequence[str]) -> dict[str, str]:
 
 
 def run(folder: Path, searches: Sequence[int]) -> None:
-    """Score every source in full; choose and search with some seeds."""
+    """Score every source on all items; choose and search with some seeds."""
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
-    if not is_search(folder / "singles"):  # its baselines alone
+    if not is_search(folder / "singles"):  # only baselines
         alone = search_file(0, of_zoo(SOURCES), None, budget={"candidates": 16})
         drive_new(folder / "singles", open_all(alone), console)
     for seed in searches:
@@ -91,7 +90,7 @@ def run(folder: Path, searches: Sequence[int]) -> None:
         if selected(chosen) is None:
             drive_selection(chosen, open_all(search_file(seed, of_zoo(SOURCES), None, select={})), console)
         chosen_file = yaml.safe_load((chosen / FILE_NAME).read_text())
-        # Its optimizer begins by what the sources add.
+        # Its optimizer starts at weights proportional to what the sources add.
         after = search_file(seed, chosen_file["sources"], ITEMS, optimizer=chosen_file["optimizer"])
         told = search_file(seed, of_zoo(USEFUL), ITEMS)
         for name, file in (("after", after), ("told", told)):
@@ -103,7 +102,7 @@ def run(folder: Path, searches: Sequence[int]) -> None:
 
 
 class Recorded:
-    """Runs jobs of sources alone by scores that are known."""
+    """A worker that answers jobs of single sources from known scores."""
 
     def __init__(self, known: Known, prepared: Prepared) -> None:
         self._known, self._tasks = known, [evaluator.name for evaluator in prepared.setup.evaluators]
@@ -122,7 +121,7 @@ class Recorded:
 
 
 def replay(seeds: Sequence[int], known: Known) -> dict[int, tuple[list[str], float]]:
-    """The sources that are kept with each seed, and the share of items that it takes, averages and control included."""
+    """The sources kept with each seed, and the share of items that this takes, including averages and control."""
     chosen = {}
     prepared = open_all(search_file(0, of_zoo(SOURCES), None, select={}))
     full = (1 + len(SOURCES)) * sum(info.search_items for info in prepared.setup.evaluators)
@@ -152,7 +151,7 @@ def singles(folder: Path) -> Known:
 
 
 def selected(folder: Path) -> Selected | None:
-    """What was chosen in a folder; None where nothing is yet."""
+    """The sources that were chosen in a folder; None if the choice has not ended."""
     if not is_search(folder):
         return None
     with open_store(folder) as store:
@@ -161,7 +160,7 @@ def selected(folder: Path) -> Selected | None:
 
 
 def winner(folder: Path) -> NDArray[np.float64] | None:
-    """The held-out scores of a search's winner: float64 [tasks, items]; None where it has not ended."""
+    """The held-out scores of a search's winner, float64 [tasks, items]; None if it has not ended."""
     if not is_search(folder):
         return None
     with open_store(folder) as store:
@@ -210,7 +209,7 @@ def report(folder: Path) -> None:
 
 
 def bootstrap(gaps: NDArray[np.float64], draws: int = 10_000) -> tuple[float, float, float]:
-    """The mean of differences [seeds, tasks, items] with its 95% interval: seeds and each task's items are drawn."""
+    """The mean of differences [seeds, tasks, items] with its 95% bootstrap interval over seeds and items."""
     rng = np.random.default_rng(0)
     seeds, tasks, items = gaps.shape
     means = np.empty(draws)

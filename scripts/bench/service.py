@@ -1,9 +1,9 @@
-"""How long the server takes for each page and each answer of the API, with a large search: 10,000
-candidates of 200 parameters.
+"""How long the server takes for each page and each response of the API, with a large search of 10,000 candidates with
+200 parameters.
 
-The search is made up and driven once on a simulated clock. Every path is asked for through the whole app, guard and
-all; the figure is the median of several answers, in milliseconds of the wall clock and of this process, with the first
-apart, for which nothing is kept yet. The goal is under 300.
+The search is simulated once. Every path is requested through the whole app, including access control. The figure is the
+median of several responses, in milliseconds of the wall clock and of this process; the first one, without caches, is
+reported separately. The goal is under 300 ms.
 
     python scripts/bench/service.py [--candidates 10000] [--parameters 200] [--repeats 5] [--json docs/service.json]
 """
@@ -47,7 +47,7 @@ PATHS = (
 
 
 def make(folder: Path, candidates: int, parameters: int) -> int:
-    """A finished search named large; how many parameters it has."""
+    """Make a finished search named large, and return its number of parameters."""
     space = made_up_space(max(1, round(parameters / 3) - 3), "layer")
     setup = made_up_setup(space, candidates, ITEMS, name="large")
     random = np.random.default_rng(0)

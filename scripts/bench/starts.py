@@ -1,16 +1,16 @@
-"""Where a search over many sources begins, and what else was tried of it: simulated on a model of the zoo's scores.
+"""Where a search over many sources should start, and other variants, simulated on a model of the zoo's scores.
 
 The model is a Gaussian process for each of four tasks, fitted to merges that searches of ``selection.py`` scored on 25
 items of each (docs/zoo_merges.json: weights of the four useful sources, of two that add little, and of an average of
-the rest; the last is another in every search). What it foretells of merges that it was not fitted to is in the report.
-On it hundreds of searches take seconds. A candidate's scores are what the process says, with noise as of 25 items of
-which most are answered alike; what counts is what it says without the noise.
+the rest; the last differs between searches). The report says how well it predicts merges that it was not fitted to. On
+this model hundreds of searches take seconds. The scores of a candidate are predictions with noise as for 25 items, most
+of which have the same answers for all candidates; results are predictions without noise.
 
-*Starts*: plain CMA-ES over the first four to seven sources, 40 candidates with the baselines, from the centre of the
-box, from the defaults, and from the best baseline. *Niches*: whether the first generation of ``map_elites`` and
-``cycle_qd`` had better be children of the sources than random, and whether ``cycle_qd`` had better vary as
-``map_elites`` does. *Fronts*: what part of the unit cube of two, three or four tasks those candidates dominate that
-look nondominated.
+*Starts*: plain CMA-ES over the first four to seven sources, with 40 candidates including baselines, from the centre of
+the box, from the defaults, and from the best baseline. *Niches*: whether the first generation of ``map_elites`` and
+``cycle_qd`` should be children of the sources instead of random, and whether ``cycle_qd`` should vary candidates like
+``map_elites``. *Fronts*: which part of the unit cube of two, three or four tasks is dominated by the candidates that
+appear nondominated.
 
     python scripts/bench/starts.py gather FOLDER        # of selection.py run: docs/zoo_merges.json
     python scripts/bench/starts.py report               # docs/starts.json, and the tables
@@ -47,10 +47,10 @@ Table = NDArray[np.float64]
 MERGES, RESULTS = ROOT / "docs" / "zoo_merges.json", ROOT / "docs" / "starts.json"
 SOURCES = ("steps_ja", "into_english", "into_japanese", "extraction", "japanese", "steps_en", "rest")
 HIGH, DEFAULT = 1.5, 0.4
-"""Of the weights' bounds, and where they are by default."""
+"""The upper bound of weights, and their default."""
 
 NOISE = 0.07
-"""The standard deviation of a task's noise at a score of a half: that of 25 items, of which half are answered alike."""
+"""The standard deviation of a task's noise at a score of 0.5: for 25 items, half of which never differ."""
 
 SEARCHES = 30
 CANDIDATES, MORE_CANDIDATES = 40, 96
@@ -58,7 +58,7 @@ BINS = 5
 
 
 def gather(folder: Path) -> None:
-    """Write down the merges that the searches of a folder scored, each once."""
+    """Write the merges that the searches of a folder scored, each once."""
     found: dict[tuple[float, ...], list[float]] = {}
     for place in sorted(folder.iterdir()):
         if not place.name.startswith(("after", "told")) or not is_search(place):
@@ -77,10 +77,10 @@ def gather(folder: Path) -> None:
 
 
 class World:
-    """What merges are worth: a Gaussian process for each task.
+    """The true scores of merges: a Gaussian process for each task.
 
     Attributes:
-        explained: of each task, the share of the variance that processes foretell which were not fitted to a tenth.
+        explained: for each task the share of the variance that is predicted in tenfold cross-validation.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class World:
             scales = Matern(np.ones(len(SOURCES)), length_scale_bounds=(0.2, 20.0), nu=2.5)
             kernel = ConstantKernel(0.1) * scales + WhiteKernel(0.003, (1e-4, 0.05))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a length at its bound: a source that a task does not feel
+                warnings.simplefilter("ignore")  # a length scale at its bound: a source that does not affect a task
                 fitted = GaussianProcessRegressor(kernel, normalize_y=True).fit(weights, of_task)
             again = GaussianProcessRegressor(fitted.kernel_, normalize_y=True, optimizer=None)
             missed = cross_val_predict(again, weights, of_task, cv=10) - of_task
@@ -103,7 +103,7 @@ class World:
             self.explained.append(1.0 - float((missed**2).mean() / of_task.var()))
 
     def scores(self, weights: Table) -> Table:
-        """Of merges [merges, sources], their shares solved: float64 [merges, tasks]."""
+        """The scores of merges (weights [merges, sources]): float64 [merges, tasks]."""
         return np.stack([np.clip(process.predict(weights), 0.0, 1.0) for process in self._processes], axis=1)
 
 
@@ -111,8 +111,8 @@ class Search:
     """A simulated search over some sources.
 
     Attributes:
-        genomes: of all candidates; ``true`` and ``seen`` are their scores without noise and with it.
-        first: the candidates of the first generation, as places among all.
+        genomes: those of all candidates; ``true`` and ``seen`` are their scores without and with noise.
+        first: the indices of the candidates of the first generation.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Search:
         self.first = slice(0, 0)
 
     def run(self, optimizer: Optimizer, candidates: int) -> Search:
-        """Tell the baselines of a search, and ask for the rest."""
+        """Tell the baselines, and ask for the other candidates."""
         n = len(self._places)
         alike = [np.full(n, share) for share in (1 / n, DEFAULT, 0.5 / n**0.5)]
         self._tell(optimizer, [np.zeros(n), *np.eye(n), *alike])
@@ -148,7 +148,7 @@ class Search:
 
     @property
     def winner(self) -> float:
-        """What the candidate is worth that looks best."""
+        """The true score of the candidate that appears best."""
         return float(self.true[self.seen.mean(axis=1).argmax()].mean())
 
 
@@ -168,12 +168,12 @@ def by_tasks(genome: Genome, scores: Table) -> Observation:
 
 
 def in_niches(genome: Genome, scores: Table) -> Observation:
-    """By the mean, in niches of the last two tasks."""
+    """The mean as the loss, with niches of the last two tasks."""
     return Observation(genome, [-float(scores.mean())], features=(float(scores[2]), float(scores[3])))
 
 
 def over_seeds(measure: Callable[[int], Sequence[float]]) -> list[str]:
-    """Means of measures over the searches with their standard errors, as text."""
+    """The means of measures over searches with their standard errors, as text."""
     found = np.array([measure(seed) for seed in range(SEARCHES)])
     errors = found.std(axis=0, ddof=1) / SEARCHES**0.5
     return [f"{mean:.3f} ± {error:.3f}" for mean, error in zip(found.mean(axis=0), errors, strict=True)]
@@ -191,7 +191,7 @@ STARTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def starts(world: World) -> list[dict[str, Any]]:
-    """Of plain CMA-ES the winner and the mean of the first generation, by start and number of sources."""
+    """The winner and the mean of the first generation of plain CMA-ES, by start and number of sources."""
     rows = []
     for sources in range(4, len(SOURCES) + 1):
         for name, settings in STARTS.items():
@@ -207,13 +207,13 @@ def starts(world: World) -> list[dict[str, Any]]:
 
 
 CHOICES = ROOT / "docs" / "zoo_choices.json"
-"""What replayed choices of selection.py kept, in their order, with what each adds: of 20 seeds, all over SOURCES."""
+"""The sources that replayed choices of selection.py kept, in order, with their gains: 20 seeds, all from SOURCES."""
 
 MIDDLE = HIGH / 2
 
 
 def choices(world: World) -> list[dict[str, Any]]:
-    """The same over what was chosen, from several starts, less what a search over the four useful sources finds."""
+    """The same over the chosen sources, from several starts, minus the result over the four useful sources."""
     kept: list[dict[str, float]] = json.loads(CHOICES.read_text())
 
     def found(names: Sequence[str], start: Sequence[float], seed: int, x0: str = "default") -> tuple[float, float]:
@@ -252,7 +252,7 @@ def choices(world: World) -> list[dict[str, Any]]:
 
 
 class FromTold(MapElites):
-    """MAP-Elites whose first generation are children of what it was told."""
+    """MAP-Elites whose first generation are children of the baselines."""
 
     def ask(self, n: int) -> list[Genome]:
         self._asked += self.population
@@ -260,7 +260,7 @@ class FromTold(MapElites):
 
 
 class CycleFromTold(CycleQd):
-    """CycleQD whose first generation are children of what it was told."""
+    """CycleQD whose first generation are children of the baselines."""
 
     def ask(self, n: int) -> list[Genome]:
         self._asked += self.population
@@ -268,7 +268,7 @@ class CycleFromTold(CycleQd):
 
 
 class OnLines(CycleQd):
-    """CycleQD that varies as MAP-Elites does."""
+    """CycleQD with the variation of MAP-Elites."""
 
     def _children(self, random: RandomState, n: int) -> Table | None:
         archive = self._archives[(self._asks - 1) % self._objectives]
@@ -291,7 +291,7 @@ NICHES: Mapping[str, Callable[[list[Parameter], int], Optimizer]] = {
 
 
 def niches(world: World) -> list[dict[str, Any]]:
-    """Niches of all four tasks that are filled, the sum of their best, the winner, and the best team of three."""
+    """The number of filled niches of all four tasks, the sum of their best, the winner, and the best team of three."""
     rows = []
     for sources in (4, 6):
         for name, build in NICHES.items():
@@ -315,7 +315,7 @@ def niches(world: World) -> list[dict[str, Any]]:
 
 
 def team(done: Search) -> float:
-    """What three that are chosen greedily by their tasks are worth, each task by the best at it."""
+    """The true score of a greedily chosen team of three, where each task is solved by the best member."""
     members: list[int] = []
     covered = np.zeros(len(TASKS))
     for _ in range(3):
@@ -328,7 +328,7 @@ def team(done: Search) -> float:
 
 
 CHOSEN = {"two": (1, 3), "three": (1, 2, 3), "four": (0, 1, 2, 3)}
-"""Tasks of a front, as places among TASKS."""
+"""The tasks of each front, as indices in TASKS."""
 
 FRONTS: Mapping[str, Callable[[int], Settings]] = {
     "map": lambda objectives: MapSettings(name="map"),
@@ -343,7 +343,7 @@ FRONTS: Mapping[str, Callable[[int], Settings]] = {
 
 
 def fronts(world: World) -> list[dict[str, Any]]:
-    """The volume that those dominate that look nondominated, over four sources at equal budgets."""
+    """The volume dominated by candidates that appear nondominated, over four sources at equal budgets."""
     rows = []
     for chosen, tasks in CHOSEN.items():
         for name, settings in FRONTS.items():

@@ -1,16 +1,16 @@
-"""Candidates of LoRA adapters scored together, their rows in one batch, against one at a time, in one run.
+"""Candidates of LoRA adapters scored together, with their rows in one batch, against one at a time, in one run.
 
-The adapters are the largest singular values of what maths and japanese of the miniatures changed in the base's linear
+The adapters have the largest singular values of the changes of the miniatures maths and japanese to the base's linear
 layers. Candidates are task arithmetic over both with random weights in every layer; each is scored on the same few
 items of mini_math_ja, as in a race's first rung. Figures are seconds of one core (processor time of this process on one
-thread) for all candidates, medians of runs that take turns, and the items whose score is another one: sums are added
-in another order, so that of two tokens that are equally likely but for rounding the other may be chosen.
+thread) for all candidates, as medians of runs that take turns, and the number of items with different scores: sums are
+added in another order, so a different one of two tokens that are equally likely up to rounding may be chosen.
 
     python scripts/bench/together.py [--candidates 16] [--items 25] [--rank 16] [--dtype float32] [--repeats 3]
         [--json docs/together.json]
     python scripts/bench/together.py --real real --dtype bfloat16 --candidates 4 --items 15 [--likelihood]
 
-The second is of the model and the adapters of scripts/real/prepare, by answers or by the likelihood of right ones.
+The second uses the model and the adapters of scripts/real/prepare, with answers or with the likelihood of right ones.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ADAPTED = ("maths", "japanese")
 
 
 def write_adapter(name: str, rank: int, folder: Path) -> Path:
-    """The best LoRA of that rank of what a miniature changed in the base's linear layers, as peft writes it."""
+    """Write the best LoRA of a rank for a miniature's changes to the base's linear layers, in peft's format."""
     base, model = (open_source(miniature, str(MINIATURES / miniature), place=miniature) for miniature in ("base", name))
     tensors: dict[str, torch.Tensor] = {}
     for weight in base.tensors:

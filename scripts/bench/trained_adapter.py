@@ -1,15 +1,15 @@
-"""What training on the same answers does: the control of all that follows the gradient of right answers.
+"""Training on the same answers: the control for all techniques that follow the gradient of right answers.
 
-A proxy and a fit (docs/scoring.md, docs/fit.md) read right answers, so there is something simpler to do with these:
-train an adapter on them. One of the rank and recipe of the zoo's own (examples/zoo), from the base, on the answers that
-``search_cost.py`` gives the proxy (1,000) or on those that ``experts.py`` gives the fit (600), with as many passes
-forward and backward as these take. The rate of learning is the one that is best on the 100 items that searches score
-candidates on (of the search's answers it has seen these); what is reported is its score on the 500 held-out items. A
-seed draws the adapter's first weights and the order of the answers.
+A proxy and a fit (docs/scoring.md, docs/fit.md) read right answers, and a simpler use of these is to train an adapter
+on them. It has the rank and the training settings of the zoo's own adapters (examples/zoo), starts from the base, and
+is trained on the answers that ``search_cost.py`` gives the proxy (1,000) or that ``experts.py`` gives the fit (600),
+with equally many forward and backward passes. The learning rate is the best one on the 100 items on which searches
+score candidates (these are among the search's answers); the score on the 500 held-out items is reported. A seed
+determines the adapter's initial weights and the order of the answers.
 
     python scripts/bench/trained_adapter.py [--answers search fit] [--seeds 0 1 2]     # ten minutes of a core
 
-Rows of docs/trained_adapter.json that are measured again are put in the place of those that were there.
+Rows of docs/trained_adapter.json that are measured again replace the old ones.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from evaluators.tasks.zoo import score_mixed  # noqa: E402
 OUT = ROOT / "docs" / "trained_adapter.json"
 ROWS = 16  # answers in a step
 RATES = (1e-3, 3e-3, 1e-2)
-PASSES = {"search": 7168, "fit": 1920}  # of a search by the proxy, and of a fit: 120 steps of 16
+PASSES = {"search": 7168, "fit": 1920}  # those of a search with the proxy, and of a fit: 120 steps of 16
 ANSWERS = {"search": 1000, "fit": 600}
 CHOSEN_ON = 100  # items of the search split
 
@@ -49,7 +49,7 @@ Item = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Row:
-    """Adapters trained with so many passes on some answers: their mean score held out, with its standard error."""
+    """The mean held-out score of adapters trained with a number of passes on some answers, with its standard error."""
 
     answers: str
     passes: int
@@ -62,14 +62,14 @@ class Row:
 
 
 def items_of(split: str, count: int) -> list[Item]:
-    """The first items of the four tasks, one of each in turn."""
+    """The first items of the four tasks, interleaved."""
     rows = [{"task": task} | json.loads(line) for task, line in in_turn(split)]
     assert len(rows) >= count, f"{split} has {len(rows)} items"
     return rows[:count]
 
 
 def batch_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels, int64 [items, ROW]: one answer a row, its tokens alone in the loss."""
+    """Inputs and labels, int64 [items, ROW]: one item per row, with only the answer's tokens in the loss."""
     inputs = torch.full((len(items), ROW), tokenizer.pad_token_id)
     labels = torch.full((len(items), ROW), -100)
     for row, item in enumerate(items):
@@ -82,13 +82,13 @@ def batch_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast) -> tuple
 
 
 def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item]) -> float:
-    """The mean score of greedy answers, by each item's own task."""
+    """The mean score of greedy answers, according to each item's own task."""
     answers = answers_of(model, tokenizer, [i["prompt"] for i in items], new_tokens=NEW_TOKENS, batch_size=250)
     return mean(score_mixed(dict(item), [answer])["acc"] for item, answer in zip(items, answers, strict=True))
 
 
 def trained(items: Sequence[Item], passes: int, rate: float, seed: int) -> tuple[float, float]:
-    """The scores of one adapter on the items to choose on, and held out."""
+    """Train one adapter, and return its scores on the items to choose on and on the held-out items."""
     torch.manual_seed(seed)
     random = Random(seed)
     model, tokenizer = load_base(ZOO)
@@ -98,7 +98,7 @@ def trained(items: Sequence[Item], passes: int, rate: float, seed: int) -> tuple
     steps, waiting = passes // ROWS, list[Item]()
     adapted.train()
     for step in range(1, steps + 1):
-        for group in optimizer.param_groups:  # as the zoo's own adapters: a warm-up, and a decay over the last third
+        for group in optimizer.param_groups:  # as for the zoo's own adapters: warm-up, and decay over the last third
             group["lr"] = rate * min(1.0, step / 30, (steps + 1 - step) / (steps / 3))
         if len(waiting) < ROWS:
             waiting = [*waiting, *random.sample(items, len(items))]

@@ -1,8 +1,8 @@
-"""What `evomerge transplant` costs and keeps at the size of a real model. Prints a table.
+"""The cost and the quality of `evomerge transplant` at the size of a real model. Prints a table.
 
-The model is cut down to its first tokens, as if it had been trained with a smaller vocabulary, and is given the whole
-vocabulary again by each method, with itself as the donor. So every made row has a true one, and the donor's rows lie in
-the same space as the model's: the most that matching pursuit can do.
+The model is reduced to its first tokens, as if it had been trained with a smaller vocabulary, and then gets the whole
+vocabulary again with each method, with itself as the donor. So there is a true row for every new one, and the donor's
+rows are in the same space as the model's, which is the best case for matching pursuit.
 
     python scripts/bench/transplant.py --model FOLDER [--tokens 32000] [--methods mean,subword,omp:4,omp:16,omp:64]
 
@@ -29,7 +29,7 @@ ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def cut(model: Path, out: Path, tokens: int) -> None:
-    """Write a model without the tokens from a number on."""
+    """Write a model with only its first tokens."""
     out.mkdir()
     for file in model.iterdir():
         if file.suffix in (".json", ".jinja"):
@@ -48,7 +48,7 @@ def cut(model: Path, out: Path, tokens: int) -> None:
 
 
 def bits(folder: Path) -> float:
-    """Bits per byte that a model needs for the shipped text."""
+    """The bits per byte of a model on the shipped text."""
     return bits_per_byte(open_source("model", str(folder), place=str(folder)), SHIPPED.read_text(encoding="utf-8"))
 
 

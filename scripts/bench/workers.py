@@ -1,8 +1,8 @@
-"""How busy Ray's workers are kept: a search by workers that sleep in place of scoring, against the ideal.
+"""How busy Ray's workers are: a search with workers that sleep instead of scoring, against the ideal.
 
-Sleeping takes no core, so that sixteen workers fit on two; what is lost is what Ray, the pool, the driver and the store
-take between two candidates of a worker. Time counts from the moment that all workers are there to the last result; the
-ideal is the same sleep with nothing in between.
+Sleeping takes no core, so sixteen workers fit on two. The loss is the time that Ray, the pool, the driver and the store
+take between two candidates of a worker. Time is measured from the moment when all workers have started to the last
+result; the ideal is the same sleep with nothing in between.
 
     python scripts/bench/workers.py [--workers 16] [--seconds 2] [--candidates 320] [--json]
 """
@@ -34,7 +34,7 @@ ITEMS = 250
 
 
 class Sleeper(RayWorker):
-    """Sleeps and gives made-up scores. The evidence's folder has a file with the seconds."""
+    """A worker that sleeps and returns made-up scores. The folder for evidence has a file with the seconds."""
 
     def load(self) -> None:
         name, _, evidence, _ = self._arguments
@@ -68,7 +68,7 @@ def run(workers: int, seconds: float, candidates: int) -> dict[str, Any]:
                 ray.shutdown()
             began = [event.time for event in store.events(kinds=("dispatch",))]
             ended = [event.time for event in store.events(kinds=("result",))]
-    # Until the last candidate is asked for, every worker has something to do; after it they wait for each other.
+    # Until the last candidate is asked for, every worker has a candidate; after that they wait for each other.
     span = began[-1] - began[0]
     done = sum(end <= began[-1] for end in ended)
     return {
