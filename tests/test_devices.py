@@ -27,7 +27,7 @@ from evomerge.checkpoints.low_rank_rows import LowRankRows
 from evomerge.checkpoints.placement import place_buffers
 from evomerge.checkpoints.plain import plain_model
 from evomerge.checkpoints.source import Source, open_source
-from evomerge.inference.generation import Decoding, answer_tokens
+from evomerge.inference.generation import Decoding, answer_groups
 from evomerge.inference.prefill import log_likelihoods
 from evomerge.inference.reading import Prompt
 from evomerge.inference.requests import Likelihood
@@ -98,7 +98,7 @@ def everything_that_answers(live: LiveModel, how: Decoding = DECODING) -> tuple[
     likelihoods = [
         Likelihood(Prompt("", "", ids, scored, None, "")) for ids, scored in ((PROMPTS[2], 2), (PROMPTS[0], 3))
     ]
-    return answer_tokens(live, PROMPTS, how), log_likelihoods(live, likelihoods)
+    return answer_groups(live, [PROMPTS], how, lambda rows: None)[0], log_likelihoods(live, likelihoods)
 
 
 @pytest.mark.parametrize("residency", ["device", "mapped"])

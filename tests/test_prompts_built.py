@@ -25,7 +25,7 @@ from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
 from evomerge.inference.decoding import Decoder
-from evomerge.inference.generation import Decoding, answer_tokens
+from evomerge.inference.generation import Decoding, answer_groups
 from evomerge.inference.prefill import log_likelihoods
 from evomerge.inference.reading import Reader, encode
 from evomerge.inference.requests import Likelihood
@@ -278,7 +278,8 @@ def test_an_exported_prefix_answers_in_peft_as_it_did(base: Path, tmp_path: Path
 
 
 def answers(live: LiveModel, texts: list[str]) -> list[str]:
-    return answer_tokens(live, [encode(live.tokenizer, text) for text in texts], Decoding(6))
+    prompts = [encode(live.tokenizer, text) for text in texts]
+    return answer_groups(live, [prompts], Decoding(6), lambda rows: None)[0]
 
 
 def likely(live: LiveModel, texts: list[str]) -> torch.Tensor:
