@@ -14,17 +14,17 @@ from hypothesis import HealthCheck, settings
 
 from evomerge.startup import collect_garbage_rarely
 
-collect_garbage_rarely()  # as our programs do; evomerge, imported before peft, keeps scikit-learn out of transformers
+collect_garbage_rarely()  # as in our programs: evomerge, imported before peft, keeps scikit-learn out of transformers
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # miniature matrices gain nothing from threads, and lose much
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # operations on miniature matrices are much slower with several threads
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-# How many examples: few and always the same ones by default, many new ones with --hypothesis-profile nightly, which
-# scripts/test --all passes. Times are no part of either, because machines that run tests are shared.
+# The number of examples: by default few and always the same; with --hypothesis-profile nightly, which `scripts/test
+# --all` passes, many new ones. Neither has deadlines, because machines that run tests are shared.
 settings.register_profile(
     "commit", max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -33,8 +33,8 @@ settings.load_profile("commit")
 
 PLUGINS = Path(__file__).parents[1] / "examples" / "plugins"
 
-# Tests of pure functions and small objects: they build no model's folder and start no process, server or search of
-# models. With `-m unit` the other files are not even imported.
+# Tests of pure functions and small objects, without model folders, processes, servers or searches over models. With
+# `-m unit` the other files are not even imported.
 UNIT = {
     "test_card", "test_combined", "test_confirm", "test_curse", "test_data_flow_space", "test_deadlines",
     "test_elementwise_methods", "test_evaluators_answers", "test_evaluators_change", "test_evaluators_cost",
@@ -45,7 +45,7 @@ UNIT = {
     "test_sparse_methods", "test_statistics", "test_store",
 }  # fmt: skip
 
-# Files that take longest, these first: processes share out whole files, and one of these at the end would run alone.
+# The files that take longest run first: processes share whole files, and one of these would run alone at the end.
 LONG = (
     "test_service_walk", "test_ray_pool", "test_service_browser", "test_service_report", "test_commands",
     "test_faults_outside", "test_evaluators_function", "test_store_postgres", "test_optimizers", "test_kill",
@@ -70,12 +70,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what is imported stays; to look through it again and again takes longer than many a test
+    gc.freeze()  # imported modules stay; scanning them again and again would take longer than many a test
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Sums in one order, whatever OMP_NUM_THREADS says; and a model of 40,000 weights is slower on two threads."""
+    """One thread whatever OMP_NUM_THREADS is, for sums in a fixed order; tiny models are also slower on two threads."""
     import torch
 
     threads = torch.get_num_threads()
@@ -86,7 +86,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def plugins_installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The package of ``examples/plugins`` as pip would lay it out."""
+    """The package of ``examples/plugins``, installed as pip would do it."""
     project = tomllib.loads((PLUGINS / "pyproject.toml").read_text())["project"]
     place = tmp_path_factory.mktemp("site-packages")
     about = place / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"

@@ -1,4 +1,4 @@
-"""A real browser over a server on a port of its own, and a page in it whose every fault is noted."""
+"""A real browser, and a page in it that records every error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from evomerge.service.dependencies import ServiceSettings
 from evomerge.service.root import Root
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
-expect.set_options(timeout=30_000)  # not a bound of ours: machines that run tests are slow at times
+expect.set_options(timeout=30_000)  # generous, because machines that run tests may be slow
 PHONE, DESK = ViewportSize(width=390, height=844), ViewportSize(width=1280, height=900)
 
 
@@ -48,7 +48,7 @@ def app_of(root: Path, *sources: Path) -> FastAPI:
 
 @dataclass
 class Watched:
-    """A page with all that went wrong on it: errors of the console, dialogs, requests to elsewhere."""
+    """A page with everything that went wrong on it: errors in the console, exceptions, requests to other servers."""
 
     page: Page
     address: str
@@ -79,7 +79,7 @@ def watched(context: BrowserContext, address: str) -> Watched:
 
 
 def settle(page: Page) -> None:
-    """Wait until every figure of a page is drawn, or has said why it is not; those further down as they are reached."""
+    """Scroll through a page, and wait until every figure is drawn or shows why it is not."""
     for figure in page.locator(".figure").all():
         figure.scroll_into_view_if_needed()
         expect(figure.locator(".main-svg, .waiting:not(:text-is('…'))").first).to_be_attached(timeout=30_000)
@@ -87,7 +87,7 @@ def settle(page: Page) -> None:
 
 
 def click_on_a_source(page: Page) -> int:
-    """Click on the point of a source that has it for itself, in the front; the number of the candidate shown then."""
+    """Click on the point of a source in the front at which no other candidate is; return the selected candidate."""
     shown = page.locator("#selected-name")
     before = shown.inner_text()
     page.locator("#front-figure").scroll_into_view_if_needed()

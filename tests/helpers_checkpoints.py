@@ -39,8 +39,8 @@ def save_model(config: Any, folder: Path, *, seed: int = 0, dtype: torch.dtype =
 def in_own_memory(model: Any) -> Any:
     """A loaded model with its weights copied out of the mapped file.
 
-    Some processors multiply by matrices that do not begin at a multiple of a vector's width in another order, and round
-    otherwise: where weights lie in a file would show in the last digit.
+    Some processors multiply matrices in another order, with other rounding, if they do not begin at a multiple of the
+    vector width. Otherwise the last digit would depend on where weights are in a file.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()

@@ -1,4 +1,4 @@
-"""Several devices where there is one processor: tensors without values, which refuse to meet on different devices."""
+"""Several devices on one processor: tensors without values, which cannot be combined across devices."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 FIRST, SECOND, THIRD = (torch.device("cpu", number) for number in (1, 2, 3))
-"""As names of devices they stand apart from each other and from ``cpu``. Tensors with values that are put there are on
-the processor, and are computed with as on a GPU: by the plain definitions of passes."""
+"""Devices that differ from each other and from ``cpu``. Tensors with values there are on the processor, and are
+computed as on a GPU: with the plain definitions of passes."""
 
 
 class _Values(TorchFunctionMode):
-    """Answers for tensors that have none, so that programs go on: zeros, and yes."""
+    """Values for tensors without any, so that programs continue: zero for numbers, and True for conditions."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -35,7 +35,7 @@ class _Values(TorchFunctionMode):
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Within, tensors have a device and a shape alone, and an operation on tensors of two devices raises."""
+    """A context in which tensors have only a device and a shape, and operations on tensors of two devices raise."""
     zeros = mock.patch.object(FakeTensor, "tolist", lambda tensor: np.zeros(tensor.shape, dtype=int).tolist())
     with FakeTensorMode(allow_non_fake_inputs=True), _Values(), zeros:
         yield

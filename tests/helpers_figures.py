@@ -1,4 +1,4 @@
-"""Made-up searches of every kind that a figure has to draw: finished, empty, failing, constrained, of paths."""
+"""Simulated searches of every kind that figures draw: finished, empty, failing, constrained, over paths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from helpers_search import ITEMS, SOURCES, drive, luck, make_setup, simulate
+from helpers_search import ITEMS, SOURCES, drive, make_setup, recipe_seed, simulate
 
 from evomerge.genome import SearchSpace
 from evomerge.optimizers import CmaSettings
@@ -27,7 +27,7 @@ from search_spaces.data_flow_space import DataFlowSpaceSettings
 
 
 def create(root: Path, name: str, setup: Setup) -> Path:
-    """The folder of a search that has not begun."""
+    """The folder of a search that has not started."""
     folder = root / name
     folder.mkdir(parents=True)
     settings = {
@@ -69,7 +69,7 @@ def _recipe_of(row: CandidateRow) -> StackRecipe:
 
 
 def two_objectives(candidates: int = 30) -> Setup:
-    """o0 is maximised and o1 minimised; the front's three best are confirmed, and more are drawn."""
+    """o0 is maximised and o1 minimised; the front's three best are confirmed, and more are scored for the curse."""
     return replace(make_setup(objectives=2, candidates=candidates), confirm=Confirm(top=3, drawn=10))
 
 
@@ -81,9 +81,9 @@ def constrained() -> Setup:
 
 
 def failing(job: Job) -> tuple[float, Measured | Failed]:
-    """Some candidates are not finite; the workers of others die, at their first attempt or at each."""
+    """Some candidates are not finite; workers of others die, at the first attempt or at every one."""
     seconds, found = simulate(job)
-    kind = luck(job.recipe) % 8
+    kind = recipe_seed(job.recipe) % 8
     if job.candidate > 2 and kind == 0:
         return seconds, Failed("not_finite", "layer 3 holds <b>NaN</b>")
     if job.candidate > 2 and (kind == 1 or (kind in (2, 3) and job.attempt == 1)):
@@ -107,6 +107,6 @@ def _no_method(name: str) -> Any:
 
 def path_scores(job: Job) -> tuple[float, Measured | Failed]:
     """Scores that depend on the recipe alone."""
-    right = np.random.default_rng(luck(job.recipe)).random(ITEMS) < 0.5
+    right = np.random.default_rng(recipe_seed(job.recipe)).random(ITEMS) < 0.5
     scores = [{"acc": right.astype(np.float32)[list(task.indices)]} for task in job.tasks]
     return 1.0, Measured(scores, {"merge": 0.1, "score": 0.9})

@@ -16,7 +16,7 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_task(folder: Path, name: str, text: str, **splits: Sequence[Mapping[str, Any]]) -> Path:
-    """Write a task file and its data; ``text`` is its YAML but for name, data and split names."""
+    """Write a task file and its data; ``text`` is its YAML without name, data and split names."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for split, rows in splits.items():
@@ -31,7 +31,7 @@ def write_task(folder: Path, name: str, text: str, **splits: Sequence[Mapping[st
 
 
 def questions(split: str, count: int) -> list[dict[str, Any]]:
-    """Sums, with four choices of which one is right; prompts of different lengths."""
+    """Sums with four choices, one of them right; prompts have different lengths."""
     offset = {"training": 0, "validation": 100, "test": 200}[split]
     rows = []
     for number in range(offset, offset + count):
@@ -125,7 +125,7 @@ def write_all(folder: Path, count: int = 12) -> None:
 
 
 def shipped_items(task: str, split: str) -> list[dict[str, Any]]:
-    """The items of a task that ships with the project, as they stand in its file."""
+    """The items of a task that ships with the project, as in its file."""
     lines = (SHIPPED / "data" / f"{task}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 

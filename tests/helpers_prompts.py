@@ -1,4 +1,4 @@
-"""Soft prompts and prefixes of random numbers, saved by peft."""
+"""Soft prompts and prefixes with random numbers, saved by peft."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM
 
 
 def save_prompt(base: Path, folder: Path, *, rows: int = 4, seed: int = 0, **settings: Any) -> Path:
-    """A soft prompt on a base; ``settings`` are those of peft's prompt tuning."""
+    """Save a soft prompt for a base; ``settings`` are those of peft's prompt tuning."""
     return _saved(
         base, folder, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=rows, **settings), seed
     )
 
 
 def save_started_prompt(base: Path, folder: Path, *, rows: int = 4, seed: int = 0, text: str = "w1 w2 w3") -> Path:
-    """One that began as the embedding of a text."""
+    """Save a soft prompt that was initialised with the embedding of a text."""
     return save_prompt(
         base, folder, rows=rows, seed=seed, prompt_tuning_init="TEXT", prompt_tuning_init_text=text,
         tokenizer_name_or_path=str(base),
@@ -27,26 +27,26 @@ def save_started_prompt(base: Path, folder: Path, *, rows: int = 4, seed: int = 
 
 
 def save_encoded_prompt(base: Path, folder: Path, *, rows: int = 4, seed: int = 0) -> Path:
-    """One of P-tuning: the output of an encoder."""
+    """Save a soft prompt of P-tuning: the output of an encoder."""
     settings = {"num_virtual_tokens": rows, "encoder_hidden_size": 8}
     return _saved(base, folder, peft.PromptEncoderConfig(task_type="CAUSAL_LM", **settings), seed)
 
 
 def save_multitask_prompt(base: Path, folder: Path, *, rows: int = 4, seed: int = 0, tasks: int = 1) -> Path:
-    """A prompt that is multiplied by the factors of its task."""
+    """Save a soft prompt that is multiplied by the factors of its task."""
     settings = {"num_virtual_tokens": rows, "num_tasks": tasks, "num_ranks": 2}
     return _saved(base, folder, peft.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", **settings), seed)
 
 
 def save_prefix(base: Path, folder: Path, *, rows: int = 4, seed: int = 0, **settings: Any) -> Path:
-    """A prefix: keys and values of every layer."""
+    """Save a prefix: keys and values for every layer."""
     return _saved(
         base, folder, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=rows, **settings), seed
     )
 
 
 def prompted(base: Path, folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """What peft makes of a base and a prompt: the reference."""
+    """The reference: peft's model of a base and a prompt."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto")
     return peft.PeftModel.from_pretrained(model, folder).eval()
 

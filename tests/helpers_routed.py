@@ -34,7 +34,7 @@ def opened(base: Path, **adapters: Path) -> dict[str, Source]:
 
 
 def routed(sources: Mapping[str, Source], *, group: Mapping[str, Any] | None = None, **changes: Any) -> RoutedRecipe:
-    """All adapters as experts in all layers, softmax over all, by Arrow where nothing else is said."""
+    """A recipe with all adapters as experts in all layers, with a softmax over all; by default with Arrow routers."""
     experts = tuple(name for name in sources if name != "base")
     groups = (LayerGroup(layers=sources["base"].layers, experts=experts, **(group or {})),)
     settings: dict[str, Any] = {"router": Router(kind="arrow"), "groups": groups, **changes}
@@ -47,7 +47,7 @@ def routed(sources: Mapping[str, Source], *, group: Mapping[str, Any] | None = N
     )
 
 
-def drawn(seed: int = 0, size: float = 1.0) -> MakeRouter:
+def random_routers(seed: int = 0, size: float = 1.0) -> MakeRouter:
     """Random linear routers."""
 
     def make(place: Place, experts: int) -> computing.Router:
@@ -73,7 +73,7 @@ def loaded(sources: Mapping[str, Source], recipe: StackRecipe, dtype: torch.dtyp
 
 
 def merge(sources: Mapping[str, Source], **weights: float) -> LiveModel:
-    """The base with the weighted sum of adapters folded into its weights."""
+    """The base with a weighted sum of adapters folded into its weights."""
     blend = Blend(method="task_arithmetic", sources=tuple(weights), base="base", parameters={"weight": weights})
     recipe = StackRecipe.uniform(
         blend,
@@ -88,7 +88,7 @@ def merge(sources: Mapping[str, Source], **weights: float) -> LiveModel:
 def routing(
     sources: Mapping[str, Source], recipe: RoutedRecipe, make: MakeRouter = zeros, dtype: torch.dtype = torch.float32
 ) -> Iterator[LiveModel]:
-    """The base with experts beside it, gated by routers that ``make`` gives."""
+    """The base with experts added, gated by routers from ``make``."""
     base = sources["base"]
     live = loaded(sources, base_alone(recipe, base.layers), dtype)
     sites = sites_of(recipe, sources)

@@ -1,4 +1,4 @@
-"""A made-up search: a space without models and a simulation without scoring, so that the driver is tested alone."""
+"""A simulated search: a space without models and scores without models, to test the driver alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOURCES = {"base": "b", "one": "x", "two": "y"}
 
 
 class FakeSpace:
-    """``n`` weights for source one, spread over hops; ``round_to`` makes many genomes decode to one recipe."""
+    """``n`` weights of source one, spread over hops; with ``round_to``, many genomes decode to the same recipe."""
 
     def __init__(self, n: int = 4, round_to: int | None = None) -> None:
         self.parameters = [Parameter(f"w{i}", 0.0, 1.0, 0.5) for i in range(n)]
@@ -91,35 +91,35 @@ def make_setup(
 
 
 def weights_of(recipe: StackRecipe) -> list[float]:
-    """Of source one in each hop."""
+    """The weights of source one in each hop."""
     blends = [recipe.blends[hop.attention] for hop in recipe.hops]
     return [blend.value("weight", "one") if "one" in blend.sources else 0.0 for blend in blends]
 
 
-def luck(recipe: StackRecipe, *key: object) -> int:
-    """A seed that hangs on a recipe, and on what else is given.
+def recipe_seed(recipe: StackRecipe, *key: object) -> int:
+    """A random seed that depends on the rounded weights of a recipe, and on ``key``.
 
-    Processors round an optimizer's linear algebra otherwise, in the last digits of its genomes. They must not roll
-    other dice for it, as a recipe's hash would: a test would be another on each.
+    Processors round an optimizer's linear algebra differently, which shows in the last digits of genomes. A seed from
+    the recipe's hash would therefore make tests depend on the processor.
     """
     text = re.sub(r"\d+\.\d+(e[-+]?\d+)?", lambda number: f"{float(number[0]):.6f}", recipe.canonical())
     return int.from_bytes(hashlib.sha256(repr([text, *key]).encode()).digest()[:8], "little")
 
 
 def scores_of(job: Job) -> Measured:
-    """Per-item scores that depend on the recipe alone; better the nearer all weights are to 0.7."""
+    """Per-item scores that depend only on the recipe, and are better the closer all weights are to 0.7."""
     distance = float(np.mean([(w - 0.7) ** 2 for w in weights_of(job.recipe)]))
     found = []
     for task in job.tasks:
-        rng = np.random.default_rng(luck(job.recipe, task.evaluator, task.split))
+        rng = np.random.default_rng(recipe_seed(job.recipe, task.evaluator, task.split))
         right = rng.random(ITEMS) < np.exp(-4 * distance)
         found.append({"acc": right.astype(np.float32)[list(task.indices)]})
     return Measured(found, {"merge": 0.1, "score": 0.9})
 
 
 def simulate(job: Job) -> tuple[float, Measured | Failed]:
-    """Uneven times, so that results come back out of order."""
-    return 1.0 + luck(job.recipe, "seconds") % 256 / 64, scores_of(job)
+    """Scores, and times that differ so that results come back out of order."""
+    return 1.0 + recipe_seed(job.recipe, "seconds") % 256 / 64, scores_of(job)
 
 
 def create_store(folder: Path, setup: Setup) -> Store:
@@ -136,7 +136,7 @@ def drive(
     control: Callable[[Control], None] = lambda control: None,
     idle: Callable[[Control], None] = lambda control: None,
 ) -> Driver:
-    """Run a driver in a folder, on the store that is there or a new one; returns it when it has ended."""
+    """Run a driver in a folder, with the store that is there or a new one, and return it."""
     path = folder / "search.db"
     store = Store.open(path) if path.exists() else create_store(folder, setup)
     with store, acquire(store):
@@ -150,13 +150,13 @@ def drive(
 
 
 def why(folder: Path) -> str:
-    """What ended a search, in words."""
+    """Why a search ended, as a text."""
     with Store.open(folder / "search.db") as store:
         return store.search().why
 
 
 def table(folder: Path) -> list[tuple[object, ...]]:
-    """All that must be equal, bit for bit, in two searches that are the same."""
+    """Everything that must be equal, bit for bit, in two equal searches."""
     with Store.open(folder / "search.db") as store:
         rows = []
         for row in store.candidates():
@@ -175,13 +175,13 @@ def numbers(rows: Sequence[tuple[object, ...]], status: str) -> list[object]:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: no handler of the driver may do anything about it."""
+    """Simulates SIGKILL: an exception that no handler of the driver catches."""
 
 
 def dying(after_commits: int) -> mock._patch[object]:
-    """Let the driver's n-th next transaction commit, and then die."""
+    """Raise ``Killed`` after the driver has committed this many transactions."""
     left = [after_commits]
-    # What a turn of the driver records is batched; ``_write_all`` then writes it.
+    # What a turn of the driver records is batched, and then written by ``_write_all``.
     names = ("record_ask", "record_dispatch", "record_cached", "record_tell", "_write_all")
 
     def wrap(name: str) -> object:
@@ -202,10 +202,10 @@ def dying(after_commits: int) -> mock._patch[object]:
 def drive_dying(
     folder: Path, setup: Setup, *, lives: tuple[int, int], simulation: Simulation = simulate, workers: int = 3
 ) -> int:
-    """Drive a search that dies and is resumed until it ends; how often it died.
+    """Drive a search whose driver dies again and again and is resumed, and return how often it died.
 
     Args:
-        lives: it dies after so many transactions, from the first number to the second in turn.
+        lives: after how many transactions it dies: all numbers from the first to the second in turn.
     """
     shortest, longest = lives
     deaths = 0
@@ -219,7 +219,7 @@ def drive_dying(
 
 
 def killed_after(writes: int, kind: str = "select scored") -> mock._patch[object]:
-    """Let the n-th next write of a stage commit, which records such events, and then die."""
+    """Raise ``Killed`` after the n-th next write of a stage that records such events has been committed."""
     left = [writes]
 
     def wrap(name: str) -> Callable[..., object]:

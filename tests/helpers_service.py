@@ -1,4 +1,4 @@
-"""A root with a small finished made-up search, and the service over it, for the service's tests."""
+"""A root with a small simulated search, and the service for it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAME = "made-up"
 
 
 def make_search(root: Path, name: str = NAME, **changes: Any) -> Path:
-    """A finished made-up search of two objectives in a folder of a root; ``changes`` are those of ``make_setup``."""
+    """A finished simulated search with two objectives in a folder of a root; ``changes`` as for ``make_setup``."""
     folder = root / name
     folder.mkdir(parents=True)
     setup = make_setup(**{"objectives": 2, "candidates": 30, **changes})
@@ -73,23 +73,23 @@ def _fingerprints(setup: Setup) -> dict[str, Any]:
 
 
 def make_app(root: Path, token: str | None = TOKEN) -> FastAPI:
-    """The service over the searches in a folder; it may use the miniature models."""
+    """The service for the searches in a folder; it may use the miniature models."""
     settings = ServiceSettings(Root.of(str(root), root), token, ("testserver", "127.0.0.1"), (MINIATURES,))
     return create_app(settings)
 
 
 @contextmanager
 def client_of(app: FastAPI, **headers: str) -> Iterator[TestClient]:
-    """A client that shows the token, and follows no redirect."""
+    """A client that sends the token, and follows no redirects."""
     with TestClient(app, headers=BEARER | headers, follow_redirects=False) as client:
         yield client
 
 
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
-    """The app behind a real port of this machine; its URL."""
+    """Serve the app on a real port of this machine; gives its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        streams: Streams | None = getattr(app.state, "streams", None)  # which an app of the dashboard alone has not
+        streams: Streams | None = getattr(app.state, "streams", None)  # which an app of the dashboard does not have
         server = Server(app, listening, ending=streams.end if streams else lambda: None)
         thread = threading.Thread(target=server.run)
         thread.start()

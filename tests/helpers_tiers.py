@@ -1,4 +1,4 @@
-"""Which cases of a test every commit is tested with."""
+"""Which variants of tests run for every commit."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 import pytest
 
-# The architectures that every commit is tested on: a plain one, biases and a tied head, two kinds of layers in turn,
-# matrices that lie the other way round, experts, and no attention at all.
+# The architectures that are tested for every commit: a plain one, biases and a tied head, two alternating kinds of
+# layers, transposed matrices, experts, and no attention at all.
 FAMILIES = ("llama", "qwen2", "gemma2", "gpt2", "mixtral", "mamba")
 
 
 def nightly_but(commit: Collection[str], names: Iterable[str]) -> list[Any]:
-    """Names as parameters of a test, all but those of ``commit`` nightly."""
+    """Names as parameters of a test, all nightly except those of ``commit``."""
     return [name if name in commit else pytest.param(name, marks=pytest.mark.nightly) for name in names]
 
 
 def architectures(names: Iterable[str]) -> list[Any]:
-    """Architectures as parameters of a test, all but six families nightly."""
+    """Architectures as parameters of a test, all nightly except for six families."""
     return nightly_but(FAMILIES, names)
 
 
-# Variants of a test of which a commit runs these, by their ids, and the others are nightly: they take seconds, and what
-# they would find is found by one of these, or by another test that is named.
+# The variants of a test that run for every commit, by id. The others are nightly, because they take seconds and what
+# they would find is also found by one of these, or by another test that is named.
 COMMIT_VARIANTS: dict[str, Collection[str]] = {
     "test_answers_kept::test_the_best_keep_their_answers_and_no_others": ("5-1", "3-2"),
     "test_change::test_it_is_that_of_the_plain_formula": (
@@ -82,7 +82,7 @@ COMMIT_VARIANTS: dict[str, Collection[str]] = {
     ),
 }  # fmt: skip
 
-# A test of a contract that a commit runs for these classes alone, one of each library or of each kernel.
+# Contract tests that run for every commit only for these classes: one for each library or each kernel.
 COMMIT_CLASSES: dict[str, Collection[str]] = {
     "test_same_in_another_process": ("TestCma", "TestTpe", "TestCatCma"),  # which starts a process
     "test_finite_in_gives_finite_out": (  # which compiles passes for every number of sources
@@ -92,12 +92,12 @@ COMMIT_CLASSES: dict[str, Collection[str]] = {
 
 
 def mark_variants(items: Sequence[pytest.Item], whole: bool) -> None:
-    """Mark as nightly what ``COMMIT_VARIANTS`` and ``COMMIT_CLASSES`` leave out.
+    """Mark as nightly all variants that ``COMMIT_VARIANTS`` and ``COMMIT_CLASSES`` do not name.
 
     Args:
-        items: that were collected.
-        whole: every file was collected as a whole. A test of which no variant is named then has all in the commit, with
-            a warning: it was changed, and the table was not.
+        items: the collected tests.
+        whole: whether complete files were collected. If none of a test's named variants exists then, all run for every
+            commit, with a warning: the test was changed, and the table was not.
     """
     variants: dict[str, dict[str, pytest.Item]] = {}
     for item in items:

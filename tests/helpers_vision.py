@@ -1,4 +1,4 @@
-"""Tiny models of the families that take images, from their own configuration classes."""
+"""Tiny models of the families that read images, from their own configuration classes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from evomerge.checkpoints.source import Source
 from evomerge.checkpoints.structure import parse_config, text_config
 
 IMAGE = len(WORDS)
-"""The id of the image's token, behind all words of the text models."""
+"""The id of the image token, after all words of the text models."""
 
 TOKENS = ("<image>", "<begin>", "<end>", "<video>")
-"""What the models here know beside the words."""
+"""The tokens of the models here in addition to the words."""
 
 _TEXT: dict[str, Any] = {
     "vocab_size": len(WORDS) + 4, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -131,7 +131,7 @@ VISION: dict[str, dict[str, Any]] = {
         "image_token_index": IMAGE, "projection_dim": 16,
     },
 }  # fmt: skip
-"""The settings of a tiny model of each family."""
+"""The settings of a tiny model for each family."""
 
 
 IMAGES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, list[Any]]]] = {
@@ -144,7 +144,7 @@ IMAGES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, list[Any]]]] = {
     "mistral3": ({"pixel_values": (1, 3, 56, 28)}, {"image_sizes": [[56, 28]]}),
     "idefics2": ({"pixel_values": (1, 1, 3, 28, 28)}, {}),
 }  # fmt: skip
-"""One image as a processor of the family gives it: shapes of random values, and whole numbers as they are."""
+"""One image as from the family's processor: shapes for random values, and integers as they are."""
 
 _LIKE = {
     "llava_onevision": "llava_next", "qwen2_5_vl": "qwen2_vl", "qwen3_vl": "qwen2_vl", "qwen3_5": "qwen2_vl",
@@ -153,7 +153,7 @@ _LIKE = {
 
 
 def image_inputs(family: str, model: Any) -> dict[str, torch.Tensor]:
-    """A text with one image in its midst, as a model of the family takes it."""
+    """A text with one image in the middle, as inputs of a model of the family."""
     shapes, numbers = IMAGES[_LIKE.get(family, family)]
     generator = torch.Generator().manual_seed(0)
     pixels: dict[str, torch.Tensor] = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
@@ -172,23 +172,23 @@ def vision_config(family: str, **changes: Any) -> Any:
 
 
 COMMIT = ("llava", "gemma3", "qwen3_5")
-"""The families that every commit is tested on: towers of others beside a plain text model, a tied head, and layers of
+"""The families that are tested for every commit: a foreign tower with a plain text model, a tied head, and layers with
 linear attention."""
 
 _TWINS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-"""The plain models of texts that families with text models of their own began from."""
+"""The plain text models from which families with text models of their own were made."""
 
 
 def save_vision(
     family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> Path:
-    """Write a random model of a family with a tokenizer that knows its image's token."""
+    """Write a random model of a family with a tokenizer that has its image token."""
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(vision_config(family, **changes), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        for buffer in model.buffers():  # of Gemma 4: bounds of activations, and what they are standardized by
+        for buffer in model.buffers():  # in Gemma 4: bounds of activations, and the numbers that standardize them
             if buffer.is_floating_point():
                 buffer.copy_(buffer.nan_to_num(neginf=-50.0, posinf=50.0))
     model.save_pretrained(folder)
@@ -197,7 +197,7 @@ def save_vision(
 
 
 def save_next_processor(folder: Path) -> None:
-    """Write the processor of a tiny LLaVA-NeXT: images of 28 pixels, whole and in two halves."""
+    """Write the processor of a tiny LLaVA-NeXT, for images of 28 pixels, whole and in two halves."""
     size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     pinpoints = VISION["llava_next"]["image_grid_pinpoints"]
     processor = LlavaNextProcessor(
@@ -208,7 +208,7 @@ def save_next_processor(folder: Path) -> None:
 
 
 def save_twin(source: Source, folder: Path, seed: int | None = None) -> Path:
-    """Write the model of texts alone with the text tensors of a source, or random ones, and the same tokenizer."""
+    """Write the text model alone, with the text tensors of a source or random ones, and the same tokenizer."""
     parsed = text_config(parse_config(source.config, source.place))
     kind = CONFIG_MAPPING[_TWINS.get(parsed.model_type, parsed.model_type)]
     settings = {key: value for key, value in parsed.to_dict().items() if key != "model_type"}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers_miniature import MINIATURES, evomerge, search_file
-from helpers_search import FakeSpace, Killed, drive, dying, luck, make_setup, table, weights_of
+from helpers_search import FakeSpace, Killed, drive, dying, make_setup, recipe_seed, table, weights_of
 from helpers_tiers import nightly_but
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,7 +98,7 @@ def setup_of(*, race: bool = False, mode: Any = "generational", niches: bool = T
 
 def simulate(job: Job) -> tuple[float, Measured | Failed]:
     weights = np.array(weights_of(job.recipe))
-    return 1.0 + luck(job.recipe, "seconds") % 256 / 64, Measured(
+    return 1.0 + recipe_seed(job.recipe, "seconds") % 256 / 64, Measured(
         [{"acc": full(weights, task.evaluator, job)[list(task.indices)]} for task in job.tasks], {"score": 1.0}
     )
 
@@ -108,7 +108,7 @@ def full(weights: np.ndarray[Any, Any], evaluator: int, job: Any) -> np.ndarray[
     recipe = job.recipe if hasattr(job, "recipe") else job
     if evaluator == SIZE:
         return np.array([weights[1]], dtype=np.float32)
-    noise = np.random.default_rng(luck(recipe, evaluator)).logistic(0, 0.3, COUNT)
+    noise = np.random.default_rng(recipe_seed(recipe, evaluator)).logistic(0, 0.3, COUNT)
     ability = 2.0 - 20.0 * float(((weights - 0.6) ** 2).mean()) if evaluator == TASK else 5.0 * (weights[0] - 0.5)
     return (ability + EASE + noise > 0).astype(np.float32)
 

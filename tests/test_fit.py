@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_hollow import CHECKPOINT_BYTES, config_of, hollow_checkpoint
 from helpers_miniature import evomerge, search_file
+from helpers_sparse import CHECKPOINT_BYTES, config_of, sparse_checkpoint
 from helpers_tiers import nightly_but
 
 from evomerge.checkpoints.placement import device_bytes, spread_layers
@@ -41,7 +41,7 @@ MODELS = nightly_but(["qwen2.5-7b"], CHECKPOINT_BYTES)
 
 def shape_of(name: str, folder: Path) -> ModelShape:
     """What `validate` computes with, of three such sources."""
-    source = open_source(name, str(hollow_checkpoint(name, folder / name)), place=name)
+    source = open_source(name, str(sparse_checkpoint(name, folder / name)), place=name)
     weights = sum(entry.end - entry.begin for entry in source.tensors.values())
     sizes = layer_bytes(source, source.layers)
     return model_shape(source.config, weights, 3 * weights, source.layers, source.dtype.itemsize, sizes)

@@ -9,7 +9,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers_search import FakeSpace, drive, drive_dying, luck, make_setup, table, weights_of
+from helpers_search import FakeSpace, drive, drive_dying, make_setup, recipe_seed, table, weights_of
 
 from evomerge.optimizers import CmaSettings, Observation, OptimizerSettings, OptunaSettings
 from evomerge.optimizers.cma_es import Cma
@@ -49,12 +49,14 @@ def simulate(job: Job) -> tuple[float, Measured | Failed]:
     for task in job.tasks:
         goal = 0.3 if task.evaluator == 1 else 0.9
         ability = 2.0 - 20.0 * float(((weights - goal) ** 2).mean())
-        noise = np.random.default_rng(luck(job.recipe, task.evaluator)).logistic(0, 0.3, COUNT)
+        noise = np.random.default_rng(recipe_seed(job.recipe, task.evaluator)).logistic(0, 0.3, COUNT)
         values = (ability + EASE + noise > 0).astype(np.float32)
         if task.evaluator == LIMIT:  # how small the weights are
             values = (np.arange(COUNT) / COUNT > weights.mean()).astype(np.float32)
         found.append({"acc": values[list(task.indices)]})
-    return 1.0 + luck(job.recipe, "seconds") % 256 / 64, Measured(found, {"generate": 0.01 * sum(map(len, found))})
+    return 1.0 + recipe_seed(job.recipe, "seconds") % 256 / 64, Measured(
+        found, {"generate": 0.01 * sum(map(len, found))}
+    )
 
 
 LIMIT = 2  # of a setup with one objective
@@ -195,7 +197,7 @@ def test_a_screen_that_agrees_leaves_out_the_poor_and_one_that_does_not_is_off(t
     def misled(job: Job) -> tuple[float, Measured | Failed]:
         seconds, measured = simulate(job)
         assert isinstance(measured, Measured)
-        noise = np.random.default_rng(luck(job.recipe)).random(COUNT).astype(np.float32)
+        noise = np.random.default_rng(recipe_seed(job.recipe)).random(COUNT).astype(np.float32)
         scores = [
             {"acc": noise[list(task.indices)]} if task.evaluator == 1 else found
             for task, found in zip(job.tasks, measured.scores, strict=True)
@@ -282,7 +284,7 @@ def test_killed_at_every_write_of_a_race_and_resumed_it_is_the_same_search(tmp_p
 
 def test_a_candidate_that_fails_in_the_midst_of_a_race_leaves_it(tmp_path: Path) -> None:
     def breaks_later(job: Job) -> tuple[float, Measured | Failed]:
-        if job.attempt > 1 and luck(job.recipe) % 2:
+        if job.attempt > 1 and recipe_seed(job.recipe) % 2:
             return 1.0, Failed("error", "broken")
         return simulate(job)
 

@@ -10,7 +10,7 @@ import torch
 from helpers_checkpoints import save_model
 from helpers_mixture import DENSE, PROMPT, TEXTS
 from helpers_mixture import loaded as in_transformers
-from helpers_routed import drawn, logits, opened, routed, routing
+from helpers_routed import logits, opened, random_routers, routed, routing
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -46,10 +46,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
 
 
 def exported(sources: dict[str, Source], recipe: RoutedRecipe, out: Path) -> Any:
-    """The mixture of a recipe with drawn routers, in plain transformers."""
+    """The mixture of a recipe with random routers, in plain transformers."""
     places = places_of(recipe, sites_of(recipe, sources), sources["base"])
     count = len(recipe.experts) + recipe.router.base_expert
-    made = {name: drawn()(place, count) for name, place in places.items()}
+    made = {name: random_routers()(place, count) for name, place in places.items()}
     routers = {name: (router.weight, router.bias) for name, router in made.items()}
     mixture, rows = mixture_of_routed(recipe, routers, sources)
     MixtureBuilder(BuildContext(sources, "base")).export_with(rows, mixture, out, texts={})
@@ -85,7 +85,7 @@ def test_one_expert_of_each_token_is_a_slot(
     sources: dict[str, Source], groups: tuple[LayerGroup, ...], router: Router, tmp_path: Path
 ) -> None:
     recipe = routed(sources, where="mlp", router=router, groups=groups, fit="of the items")
-    with routing(sources, recipe, drawn()) as live:
+    with routing(sources, recipe, random_routers()) as live:
         wanted = logits(live, PROMPT)
     with torch.inference_mode():
         got = exported(sources, recipe, tmp_path / "out")(PROMPT).logits

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from helpers_checkpoints import save_model, tiny_config
-from helpers_routed import EVERY, MakeRouter, drawn, loaded, logits, opened, routed, routing, zeros
+from helpers_routed import EVERY, MakeRouter, loaded, logits, opened, random_routers, routed, routing, zeros
 from test_adapters import train
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -102,7 +102,7 @@ def changes_of(sources: dict[str, Source], recipe: RoutedRecipe) -> dict[str, li
 
 def test_molora(matrices: dict[str, Source]) -> None:
     """W0 x + sum_i s_i (alpha / r) B_i A_i x, s = softmax(W_g x), in every linear layer (2309.05444, equation 3)."""
-    recipe, make = routed(matrices), unbiased(drawn(1))
+    recipe, make = routed(matrices), unbiased(random_routers(1))
     routers, changes = router_of(matrices, recipe, make), changes_of(matrices, recipe)
 
     def equation(name: str, module: torch.nn.Linear, given: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def test_molora(matrices: dict[str, Source]) -> None:
 
 def test_loramoe(matrices: dict[str, Source]) -> None:
     """W0 x + (alpha / r) sum_i omega_i B_i A_i x in the mlp alone, dense (2312.09979, equations 3 and 4)."""
-    recipe, make = routed(matrices, where="mlp"), unbiased(drawn(2))
+    recipe, make = routed(matrices, where="mlp"), unbiased(random_routers(2))
     routers, changes = router_of(matrices, recipe, make), changes_of(matrices, recipe)
     assert {name.rsplit(".", 1)[1] for name in changes} == set(MLP)
 
@@ -138,7 +138,7 @@ def test_mola(matrices: dict[str, Source]) -> None:
         LayerGroup(layers=1, experts=("a", "b"), top_k=2),
         LayerGroup(layers=1, experts=("a", "b", "c", "d"), top_k=2),
     )
-    recipe, make = routed(matrices, groups=groups), unbiased(drawn(3))
+    recipe, make = routed(matrices, groups=groups), unbiased(random_routers(3))
     routers, changes = router_of(matrices, recipe, make), changes_of(matrices, recipe)
 
     def equation(name: str, module: torch.nn.Linear, given: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def vectors_by_module(sources: dict[str, Source], recipe: RoutedRecipe) -> dict[
 @pytest.mark.parametrize("heads", [True, False])
 def test_mov(vectors: dict[str, Source], heads: bool) -> None:
     """x * (sum_i s_i l_i), s of the very activation; keys and values by head (2309.05444, equation 2, and its code)."""
-    recipe, make = mov(vectors, heads), unbiased(drawn(4))
+    recipe, make = mov(vectors, heads), unbiased(random_routers(4))
     routers, scales = router_of(vectors, recipe, make), vectors_by_module(vectors, recipe)
     assert len(scales) == 6
 
@@ -205,7 +205,7 @@ def test_mixing_vectors_is_mixing_outputs(vectors: dict[str, Source]) -> None:
     alone = mov(vectors, True, groups=(LayerGroup(layers=2, experts=("b",)),))
     model = AutoModelForCausalLM.from_pretrained(vectors["base"].folder, dtype=torch.float32)
     expected = peft.PeftModel.from_pretrained(model, vectors["b"].adapters[0]).eval()
-    with routing(vectors, alone, drawn(5)) as live, torch.inference_mode():
+    with routing(vectors, alone, random_routers(5)) as live, torch.inference_mode():
         assert torch.allclose(logits(live), expected(torch.arange(3, 21).reshape(3, 6)).logits, atol=1e-5)
 
 
@@ -222,13 +222,13 @@ def test_vectors_may_be_abstained_from(vectors: dict[str, Source]) -> None:
 
 def test_vectors_that_nobody_is_sure_of_leave_the_base(vectors: dict[str, Source]) -> None:
     recipe = mov(vectors, False, group={"attention_gain": 0.0, "mlp_gain": 0.0})
-    with routing(vectors, recipe, drawn(6)) as live:
+    with routing(vectors, recipe, random_routers(6)) as live:
         assert torch.equal(logits(live), logits(loaded(vectors, base_alone(recipe, 2))))
 
 
 def test_a_cache_and_padding_change_nothing_by_head(vectors: dict[str, Source]) -> None:
     prompts = torch.arange(3, 21).reshape(3, 6)
-    with routing(vectors, mov(vectors, True, group={"top_k": 2}), drawn(7)) as live, torch.inference_mode():
+    with routing(vectors, mov(vectors, True, group={"top_k": 2}), random_routers(7)) as live, torch.inference_mode():
         whole = logits(live)
         first = live.model(prompts[:, :3], use_cache=True)
         then = live.model(prompts[:, 3:], past_key_values=first.past_key_values, use_cache=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers_checkpoints import save_model, tiny_config
-from helpers_routed import EVERY, PROMPTS, drawn, logits, merge, opened, routed, routing, zeros
+from helpers_routed import EVERY, PROMPTS, logits, merge, opened, random_routers, routed, routing, zeros
 from test_adapters import train
 
 from evomerge.checkpoints.source import Source
@@ -53,7 +53,7 @@ PER = pytest.mark.parametrize("per", ["module", "block"])
 def test_identical_experts_are_that_adapter_whatever_the_router_says(twins: dict[str, Source], per: str) -> None:
     for top_k in (None, 1, 2):
         recipe = routed(twins, router=Router(kind="prototypes", per=per), calibration="x", group={"top_k": top_k})
-        with routing(twins, recipe, drawn(1)) as live:
+        with routing(twins, recipe, random_routers(1)) as live:
             assert torch.allclose(logits(live), logits(merge(twins, a=1.0)), atol=1e-5)
 
 
@@ -84,9 +84,9 @@ def test_gains_are_of_attention_and_of_the_mlp(sources: dict[str, Source]) -> No
 
 
 def test_all_kept_is_soft(sources: dict[str, Source]) -> None:
-    with routing(sources, routed(sources, group={"top_k": 3}), drawn(2)) as live:
+    with routing(sources, routed(sources, group={"top_k": 3}), random_routers(2)) as live:
         found = logits(live)
-    with routing(sources, routed(sources), drawn(2)) as live:
+    with routing(sources, routed(sources), random_routers(2)) as live:
         assert torch.equal(found, logits(live))
 
 
@@ -95,7 +95,7 @@ def test_no_expert_present_is_the_base_bit_for_bit(sources: dict[str, Source]) -
     nobody = (LayerGroup(layers=2, experts=()),)
     for base_expert in (False, True):
         recipe = routed(sources, groups=nobody, router=Router(kind="arrow", base_expert=base_expert))
-        with routing(sources, recipe, drawn(3)) as live:
+        with routing(sources, recipe, random_routers(3)) as live:
             assert torch.equal(logits(live), alone)
 
 
@@ -128,7 +128,7 @@ def test_tokens_are_routed_as_the_formula_says(sources: dict[str, Source], per: 
     """Against a model whose linear layers are replaced by the plain sum over experts and tokens."""
     group = {"top_k": 2, "temperature": 0.7, "attention_gain": 1.3, "mlp_gain": 0.8, "bias": {"b": 0.4}}
     recipe = routed(sources, router=Router(kind="prototypes", per=per), calibration="x", group=group)
-    make = drawn(4, 0.5)
+    make = random_routers(4, 0.5)
     with routing(sources, recipe, make) as live:
         found = logits(live)
     expected = merge(sources, a=0.0)
@@ -170,7 +170,7 @@ def slow(module, changes, router, gain, seen, place, per):  # type: ignore[no-un
 @PER
 def test_cache_batch_padding_and_order_change_nothing(sources: dict[str, Source], per: str) -> None:
     recipe = routed(sources, router=Router(kind="prototypes", per=per), calibration="x", group={"top_k": 2})
-    with routing(sources, recipe, drawn(5)) as live, torch.inference_mode():
+    with routing(sources, recipe, random_routers(5)) as live, torch.inference_mode():
         whole = logits(live)
         assert torch.allclose(logits(live, PROMPTS[1:2])[0], whole[1], atol=1e-5)
         assert torch.allclose(logits(live, PROMPTS.flip(0)).flip(0), whole, atol=1e-5)
@@ -191,7 +191,7 @@ def test_what_is_given_alike_is_computed_at_once_and_as_if_apart(sources: dict[s
     live = merge(sources, a=0.0)
     sites = sites_of(recipe, sources)
     places = places_of(recipe, sites, base)
-    gating = routings(recipe, places, {name: drawn(8)(place, 3) for name, place in places.items()})
+    gating = routings(recipe, places, {name: random_routers(8)(place, 3) for name, place in places.items()})
     experts = LiveExperts(live, sites, recipe.experts)
     units = [[site.module.split(".")[-1] for site in unit.sites] for unit in experts.units(recipe, gating)]
     assert units == 2 * [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
@@ -224,9 +224,9 @@ class Heard:
 
 
 def test_in_bfloat16_gates_are_float32(sources: dict[str, Source]) -> None:
-    with routing(sources, routed(sources), drawn(6)) as live:
+    with routing(sources, routed(sources), random_routers(6)) as live:
         wide = logits(live)
-    with routing(sources, routed(sources), drawn(6), torch.bfloat16) as live:
+    with routing(sources, routed(sources), random_routers(6), torch.bfloat16) as live:
         narrow = logits(live)
     with routing(sources, routed(sources), zeros, torch.bfloat16) as live:
         other = logits(live)
@@ -234,7 +234,7 @@ def test_in_bfloat16_gates_are_float32(sources: dict[str, Source]) -> None:
 
 
 def test_hooks_go_away(sources: dict[str, Source]) -> None:
-    with routing(sources, routed(sources), drawn(7)) as live:
+    with routing(sources, routed(sources), random_routers(7)) as live:
         routed_logits = logits(live)
     assert not torch.allclose(logits(live), routed_logits, atol=1e-2)
     assert torch.equal(logits(live), logits(merge(sources, a=0.0)))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers_miniature import MINIATURES, ROOT, evomerge, json_of, search_file
-from helpers_search import SOURCES, FakeSpace, drive, luck, make_setup, weights_of
+from helpers_search import SOURCES, FakeSpace, drive, make_setup, recipe_seed, weights_of
 
 from evomerge.errors import InputError
 from evomerge.optimizers import CmaSettings
@@ -60,7 +60,7 @@ def simulate(job: Job) -> tuple[float, Measured | Failed]:
     weights, found = np.array(weights_of(job.recipe)), []
     for task in job.tasks:
         ability = 2.0 - 20.0 * float(((weights - 0.9) ** 2).mean())
-        noise = np.random.default_rng(luck(job.recipe, task.evaluator)).logistic(0, 0.3, COUNT)
+        noise = np.random.default_rng(recipe_seed(job.recipe, task.evaluator)).logistic(0, 0.3, COUNT)
         values = (ability + EASE + noise > 0).astype(np.float32)
         if task.evaluator == LIMIT:
             values = (np.arange(COUNT)[::-1] % 40 / 40 > weights.mean()).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Checkpoints of real sizes without their weights: recorded configurations, and headers over files full of holes."""
+"""Checkpoints of real sizes without weights: recorded configurations, and sparse files with real headers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).parent / "model_configs"
-# The total_size that each model's own model.safetensors.index.json says.
+# The total_size in each model's own model.safetensors.index.json.
 CHECKPOINT_BYTES = {
     "qwen2.5-7b": 15_231_233_024,
     "mistral-7b": 14_483_464_192,
@@ -24,8 +24,8 @@ def config_of(name: str) -> dict[str, Any]:
     return content
 
 
-def hollow_checkpoint(name: str, folder: Path) -> Path:
-    """A folder with a recorded config.json and a safetensors file of the right shapes, which takes no disk."""
+def sparse_checkpoint(name: str, folder: Path) -> Path:
+    """A folder with a recorded config.json and a safetensors file of the right shapes, which takes no disk space."""
     folder.mkdir(parents=True)
     config = config_of(name)
     (folder / "config.json").write_text(json.dumps(config))
@@ -43,7 +43,7 @@ def hollow_checkpoint(name: str, folder: Path) -> Path:
 
 
 def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
-    """Names and shapes as in the checkpoints of Llama, Mistral, Mixtral and Qwen2."""
+    """The names and shapes in checkpoints of Llama, Mistral, Mixtral and Qwen2."""
     width, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
     yield "model.embed_tokens.weight", [vocabulary, width]
