@@ -116,6 +116,8 @@ def _read_as(value: Any) -> str | None:
         return f"the number {value}"
     if isinstance(value, datetime.date):
         return "a date"
+    if isinstance(value, Mapping) and all(of is None for of in value.values()):  # {question}: a template, unquoted
+        return "a section"
     return "nothing" if value is None else None
 
 

@@ -10,7 +10,9 @@ import yaml
 
 from evomerge.errors import InputError
 from evomerge.search.preparing.evaluators import Evaluators
+from evomerge.search.settings.resuming import resumed_file
 from evomerge.search.settings.search_file import SearchFile, load_search_file, parse_search_file
+from evomerge.store import Store
 
 GOOD = """
 name: example
@@ -50,6 +52,16 @@ def test_it_survives_a_round_trip_through_json(path: Path) -> None:
     again = SearchFile.model_validate(file.model_dump(mode="json"))
     assert again == file
     assert again.model_dump(mode="json") == file.model_dump(mode="json")
+
+
+def test_settings_that_this_version_does_not_know_are_refused_by_name(path: Path) -> None:
+    """A key may be gone since a search began; its store is at fault then, and not the file that a person may edit."""
+    settings = load_search_file(path).model_dump(mode="json")
+    settings["budget"] |= {"weeks": 3}
+    store = Store.create(path.parent / "search.db", name="demo", settings=settings, fingerprints={}, environment={})
+    with store, pytest.raises(InputError, match="recorded by another version of Evomerge") as refused:
+        resumed_file(path.parent, store, ())
+    assert refused.value.place == f"{path.parent}: the settings recorded in the store: budget.weeks"
 
 
 def test_overrides_are_yaml_values_at_key_paths(path: Path) -> None:
@@ -151,6 +163,7 @@ def test_equal_evaluator_settings_are_equal(path: Path) -> None:
         ("cluster.workers=none", "search.yaml: cluster.workers", "must be a whole number or a section with keys"),
         ("name=no", "search.yaml: name", "YAML reads it as false, as it does yes, no, on and off. Put it in quotes."),
         ("base=2024-01-01", "search.yaml: base", "YAML reads it as a date. Put it in quotes."),
+        ("base={question}", "search.yaml: base", "YAML reads it as a section. Put it in quotes."),
         ("space.bounds.weight=[1]", "search.yaml: space", "weight"),
         ("optimizer.name=cmaes", "search.yaml: optimizer.name", "there is no optimizer 'cmaes'. Did you mean 'cma'?"),
         ("optimizer={}", "search.yaml: optimizer.name", "is missing"),

@@ -39,8 +39,7 @@ def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> Search
     Raises:
         InputError: it differs elsewhere (the message says how), or its budget is less than what is spent already.
     """
-    # Parsed again for the defaults of keys that are newer than the program that wrote it.
-    recorded = parse_search_file(store.search().settings, place=FILE_NAME, root=folder.resolve())
+    recorded = _recorded_file(folder, store)
     before = recorded.model_dump(mode="json")
     path = folder / FILE_NAME
     edited = load_search_file(path).model_dump(mode="json") if path.is_file() else dict(before)
@@ -64,6 +63,20 @@ def resumed_file(folder: Path, store: Store, overrides: Sequence[str]) -> Search
             f"Only {', '.join(RESUMABLE)} can change on resume; start a new search for anything else.",
         )
     return file
+
+
+def _recorded_file(folder: Path, store: Store) -> SearchFile:
+    """The search file as the store has it, with defaults for keys that the program that wrote it did not know yet."""
+    try:
+        return parse_search_file(
+            store.search().settings, place="the settings recorded in the store", root=folder.resolve()
+        )
+    except InputError as error:
+        hint = (
+            "They were recorded by another version of Evomerge, or with a package that is not installed here. Continue "
+            "the search with that version or package, or start a new one."
+        )
+        raise InputError(f"{folder}: {error.place}", error.problem, hint) from None
 
 
 def is_same_search(file: SearchFile, store: Store) -> bool:
