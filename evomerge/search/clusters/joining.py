@@ -32,7 +32,7 @@ def connect(cluster: Cluster) -> bool:
                 logging_level=logging.ERROR,
                 configure_logging=True,
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray raises plain ones, such as for a node that is too slow to start
             raise _unavailable(cluster.address, error) from None
     try:
         check_secured(context.dashboard_url if cluster.address else None, insecure=cluster.insecure)
