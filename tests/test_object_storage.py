@@ -41,6 +41,7 @@ from evomerge.store import Store, acquire
 from evomerge.store.fence import Holder
 
 SECRET = "not-for-anybodys-eyes"
+OUT = "s3://bucket/model"
 _count = itertools.count()
 
 
@@ -360,8 +361,8 @@ def test_what_is_no_model_is_not_uploaded(memory: str, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     "command",
     [
-        ("moe", "recipe.yaml"), ("extract", "tuned", "--base", "base"), ("transplant", "one", "two"),
-        ("consolidate", "checkpoint", "--model", "model"),
+        ("moe", "recipe.yaml", OUT), ("extract", "tuned", OUT, "--base", "base"), ("transplant", "one", "two", OUT),
+        ("consolidate", "checkpoint", OUT, "--model", "model"), ("merge", "recipe.yaml", "out", "--keep-stages", OUT),
     ],
     ids=lambda command: command[0],
 )  # fmt: skip
@@ -369,11 +370,8 @@ def test_a_command_that_writes_to_folders_alone_takes_no_url_for_a_folder(
     command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = (
-        command.index("--base") if "--base" in command else command.index("--model") if "--model" in command else 9
-    )
-    assert evomerge(*command[:options], "s3://bucket/model", *command[options:]) == 2
-    assert "s3://bucket/model: is a URL" in (said := capsys.readouterr().err)
+    assert evomerge(*command) == 2
+    assert f"{OUT}: is a URL" in (said := capsys.readouterr().err)
     assert "evomerge upload" in said
     assert list(tmp_path.iterdir()) == []
 

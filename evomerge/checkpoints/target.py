@@ -18,9 +18,7 @@ def check_target(out: Path, sources: Sequence[Path] = ()) -> None:
     Raises:
         InputError: it cannot be created there.
     """
-    if was_url(out):
-        hint = "Name a folder on this machine; `evomerge upload FOLDER URL` copies it to object storage."
-        raise InputError(str(out).replace(":/", "://", 1), "is a URL, and this can only be written to a folder", hint)
+    refuse_url(out)
     out = out.absolute()
     place = str(out)
     for folder in sources:
@@ -35,6 +33,13 @@ def check_target(out: Path, sources: Sequence[Path] = ()) -> None:
         raise InputError(place, f"{above} is not a folder", "Choose another name.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise InputError(place, f"the folder {above} cannot be written to", "Choose another folder.")
+
+
+def refuse_url(out: Path) -> None:
+    """Raise InputError if a path was a URL: it would become a folder here that is called ``s3:``."""
+    if was_url(out):
+        hint = "Name a folder on this machine; `evomerge upload FOLDER URL` copies it to object storage."
+        raise InputError(str(out).replace(":/", "://", 1), "is a URL, and this can only be written to a folder", hint)
 
 
 def existing_parent(out: Path) -> Path:

@@ -19,7 +19,7 @@ from evomerge.blends import check_whole
 from evomerge.calibration import Calibration, calibration_from, check_all_have_texts
 from evomerge.checkpoints.places import split_reference
 from evomerge.checkpoints.references import check_reference
-from evomerge.checkpoints.target import check_target
+from evomerge.checkpoints.target import check_target, refuse_url
 from evomerge.commands.waiting import progress_bar
 from evomerge.errors import InputError
 from evomerge.faults import NAME_PATTERN
@@ -81,8 +81,7 @@ def merge(
         keys: the rule for tensors that not all sources have, if tables of tensors are merged.
     """
     split = None if fit is None else _fit_split(fit)
-    if not is_url(str(out)):
-        check_target(Path(out))
+    _check_targets(out, keep)
     root = path.resolve().parent
     if _merged_as_tables(path, root, out, keys):
         return
@@ -131,6 +130,14 @@ def merge(
         console.print(counted)
     console.print(f"merged into {out}", style="bold")
     say(console, out)
+
+
+def _check_targets(out: str | Path, keep: Path | None) -> None:
+    """Raise InputError if the model or the stages cannot be written where they shall be."""
+    if not is_url(str(out)):
+        check_target(Path(out))
+    if keep is not None:
+        refuse_url(keep)
 
 
 def _read(path: Path, root: Path) -> tuple[Recipe, dict[str, Source]]:
