@@ -63,9 +63,9 @@ def other_sources(
         if name not in context.sources:
             raise unknown_name(name, context.sources, "space.others", "source")
         if name == first:
-            raise InputError("space.others", f"holds {name}, which is model A and takes part anyway", "Leave it out.")
+            raise InputError("space.others", f"names {name}, which is model A and takes part anyway", "Leave it out.")
         if name in others[:number]:
-            raise InputError("space.others", f"holds {name} twice", "Layers may be used again as it is.")
+            raise InputError("space.others", f"names {name} twice", "Once is enough: paths may repeat layers.")
     if others and settings.encoding == "pruning":
         raise InputError("space.others", "names sources, but pruning uses only model A", "Leave it out.")
     return tuple(others)

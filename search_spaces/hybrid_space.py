@@ -66,7 +66,7 @@ class HybridSpaceSettings(PathSettings):
 
     def build(self, context: SpaceContext) -> SearchSpace:
         if self.winner is not None and self.method is not None:
-            problem = "is for hops that are merged again, and those of the winner are merged already"
+            problem = "is for merging hops, and those of the winner are already merged"
             raise InputError("space.method", problem, "Leave out one of the two.")
         if self.winner is not None:
             return self._after(self.winner, context)
@@ -74,7 +74,7 @@ class HybridSpaceSettings(PathSettings):
             hint = "Give `winner: RECIPE.yaml` or a merge method, such as `method: linear`."
             raise InputError("space", "needs a merge to start from, or a method to merge hops by", hint)
         if self.others is not None:
-            raise InputError("space.others", "is for paths beside a winner; a joint search merges all", "Leave it out.")
+            raise InputError("space.others", "is for paths with a `winner`; a joint search merges all", "Leave it out.")
         if "merged_inputs" in context.method(self.method).needs:
             problem = f"{self.method} computes each layer from the outputs of the merged layers before it"
             raise InputError("space.method", problem, "Search over weights alone: `kind: parameter_space`.")
@@ -84,7 +84,7 @@ class HybridSpaceSettings(PathSettings):
     def _after(self, winner: Path, context: SpaceContext) -> DataFlowSpace:
         for key, given in (("granularity", self.granularity), ("steps", self.steps)):
             if given:
-                raise InputError(f"space.{key}", "is for hops that are merged again", "Leave it out.")
+                raise InputError(f"space.{key}", "is for merging hops, and not for a `winner`", "Leave it out.")
         if MERGED in context.sources:
             raise InputError(f"sources.{MERGED}", "is the name of the winner in the pool", "Give it another name.")
         recipe = read_winner(winner, context)
@@ -110,7 +110,7 @@ def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
     if not isinstance(recipe, StackRecipe):
         raise InputError(place, f"is a recipe of the kind {recipe.kind}, which has no layers to reorder")
     if recipe.is_scaled or recipe.tensors:
-        what = "scales hops" if recipe.is_scaled else "makes single tensors otherwise than their layer"
+        what = "scales hops" if recipe.is_scaled else "merges single tensors differently from their layer"
         raise InputError(place, f"{what}, which its layers cannot keep on another path", "Give a merge of weights.")
     used = recipe.used_sources() | recipe.vocabulary.used_sources() | {recipe.tokenizer}
     here = Path(os.path.realpath(path)).parent  # paths in an exported recipe are relative to this
@@ -123,8 +123,8 @@ def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
                 place, f"merges {name}, which is not a source of this search", f"Add it: `sources.{name}`."
             )
         if recipe.sources[name] != context.sources[name]:
-            problem = f"means {recipe.sources[name]} by {name}, and this search {context.sources[name]}"
-            raise InputError(place, problem, "If they are one model, write the same in both files.")
+            problem = f"uses {recipe.sources[name]} as {name}, and this search uses {context.sources[name]}"
+            raise InputError(place, problem, "If they are the same model, write the same in both files.")
     for key, theirs, ours in (
         ("tokenizer", recipe.tokenizer, context.tokenizer),
         ("dtype", recipe.dtype, context.dtype or recipe.dtype),
@@ -139,7 +139,7 @@ def read_winner(path: Path, context: SpaceContext) -> StackRecipe:
 
 def no_mergekit(reference: str) -> NoReturn:
     hint = "Merge it with `evomerge merge`, and give the recipe.yaml of the folder that this writes."
-    raise InputError("merge_method", "is of a configuration of mergekit's", hint)
+    raise InputError("merge_method", "belongs to a mergekit configuration", hint)
 
 
 def _check_makable(recipe: StackRecipe, context: SpaceContext, place: str) -> None:

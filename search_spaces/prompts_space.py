@@ -84,15 +84,15 @@ def _check_starts(prompts: Mapping[str, PromptFacts]) -> None:
     place, hint = "space.arithmetic", "Leave it out: prompts are then put one after another."
     for name, facts in prompts.items():
         if facts.form == "prefix":
-            problem = f"mixes rows, and {name} is {facts.text}: a set of keys, in which no row is another's"
+            problem = f"mixes rows, and {name} is {facts.text}: keys and values whose rows do not correspond"
             raise InputError(place, problem, hint)
         if facts.start is None:
-            problem = f"mixes rows that began alike, and how {name} began is not known: it is {facts.text}"
-            raise InputError(place, f"{problem}, not begun as a text (`prompt_tuning_init: TEXT`)", hint)
+            problem = f"needs prompts with the same initial text, and that of {name} is not known: it is {facts.text}"
+            raise InputError(place, f"{problem} without an initial text (`prompt_tuning_init: TEXT`)", hint)
     starts = {facts.start for facts in prompts.values()}
     if len(starts) > 1 or len(prompts) < 2:
-        said = "; ".join(f"{name} as {facts.start!r}" for name, facts in prompts.items())
-        raise InputError(place, f"mixes rows of several prompts that began alike, and these began {said}", hint)
+        texts = "; ".join(f"{name} as {facts.start!r}" for name, facts in prompts.items())
+        raise InputError(place, f"needs several prompts with the same initial text, and these began {texts}", hint)
 
 
 class PromptsSpace:

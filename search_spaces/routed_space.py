@@ -150,9 +150,9 @@ def _experts(names: Sequence[str] | None, context: SpaceContext) -> tuple[str, .
 def _check_layers(settings: RoutedSpaceSettings, context: SpaceContext) -> None:
     if isinstance(settings.groups, int) and settings.groups > context.layers:
         problem = f"is {settings.groups}, so that groups would be empty: the base has {context.layers} layers"
-        raise InputError("space.groups", problem, "Take as many at most, or `groups: layer`.")
+        raise InputError("space.groups", problem, "Give at most as many, or `groups: layer`.")
     if settings.rest == "mean" and settings.where == "all":
-        raise InputError("space.rest", "is of blocks that are not routed, and all are", "Leave it out.")
+        raise InputError("space.rest", "applies to blocks that are not routed, and all are", "Leave it out.")
 
 
 def _check_numbers(settings: RoutedSpaceSettings, experts: int) -> None:
@@ -295,11 +295,11 @@ class RoutedSpace:
 
     def _left_out(self) -> Iterator[str]:
         if self._context.fit is None:
-            yield f"no routers that are fitted, for there is no `fit:`; those of baselines are {self._settings.router}"
+            yield f"no fitted routers, because there is no `fit:`; those of baselines are {self._settings.router}"
         if not self._has_factors:
             yield "not Arrow, which uses the factors of LoRA"
         if self._context.layers < len(MOLA_SHAPES[0]):
-            yield f"not the shapes of MoLA, which are of {len(MOLA_SHAPES[0])} layers or more"
+            yield f"not the shapes of MoLA, which need {len(MOLA_SHAPES[0])} layers or more"
 
     @property
     def _has_factors(self) -> bool:

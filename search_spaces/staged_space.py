@@ -122,7 +122,7 @@ class StagedSpace:
         self._context = context
         if context.vocabulary.aligns:
             hint = "Merge models of one tokenizer in stages, or make the first stage with `evomerge merge`."
-            raise InputError("vocabulary", "lays out rows of sources, and stages are none", hint)
+            raise InputError("vocabulary", "takes rows of tokens from sources, and a stage has none", hint)
         self._stages: list[_Stage] = []
         known = {name: context.depth(name) for name in context.sources}
         for number, stage in enumerate(settings.stages):

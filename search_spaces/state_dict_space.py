@@ -63,8 +63,8 @@ class StateDictSpaceSettings(SpaceSettings):
         parts |= {f"space.steps.{name}": find_step(name, f"space.steps.{name}") for name in self.steps}
         for place, part in parts.items():
             if part.needs:
-                problem = f"{part.name} needs {' and '.join(part.needs)}, and a table of tensors runs on nothing"
-                raise InputError(place, problem, "Take one that goes by weights alone, such as linear or ties.")
+                problem = f"{part.name} needs {' and '.join(part.needs)}, and a table of tensors cannot be run on texts"
+                raise InputError(place, problem, "Choose one that uses only weights, such as linear or ties.")
         if method.needs_base and context.base is None:
             raise InputError("base", f"{method.name} merges task vectors and needs a base", "Name it: `base: NAME`.")
         check_ranges(method.name, method.parameters, self.bounds, self.fixed, "space")
@@ -93,9 +93,9 @@ class StateDictSpaceSettings(SpaceSettings):
         if self.groups == "blocks":
             blocks = sorted({block for block in blocks_of(names).values() if block and block not in KEPT})
             if not blocks:
-                problem = "is blocks, and these tensors are laid out as no model whose blocks have names"
+                problem = "is blocks, and the names of these tensors match no model with known blocks"
                 known = ", ".join(layout.name for layout in LAYOUTS)
-                hint = f'Give patterns of names: `groups: {{first: "layer1.*"}}`. Layouts that are known: {known}.'
+                hint = f'Give patterns of names: `groups: {{first: "layer1.*"}}`. Known models: {known}.'
                 raise InputError("space.groups", problem, hint)
             return {block: (block,) for block in blocks}
         by_group = {g: (one,) if isinstance(one, str) else one for g, one in self.groups.items()}

@@ -171,7 +171,7 @@ def too_deep() -> dict[str, Any]:
         (scaled(), {}, "space.winner", "scales hops"),
         ({"tensors": {"model.norm.weight": 0}}, {}, "space.winner", "single tensors"),
         ({}, {"sources": {"base": "models/base", "maths": "models/maths"}}, "space.winner", "`sources.japanese`"),
-        ({}, {"sources": SOURCES | {"maths": "elsewhere"}}, "space.winner", "models/maths by maths"),
+        ({}, {"sources": SOURCES | {"maths": "elsewhere"}}, "space.winner", "models/maths as maths"),
         ({}, {"sources": SOURCES | {"merged": "models/w"}}, "sources.merged", "another name"),
         ({}, {"tokenizer": "maths"}, "tokenizer", "base"),
         ({}, {"dtype": "float16"}, "dtype", "winner"),
@@ -291,7 +291,7 @@ def test_shelves_of_a_joint_search() -> None:
     ("given_settings", "base", "place", "words"),
     [
         ({}, "base", "space", "`method: linear`"),
-        ({"winner": Path("recipe.yaml"), "method": "linear"}, "base", "space.method", "merged already"),
+        ({"winner": Path("recipe.yaml"), "method": "linear"}, "base", "space.method", "already merged"),
         ({"winner": Path("recipe.yaml"), "granularity": "hop"}, "base", "space.granularity", "Leave it out"),
         ({"method": "linear", "others": ("maths",)}, "base", "space.others", "merges all"),
         ({"method": "task_arithmetic"}, None, "base", "needs a base"),

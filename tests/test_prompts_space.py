@@ -96,8 +96,8 @@ def test_every_genome_is_a_recipe_that_reads_back(data: st.DataObject) -> None:
 PREFIX = {"one": PromptFacts("prefix", "PREFIX_TUNING", 4), "two": PromptFacts("prefix", "PREFIX_TUNING", 4)}
 RANDOM = {**SOFT, "two": PromptFacts("tokens", "PROMPT_TUNING", 4)}
 BAD: dict[str, tuple[dict[str, PromptFacts], dict[str, Any], dict[str, Any], str, str]] = {
-    "prefixes mixed": (PREFIX, {"arithmetic": True}, {}, "space.arithmetic", "in which no row is another's"),
-    "began at random": (RANDOM, {"arithmetic": True}, {}, "space.arithmetic", "how two began is not known"),
+    "prefixes mixed": (PREFIX, {"arithmetic": True}, {}, "space.arithmetic", "whose rows do not correspond"),
+    "began at random": (RANDOM, {"arithmetic": True}, {}, "space.arithmetic", "that of two is not known"),
     "began otherwise": (
         {**SOFT, "two": PromptFacts("tokens", "PROMPT_TUNING", 4, "end")}, {"arithmetic": True}, {},
         "space.arithmetic", "one as 'begin'; two as 'end'",

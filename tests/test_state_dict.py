@@ -279,9 +279,9 @@ def space(**changes: Any) -> dict[str, Any]:
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "no such tensor": (space(groups={"x": "nothing.*"}), "space.groups.x", "Blocks: IN00, IN01, MID, OUT"),
     "an empty group": (space(groups={"x": "*", "y": "MID"}), "space.groups.y", "groups before it"),
-    "texts needed": (space(method="regmean"), "space.method", "runs on nothing"),
+    "texts needed": (space(method="regmean"), "space.method", "cannot be run on texts"),
     "texts needed by a step": ({**space(method="linear", steps={"activations": {}}), "base": "c"},
-                               "space.steps.activations", "runs on nothing"),
+                               "space.steps.activations", "cannot be run on texts"),
     "a step without a base": (space(steps={"iso": {}}), "base", "is added to a base"),
     "a step that there is not": (space(steps={"isso": {}}), "space.steps.isso", "iso"),
     "no base": (space(method="ties"), "base", "needs a base"),

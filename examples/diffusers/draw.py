@@ -1,4 +1,4 @@
-"""Has a candidate draw what items ask for, and says how near the colours are: the function of examples/image.yaml."""
+"""The function of examples/image.yaml: a candidate draws the prompts of items, and is scored by the colours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = 8
 
 @torch.no_grad()
 def score(items: Sequence[Mapping[str, Any]], weights: Path) -> dict[str, Sequence[object]]:
-    """Minus the distance of each picture's colour from the wanted one, and the pictures. ``weights`` is a folder."""
+    """The negative distance of each picture's colour from the wanted one, and the pictures. ``weights`` is a folder."""
     model = StableDiffusionPipeline.from_pretrained(weights, local_files_only=True)
     model.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(item["seed"]) for item in items]
@@ -31,7 +31,7 @@ def score(items: Sequence[Mapping[str, Any]], weights: Path) -> dict[str, Sequen
 
 
 def distance(pixels: np.ndarray, item: Mapping[str, Any]) -> float:
-    """Of the wanted colour from that of the pixels that are the least grey, a sixth of all: 0 where they are equal."""
+    """The distance of the wanted colour from that of the most colourful sixth of the pixels; 0 if they are equal."""
     flat = pixels.reshape(-1, 3)
     vivid = flat[np.argsort(flat.std(axis=1))[-len(flat) // 6 :]]
     return float(np.linalg.norm(vivid.mean(axis=0) - np.array(item["colour"], dtype=np.float32)))

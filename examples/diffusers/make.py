@@ -1,9 +1,9 @@
-"""Makes what examples/image.yaml searches over: a small Stable Diffusion, two fine-tunes of it, and items, beside it.
+"""Makes a small Stable Diffusion, two fine-tunes of it, and items, in this folder, for examples/image.yaml.
 
     python examples/diffusers/make.py
 
-Half a minute on a processor. The base has hardly learnt to draw blots of four colours; each fine-tune goes on with
-two of them, and forgets the others.
+This takes half a minute on a processor. The base has barely learned to draw blots of four colours; each fine-tune
+continues with two of them and forgets the others.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.nn.functional import mse_loss
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
-logging.set_verbosity_error()  # diffusers imports processors of pictures that are not used
+logging.set_verbosity_error()  # diffusers imports image processors that are not used
 
 HERE = Path(__file__).parent
 COLOURS = {"red": (0.9, 0.1, 0.1), "yellow": (0.9, 0.8, 0.1), "green": (0.1, 0.7, 0.2), "blue": (0.1, 0.2, 0.9)}
 FINE_TUNES = {"warm": ["red", "yellow"], "cool": ["green", "blue"]}
 SIZE, LATENT, WORDS = 16, 8, 6
-"""Pixels of a picture's side, numbers of a latent picture's, and tokens of a prompt."""
+"""The side of a picture in pixels, the side of a latent picture, and the tokens of a prompt."""
 
 BATCH = 12
 
@@ -35,7 +35,7 @@ def prompt_of(colour: str) -> str:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """CLIP's, with a token for each word that prompts have."""
+    """CLIP's tokenizer, with one token for each word of the prompts."""
     words = {word for colour in COLOURS for word in prompt_of(colour).split()}
     vocabulary = dict.fromkeys(["<|startoftext|>", "<|endoftext|>"], 0)
     merges: list[tuple[str, str]] = []
@@ -52,7 +52,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def pipeline() -> StableDiffusionPipeline:
-    """A Stable Diffusion with random weights, of a quarter of a million parameters."""
+    """A Stable Diffusion with a quarter of a million random weights."""
     tokens = tokenizer()
     text = CLIPTextConfig(
         vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
@@ -77,7 +77,7 @@ def pipeline() -> StableDiffusionPipeline:
 
 
 def blots(colours: list[Tensor], random: torch.Generator) -> Tensor:
-    """A round blot of each colour somewhere on grey: [count, 3, size, size] from -1 to 1."""
+    """Pictures of one round blot of each colour on grey: float32 [count, 3, size, size], from -1 to 1."""
     places = 0.3 + 0.4 * torch.rand(len(colours), 2, 1, 1, generator=random)
     across = torch.linspace(0, 1, SIZE)
     distance = ((across - places[:, 0]) ** 2 + (across[:, None] - places[:, 1]) ** 2).sqrt()
@@ -126,7 +126,7 @@ def make(see: int = 160, draw: int = 160, go_on: int = 100, seeds: int = 8) -> N
         see: steps of the autoencoder.
         draw: steps of the base.
         go_on: further steps of each fine-tune.
-        seeds: of how many noises each prompt is to be drawn.
+        seeds: how many noises each prompt is drawn from.
     """
     torch.manual_seed(0)
     model = pipeline()

@@ -1,8 +1,9 @@
-"""A kind of recipe, its builder and its search space: two models side by side, whose logits are averaged.
+"""A kind of recipe, its builder and its search space: two models whose logits are averaged.
 
-p(token) is softmax(s a(token) + (1 - s) b(token)) for the logits a and b of the two: the geometric mean of what both
-say, as in "product of experts" decoding (Liu et al., "DExperts", arXiv 2105.03023, equation 1, without the base). Both
-models are run for every token, so it costs what both cost together; merging is asked to do better than that.
+p(token) is softmax(s a(token) + (1 - s) b(token)) for the logits a and b of the two models: the normalised geometric
+mean of their predictions, as in "product of experts" decoding (Liu et al., "DExperts", arXiv 2105.03023, equation 1,
+without the base). Both models run for every token, so it costs as much as both together, which merging should improve
+on.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _ABOUT = "averaged.json"
 
 
 class AveragedLogits(Recipe):
-    """``share`` is that of ``first``; ``second`` has the rest."""
+    """``share`` is the share of ``first``; ``second`` has the rest."""
 
     kind: ClassVar[str] = "averaged_logits"
 
@@ -55,7 +56,7 @@ class AveragedLogits(Recipe):
 
 
 class AveragedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """Two causal language models of one vocabulary as one. Its cache is the first one's layers, then the second's."""
+    """Two causal language models with one vocabulary as one. Its cache has the first's layers, then the second's."""
 
     _supports_sdpa = True  # both sides have their own attention
 
@@ -107,7 +108,7 @@ def _part(cache: Any, begin: int, end: int) -> Any:
 
 
 class AveragedLogitsBuilder(BuilderBase):
-    """Holds both models of a recipe, each as it is; see ``evomerge.merging.building.builders.Builder``."""
+    """Builds both models of a recipe, each unchanged; see ``evomerge.merging.building.builders.Builder``."""
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context
@@ -120,7 +121,7 @@ class AveragedLogitsBuilder(BuilderBase):
             raise InputError("recipe.second", f"knows {second} tokens and {recipe.first} knows {first}")
 
     def start(self) -> None:
-        """Nothing: which two models are needed is known with the first recipe."""
+        """Do nothing: the first recipe determines which two models are needed."""
 
     def write(self, recipe: AveragedLogits) -> LiveModel:
         sides = [self._side(name, recipe) for name in (recipe.first, recipe.second)]
@@ -173,7 +174,7 @@ def _live(first: LiveModel, second: LiveModel, share: float) -> LiveModel:
 
 
 def _copy_of(name: str, layers: int, like: Recipe) -> StackRecipe:
-    """One source as it is."""
+    """The recipe of one unchanged source."""
     blend = Blend(method="passthrough", sources=(name,), parameters={"scale": {name: 1.0}})
     return StackRecipe.uniform(
         blend, sources=like.sources, tokenizer=like.tokenizer, layers=layers, seed=like.seed, dtype=like.dtype

@@ -1,6 +1,6 @@
-"""An optimizer: the best genome so far, and steps around it.
+"""An optimizer: steps around the best genome so far.
 
-A (1 + 8) evolution strategy with a fixed step, the simplest thing that learns from what it is told.
+A (1 + 8) evolution strategy with a fixed step, the simplest optimizer that learns from results.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from evomerge.optimizers.cma_es import Box
 
 
 class HillClimberSettings(Settings):
-    """``step`` is the standard deviation of a step, in parts of each parameter's range."""
+    """``step`` is the standard deviation of a step, as a fraction of each parameter's range."""
 
     name: Literal["hill_climber"]
     step: float = Field(default=0.1, gt=0, le=1)
@@ -36,7 +36,7 @@ class HillClimberSettings(Settings):
 
 
 class HillClimber:
-    """One climb. Its first generation is random, unless it was told of a baseline before."""
+    """One climb. Its first generation is random, unless it was told baselines before."""
 
     population = 8
     favourite: Genome | None = None

@@ -1,7 +1,7 @@
 """Median: the base and the median of the task vectors, element by element.
 
-The median of Yin et al., "Byzantine-robust distributed learning" (arXiv 1803.01498), definition 1, for sources in place
-of machines: one source that goes far astray moves it little.
+The median of Yin et al., "Byzantine-robust distributed learning" (arXiv 1803.01498), definition 1, with sources instead
+of machines: a single source that is far from the others has little influence.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Questions about pictures: how likely a model finds the right answer, which only the picture gives.
+"""Questions about pictures: the likelihood of the right answer, which can only be known from the picture.
 
 An item is a line such as ``{"question": "How wide is the picture?", "picture": "kite.png", "side": "width"}``; a path
 is relative to the file of items. The pictures (PNG) are read when the evaluator is built, and the answer is a side in
-pixels. The question is asked by text alone. A model that sees would be shown the pictures by ``asked_pair(..., media)``
-and ``<image>`` in the question.
+pixels. The question is asked as text only. A model that reads images would get the pictures through
+``asked_pair(..., media)`` and ``<image>`` in the question.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class PictureSizeSettings(PromptSettings):
-    """What the search file says of the items.
+    """The settings of the items in the search file.
 
     Attributes:
         file: the items, a JSON object on each line.
-        held_out: the share of items to confirm on. A hash of question and picture decides of each.
+        held_out: the share of items to confirm on, which are chosen by a hash of question and picture.
     """
 
     kind: Literal["picture_size"] = "picture_size"
@@ -99,11 +99,11 @@ class PictureSizeEvaluator(Evaluator):
         self._requests = ItemRequests(self._make)
 
     def requests(self, reader: Reader, split: Split, indices: Sequence[int]) -> Sequence[Request]:
-        """The items' questions, each with its answer."""
+        """The questions of the items, each with its answer."""
         return self._requests(reader, split, indices)
 
     def grade(self, split: Split, indices: Sequence[int], responses: Sequence[Response | Outcome]) -> Graded:
-        """The metric of each answer."""
+        """The metric for each answer."""
         values = [answer.log / answer.tokens for answer in likelihoods(responses)]
         return Graded({"log_likelihood": np.array(values, dtype=np.float32)})
 
@@ -127,7 +127,7 @@ def png_size(content: bytes, place: str) -> tuple[int, int]:
     """Width and height of a PNG picture, in pixels (PNG specification, section 11.2.2).
 
     Raises:
-        InputError: it is no PNG, or it is damaged or cut.
+        InputError: it is not a PNG picture, or it is damaged or truncated.
     """
     header = content[len(_SIGNATURE) + 4 : len(_SIGNATURE) + 21]  # the chunk's name and its 13 bytes
     sum_of_header = content[len(_SIGNATURE) + 21 : len(_SIGNATURE) + 25]

@@ -1,6 +1,6 @@
-"""A small network in the layout of Stable Diffusion's single file, and how well it takes noise off stripes.
+"""A small network with tensor names as in Stable Diffusion's single file, and how well it removes noise from stripes.
 
-``score`` is the function that examples/state_dict.yaml names: it is given items and the path of a candidate.
+``score`` is the function that examples/state_dict.yaml names: it receives items and the path of a candidate.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ SHAPES = {
     "input_blocks.0.0": (8, 1), "input_blocks.1.0": (16, 8), "middle_block.0": (16, 16), "output_blocks.0.0": (8, 24),
     "out.2": (1, 8),
 }  # fmt: skip
-"""Channels out and in of each convolution of 3 x 3."""
+"""Output and input channels of each 3 x 3 convolution."""
 
 SIZE, NOISE = 8, 0.7
 
 
 def denoised(tensors: Mapping[str, Tensor], pictures: Tensor) -> Tensor:
-    """Pictures [count, 1, size, size] without the noise on them."""
+    """Remove the noise from pictures [count, 1, size, size]."""
 
     def convolved(name: str, inputs: Tensor, stride: int = 1) -> Tensor:
         weight, bias = (tensors[f"{UNET}{name}.{part}"].float() for part in ("weight", "bias"))
@@ -38,7 +38,7 @@ def denoised(tensors: Mapping[str, Tensor], pictures: Tensor) -> Tensor:
 
 
 def stripes(direction: str, seed: int) -> tuple[Tensor, Tensor]:
-    """A picture of stripes [1, size, size], horizontal or vertical, and the same with noise on it."""
+    """A picture of horizontal or vertical stripes [1, size, size], and the same with noise."""
     random = torch.Generator().manual_seed(seed)
     width, begin = 0.6 + torch.rand(1, generator=random), 6.28 * torch.rand(1, generator=random)
     rows = torch.sin(width * torch.arange(SIZE) + begin).expand(SIZE, SIZE)
@@ -47,7 +47,7 @@ def stripes(direction: str, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def score(items: Sequence[Mapping[str, Any]], weights: Path) -> list[float]:
-    """The mean squared error of each item's picture, as the table of tensors at ``weights`` makes it."""
+    """The mean squared error of each item's picture, denoised with the table of tensors at ``weights``."""
     pairs = [stripes(item["direction"], item["seed"]) for item in items]
     clean, noisy = (torch.stack(pictures) for pictures in zip(*pairs, strict=True))
     errors: list[float] = (denoised(load_file(weights), noisy) - clean).square().mean(dim=(1, 2, 3)).tolist()

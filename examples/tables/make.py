@@ -1,8 +1,9 @@
-"""Makes what examples/state_dict.yaml searches over: a base and two fine-tunes of it, and items, beside this file.
+"""Makes a base, two fine-tunes of it, and items, in this folder, for examples/state_dict.yaml.
 
     python examples/tables/make.py
 
-Some seconds on a processor. The base has seen few stripes; of each fine-tune's, three in four have its direction.
+This takes seconds on a processor. The base has seen few stripes; three quarters of the stripes of each fine-tune have
+its own direction.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ITEMS, FIRST_TRAINED = 400, 100_000
 
 
 def begun() -> dict[str, Tensor]:
-    """The network before any training, with a text encoder and a VAE that nobody trains."""
+    """The network before training, with a text encoder and a VAE that are never trained."""
     random = torch.Generator().manual_seed(0)
     tensors = {}
     for name, (channels, inputs) in SHAPES.items():
@@ -32,7 +33,7 @@ def begun() -> dict[str, Tensor]:
 
 
 def trained(tensors: dict[str, Tensor], directions: list[str], steps: int) -> dict[str, Tensor]:
-    """The network after some steps on batches of stripes, whose directions take turns."""
+    """The network after some steps on batches of stripes, with the given directions in turn."""
     mine = {name: tensor.clone().requires_grad_(name.startswith(UNET)) for name, tensor in tensors.items()}
     adam = torch.optim.Adam([tensor for tensor in mine.values() if tensor.requires_grad], lr=3e-3)
     for step in range(steps):
