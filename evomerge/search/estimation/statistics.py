@@ -263,14 +263,21 @@ def sum_interval(mean: float, deviations: Sequence[Matrix], confidence: float) -
 
 
 def shift(before: Matrix, after: Matrix, confidence: float) -> Difference:
-    """By how much the mean of ``after`` [m] is below that of ``before`` [n], on other items, with Welch's interval."""
+    """By how much the mean of ``after`` is below that of ``before``, on other items, with Welch's confidence interval.
+
+    Args:
+        before, after: float64 [n] and [m].
+        confidence: two-sided.
+    """
     return sum_interval(float(before.mean() - after.mean()), [before, after], confidence)
 
 
 def kendall_tau(one: Matrix, other: Matrix, weights: Matrix | None = None) -> float:
-    """Kendall's tau-b of two columns [n], corrected for ties (Biometrika 33, 1945); NaN if either is constant.
+    """Kendall's tau-b, corrected for ties (Biometrika 33, 1945); NaN if either column is constant.
 
-    With ``weights`` [n], a pair counts with the product of its two weights.
+    Args:
+        one, other: float64 [n], the two columns.
+        weights: float64 [n]; a pair counts with the product of its two weights. None for equal ones.
     """
     signs = [np.sign(column[:, None] - column[None, :]) for column in (one, other)]
     pairs = np.ones((len(one), len(one))) if weights is None else np.outer(weights, weights)
