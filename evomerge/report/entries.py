@@ -206,6 +206,11 @@ def value_text(value: Estimate) -> str:
     return measure_text(value.mean, value.stderr)
 
 
+def count_text(number: int, noun: str) -> str:
+    """A number with its noun in the right form: 1 candidate, 2 candidates."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def interval_text(low: float | None, high: float | None) -> str:
     """An interval: [+0.250, +0.390]; "-" if there is none."""
     return "-" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]"

@@ -17,6 +17,7 @@ from evaluators.cost import COUNTED
 from evomerge.optimizers import CatCmaSettings
 from evomerge.optimizers.base import Best, default_population
 from evomerge.optimizers.cma_es import StrategySettings
+from evomerge.report.entries import count_text
 from evomerge.search.preparing.setup import ObjectiveInfo, Setup
 from evomerge.search.settings.gradient import gradient_problem
 from search_spaces.parameter_space import ParameterSpaceSettings
@@ -188,18 +189,15 @@ def _generations(outlook: Outlook) -> str:
     """How many generations there are, and what can be learnt from them."""
     if not outlook.candidates:
         return "none: the baselines use up the budget, and nothing is searched"
-    beyond = f"{_count(outlook.candidates, 'candidate')} beyond the baselines"
+    beyond = f"{count_text(outlook.candidates, 'candidate')} beyond the baselines"
     text = f"{outlook.generations:.0f} of {outlook.population}: {beyond}"
     if outlook.learns_steps is None:
         return text
     if not outlook.learns_steps:
         return f"{text}, too few to learn a step size (a rule of thumb)"
-    steps, covariances = _count(outlook.learns_steps, "step size"), _count(outlook.learns_covariances or 0, "parameter")
+    steps = count_text(outlook.learns_steps, "step size")
+    covariances = count_text(outlook.learns_covariances or 0, "parameter")
     return f"{text}, enough to learn about {steps}, or the covariances of {covariances} (a rule of thumb)"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _least_known(setup: Setup) -> ObjectiveInfo | None:
@@ -228,8 +226,8 @@ def _on_size(prepared: Prepared, searched: int, given: int, population: int) -> 
     if count > affordable:
         coarser = {name: n for name, n in sizes.items() if n < count}
         fitting = next((name for name, n in coarser.items() if n <= affordable), "model")
-        known = f"{_count(searched, 'candidate')} can learn {affordable or 'none'}"
-        few = f"{_count(count, 'parameter')} are many: {known}"
+        known = f"{count_text(searched, 'candidate')} can learn {affordable or 'none'}"
+        few = f"{count_text(count, 'parameter')} are many: {known}"
         if prepared.file.mode == "generational" and gradient_problem(setup.space) is None:
             text = f"{few}; the gradient of the likelihood of right answers covers all of them at once"
             yield Advice(key="proxy", value="{file: FILE}", text=text)
@@ -244,7 +242,7 @@ def _on_size(prepared: Prepared, searched: int, given: int, population: int) -> 
         yield Advice(key="space.granularity", value=finer, text=text)
     usual = max(default_population(count), searched // MIN_GENERATIONS, 4)
     if population > usual:
-        leaves = _count(round(searched / population), "generation")
+        leaves = count_text(round(searched / population), "generation")
         text = f"{leaves} of {population} candidates; smaller ones are better than so few"
         yield Advice(key="optimizer.population", value=str(usual), text=text)
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from evomerge.report.conclusions import conclusions, is_front, roles_of
 from evomerge.report.confirmed import Choice
-from evomerge.report.entries import ConfirmedEntry, Entry, gap_text, percent, value_text
+from evomerge.report.entries import ConfirmedEntry, Entry, count_text, gap_text, percent, value_text
 from evomerge.report.fitting import Column, FittedTable, named, terse, without
 from evomerge.report.picks import best_source, gain_in
 from evomerge.report.quadratics import quadratics_text
@@ -88,7 +88,7 @@ def _confirmation(status: SearchStatus) -> str:
     effort = status.confirmation
     if effort is None:
         return ""
-    total = f"{_count(effort.models, 'model')} x {effort.items_each:,} held-out items"
+    total = f"{count_text(effort.models, 'model')} x {effort.items_each:,} held-out items"
     done = "" if effort.models_done >= effort.models else f"{effort.models_done} of "
     return f", confirmation {done}{total} {duration(effort.seconds)}"
 
@@ -224,7 +224,7 @@ def _few(baselines: Sequence[Entry], status: SearchStatus, rows: int | None) -> 
 
 def _more(baselines: int, others: int, what: str) -> list[RenderableType]:
     """A line about those that are not shown."""
-    counts = [f"{others} more {what}"] * (others > 0) + [f"{_count(baselines, 'baseline')} more"] * (baselines > 0)
+    counts = [f"{others} more {what}"] * (others > 0) + [f"{count_text(baselines, 'baseline')} more"] * (baselines > 0)
     return [Text(f"and {', '.join(counts)}", style="dim")] if counts else []
 
 
@@ -282,7 +282,8 @@ def _winner_text(winner: str | None, choice: Choice, status: SearchStatus) -> st
     if winner is None:
         return ""
     among = sum(shown.feasible for shown in [*status.confirmed, *status.confirmed_baselines])
-    of = f"{_count(len(status.confirmed), 'candidate')} and {_count(len(status.confirmed_baselines), 'baseline')}"
+    baselines = count_text(len(status.confirmed_baselines), "baseline")
+    of = f"{count_text(len(status.confirmed), 'candidate')} and {baselines}"
     who = f"the {among} there that keep {limits}" if limits else f"the {among} there ({of})"
     name = next(iter(status.numbers))
     entry = status.confirmed_entry(winner)
@@ -303,15 +304,11 @@ def _luck(choice: Choice, status: SearchStatus) -> str:
 def _comparisons(choice: Choice, status: SearchStatus) -> str:
     """The number of comparisons and their participants: "2 comparisons (1 candidate with base, uniform average)"."""
     gaps = next(iter(status.confirmed[0].objectives.values())).difference
-    who = f"{_count(len(status.confirmed), 'candidate')} with {', '.join(gap.to for gap in gaps)}"
-    what = f"{_count(choice.comparisons, 'comparison')} ({who})"
+    who = f"{count_text(len(status.confirmed), 'candidate')} with {', '.join(gap.to for gap in gaps)}"
+    what = f"{count_text(choice.comparisons, 'comparison')} ({who})"
     if len(status.directions) == 1:
         return what
     return f"{what} in each objective{'' if status.scalar is None else f', and as many in the {status.scalar.name}'}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def line(status: SearchStatus, eta: float | None = None, progress: Progress | None = None) -> str:
@@ -353,11 +350,11 @@ def _at_work(progress: Progress | None) -> str:
     if progress is None or not numbers:
         return ""
     if min(numbers) < 0:  # not a candidate
-        return f"; following the proxy: {_count(progress.answers, 'answer')} read"
+        return f"; following the proxy: {count_text(progress.answers, 'answer')} read"
     named = [candidate_id(number) for number in numbers]
     names = ", ".join(named) if len(named) <= _NAMED else f"{len(named)} candidates"
-    answers = f"{_count(progress.answers, 'answer')}, " if progress.answers else ""
-    return f"; scoring {names}: {answers}{_count(items, 'item')}"
+    answers = f"{count_text(progress.answers, 'answer')}, " if progress.answers else ""
+    return f"; scoring {names}: {answers}{count_text(items, 'item')}"
 
 
 def arrow(way: str) -> str:
