@@ -283,7 +283,7 @@ def test_models_that_no_adapter_lies_between_are_refused(llamas: tuple[Path, Pat
     broken = shutil.copytree(model, tmp_path / "broken")
     edit_tensors(broken, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[3].fill_(torch.nan))
     refused(broken, base, tmp_path / "out", r"up_proj.weight in model.safetensors has NaN or Inf in 1 of")
-    refused(model, base, base / "out", "lies in the folder of a source")
+    refused(model, base, base / "out", "is in the folder of a source")
     tied = pair(MODELS["tied head"], tmp_path / "tied")
     refused(*tied, tmp_path / "out", "is also the head", Extracting(RankRule(2), "low_rank"))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from evomerge.checkpoints.backward import Listening, nobody
+from evomerge.checkpoints.backward import Listening, no_listener
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source, open_source
 from evomerge.errors import InputError
@@ -52,7 +52,7 @@ class Texts:
     def ids(self, step: int) -> Tensor:
         return torch.randint(5, 500, (3, 12), generator=torch.Generator().manual_seed(step))
 
-    def passes(self, live: LiveModel, step: int, listening: Listening = nobody) -> Generator[Tensor]:
+    def passes(self, live: LiveModel, step: int, listening: Listening = no_listener) -> Generator[Tensor]:
         if step == self._ends_at:
             raise KeyboardInterrupt
         for row in self.ids(step):  # in parts

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from evomerge.checkpoints.backward import Listening, nobody
+from evomerge.checkpoints.backward import Listening, no_listener
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
@@ -230,7 +230,7 @@ def test_layers_may_have_unequal_numbers_of_experts(request: pytest.FixtureReque
     with torch.no_grad():
         experts.gate_up_proj[:2] = 1e4
         experts.down_proj[:2] = -1e4
-    assert torch.equal(logits_of(model), got)  # what nobody routes to
+    assert torch.equal(logits_of(model), got)  # no token is routed to these
     only = loaded(sources["code"].folder).model.layers[1].mlp
     given = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -322,7 +322,7 @@ class NextTokens:
     steps = 12
     rate = 0.3
 
-    def passes(self, live: LiveModel, step: int, listening: Listening = nobody) -> Generator[Tensor]:
+    def passes(self, live: LiveModel, step: int, listening: Listening = no_listener) -> Generator[Tensor]:
         torch.manual_seed(0)
         ids = torch.randint(3, 32, (4, 12))
         with listening(False):

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from evomerge.calibration import Calibration
-from evomerge.checkpoints.backward import Listening, nobody
+from evomerge.checkpoints.backward import Listening, no_listener
 from evomerge.checkpoints.live import LiveModel
 from evomerge.checkpoints.source import Source
 from evomerge.errors import InputError
@@ -68,7 +68,7 @@ class Answers:
     digest: str = "answers"
     kinds: tuple[int, ...] | None = (0, 1, 0)
 
-    def passes(self, live: LiveModel, step: int, listening: Listening = nobody) -> Generator[Tensor]:
+    def passes(self, live: LiveModel, step: int, listening: Listening = no_listener) -> Generator[Tensor]:
         prompts = self.teacher["prompts"].roll(step, 0)
         with listening(step % 2 == 1):
             with torch.enable_grad():

@@ -60,18 +60,18 @@ class Held:
         """The name of the module's weight."""
         return f"{self.module}.weight"
 
-    def matrices(self, settings: AdapterSettings, *names: str, beside: Sequence[str] = ()) -> list[TensorEntry]:
+    def matrices(self, settings: AdapterSettings, *names: str, optional: Sequence[str] = ()) -> list[TensorEntry]:
         """Some of its tensors, which must have two dimensions.
 
         Args:
-            beside: names of other tensors that are allowed.
+            optional: names of other tensors that are allowed.
 
         Raises:
             InputError: one is missing or has other dimensions, or there are unexpected ones.
         """
         entries = [self.tensors.get(name) for name in names]
         found = [entry for entry in entries if entry is not None and len(entry.shape) == 2]
-        if len(found) < len(names) or not self.tensors.keys() <= {*names, *beside}:
+        if len(found) < len(names) or not self.tensors.keys() <= {*names, *optional}:
             raise self.wrong(settings, "a pair of matrices" if len(names) == 2 else "those of its kind")
         return found
 
@@ -108,7 +108,7 @@ def _lora(held: Held, settings: AdapterSettings, router: Router | None) -> Found
     embedded = "lora_embedding_A" in held.tensors
     infix = "lora_embedding_" if embedded else "lora_"
     down, up = held.matrices(
-        settings, infix + "A", infix + "B", beside=(infix + "B.bias", "lora_magnitude_vector")
+        settings, infix + "A", infix + "B", optional=(infix + "B.bias", "lora_magnitude_vector")
     )  # fmt: skip
     scale = settings.scale(held.module, down.shape[0])
     if router is not None and (router[0].shape[1:] != down.shape[1:] or router[1] >= router[0].shape[0]):
@@ -144,7 +144,7 @@ def _vera(held: Held, settings: AdapterSettings) -> Found:
     inner, outer = held.tensors.get("vera_lambda_d"), held.tensors.get("vera_lambda_b")
     down, up = held.tensors.get("vera_A"), held.tensors.get("vera_B")
     if inner is None or outer is None or down is None or up is None or len(inner.shape) != 1 or len(outer.shape) != 1:
-        raise held.wrong(settings, "vera_lambda_b and vera_lambda_d beside vera_A and vera_B, which all modules share")
+        raise held.wrong(settings, "vera_lambda_b and vera_lambda_d with vera_A and vera_B, which all modules share")
     if down.shape[0] != inner.shape[0] or up.shape[1] != inner.shape[0] or up.shape[0] < outer.shape[0]:
         raise held.wrong(settings, "of one rank")
     inputs = down.shape[1]  # reduced to the weight's own once that is known

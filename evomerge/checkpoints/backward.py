@@ -26,7 +26,7 @@ Listening = Callable[[bool], AbstractContextManager[None]]
 """(whether layers are recomputed) -> a context in which a backward pass delivers gradients."""
 
 
-def nobody(recomputed: bool) -> AbstractContextManager[None]:
+def no_listener(recomputed: bool) -> AbstractContextManager[None]:
     """Receives no gradients."""
     return nullcontext()
 

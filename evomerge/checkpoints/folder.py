@@ -142,8 +142,8 @@ def companion_files(folder: Path) -> list[Path]:
     describes its use. Code, training records, and data too large to be settings are excluded.
     """
     named = (file for file in folder.iterdir() if file.is_file() and _COMPANIONS.fullmatch(file.name))
-    beside = (file for file in named if file.stat().st_size <= TEXT_BYTES)
-    return sorted({*tokenizer_files(folder), *(file for file in beside if not _MADE_ANEW.fullmatch(file.name))})
+    texts = (file for file in named if file.stat().st_size <= TEXT_BYTES)
+    return sorted({*tokenizer_files(folder), *(file for file in texts if not _MADE_ANEW.fullmatch(file.name))})
 
 
 def check_tokenizer(folder: Path, place: str) -> None:

@@ -213,8 +213,8 @@ def for_scoring(model: Any) -> Any:
     """
     inside = set(model.base_model.modules()) - {model}
     heads = {model.get_output_embeddings(), *model.modules()} - inside
-    beside = {child for module in model.modules() if _has_convolution(module) for child in module.children()}
-    for module in heads | beside:
+    in_convolutions = {child for module in model.modules() if _has_convolution(module) for child in module.children()}
+    for module in heads | in_convolutions:
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(_as_one_matrix)
     use_grouped_attention(model)

@@ -70,16 +70,16 @@ def _folder_of(storage: Storage, files: Mapping[str, FileVersion]) -> Path:
 
 def _copy(storage: Storage, files: Mapping[str, FileVersion], folder: Path, place: str) -> None:
     """Copy files next to their folder, each under a temporary name; the folder appears once all are complete."""
-    beside = folder.with_name(folder.name + PARTIAL)
-    beside.mkdir(exist_ok=True)
-    lacking = {name: each.size for name, each in files.items() if not (beside / name).exists()}
-    room, wanted = shutil.disk_usage(beside).free, sum(lacking.values())
+    partial = folder.with_name(folder.name + PARTIAL)
+    partial.mkdir(exist_ok=True)
+    lacking = {name: each.size for name, each in files.items() if not (partial / name).exists()}
+    room, wanted = shutil.disk_usage(partial).free, sum(lacking.values())
     if room < wanted:
-        problem = f"needs {wanted / 1e9:.1f} GB for a copy in {beside.parent}, and {room / 1e9:.1f} GB are free"
+        problem = f"needs {wanted / 1e9:.1f} GB for a copy in {partial.parent}, and {room / 1e9:.1f} GB are free"
         raise InputError(place, problem, "Make room, or let XDG_CACHE_HOME name another disk.")
     for name, size in lacking.items():
-        _get(storage, name, size, beside / name)
-    beside.rename(folder)
+        _get(storage, name, size, partial / name)
+    partial.rename(folder)
 
 
 def _get(storage: Storage, name: str, size: int, file: Path) -> None:

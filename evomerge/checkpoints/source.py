@@ -444,8 +444,8 @@ def _check_copies(stored: Mapping[str, TensorEntry], plan: Blueprint, place: str
 def _files(folder: Path, stored: Mapping[str, TensorEntry], sees: bool) -> tuple[Path, ...]:
     weights = sorted({entry.file for entry in stored.values()})
     side = [folder / name for name in ("config.json", "generation_config.json", INDEX)]
-    beside = processor_files(folder) if sees else []
-    return (*weights, *(file for file in side if file.exists()), *tokenizer_files(folder), *beside)
+    processor = processor_files(folder) if sees else []
+    return (*weights, *(file for file in side if file.exists()), *tokenizer_files(folder), *processor)
 
 
 def _warnings(

@@ -31,7 +31,7 @@ class Stretches:
     def __init__(self, model: Any, layers: Sequence[nn.Module]) -> None:
         self._model = model
         self._layers = layers
-        self._beside: dict[int, tuple[Any, ...] | None] = {}
+        self._others: dict[int, tuple[Any, ...] | None] = {}
 
     def run(self, text: Tensor, begin: int, hidden: Tensor | None) -> None:
         """Run the layers from ``begin`` on, and everything after them.
@@ -46,7 +46,7 @@ class Stretches:
         """
         with ExitStack() as changed:
             for number in range(begin if hidden is not None else 0):
-                changed.enter_context(_passed_over(self._layers[number], self._beside[number]))
+                changed.enter_context(_passed_over(self._layers[number], self._others[number]))
             if hidden is not None:
                 changed.enter_context(_given(self._layers[begin], hidden))
             self._model(text, use_cache=False)
@@ -72,16 +72,16 @@ class Stretches:
 
     def _note(self, number: int, module: Any, given: Any, out: Any) -> None:
         """Remember a layer's outputs other than the hidden state, which it returns when it is skipped."""
-        self._beside[number] = tuple(out[1:]) if isinstance(out, tuple) else None
+        self._others[number] = tuple(out[1:]) if isinstance(out, tuple) else None
 
 
 @contextmanager
-def _passed_over(layer: nn.Module, beside: tuple[Any, ...] | None) -> Iterator[None]:
+def _passed_over(layer: nn.Module, others: tuple[Any, ...] | None) -> Iterator[None]:
     """Within the context, a layer returns the hidden state that it is given."""
 
     def forward(*given: Any, **named: Any) -> Any:
         hidden = given[0] if given else named["hidden_states"]
-        return hidden if beside is None else (hidden, *beside)
+        return hidden if others is None else (hidden, *others)
 
     layer.forward = forward
     try:

@@ -23,7 +23,7 @@ def check_target(out: Path, sources: Sequence[Path] = ()) -> None:
     place = str(out)
     for folder in sources:
         if out.resolve().is_relative_to(folder.resolve()):
-            raise InputError(place, f"lies in the folder of a source ({folder.resolve()})", "Choose another folder.")
+            raise InputError(place, f"is in the folder of a source ({folder.resolve()})", "Choose another folder.")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(place, "is not a folder", "Choose another name.")
     if out.exists() and any(out.iterdir()):

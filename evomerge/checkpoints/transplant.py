@@ -50,7 +50,7 @@ class RowPlan:
         pieces: for ids that the model lacks, the ids into which its tokenizer splits their texts.
         model: the model as opened.
         donor: its rows describe the missing tokens.
-        beside: for each tensor of the model with one row per token, the donor's counterpart; None if there is none.
+        counterparts: for each tensor of the model with one row per token, the name of the donor's, or None.
         method: how rows are computed.
         atoms: how many rows ``omp`` combines; None for the default.
     """
@@ -60,7 +60,7 @@ class RowPlan:
     pieces: Mapping[int, Sequence[int]]
     model: Source
     donor: Source
-    beside: Mapping[str, str | None]
+    counterparts: Mapping[str, str | None]
     method: RowMethod
     atoms: int | None
 
@@ -90,15 +90,15 @@ class RowPlan:
         """The rows of missing tokens, float32."""
         known = stored[self.own[self.shared]].float()
         mean = known.mean(0)
-        beside = self.beside[name]
-        if self.method == "mean" or stored.dim() != 2 or (self.method == "omp" and beside is None):
+        counterpart = self.counterparts[name]
+        if self.method == "mean" or stored.dim() != 2 or (self.method == "omp" and counterpart is None):
             return mean.expand(len(self.lacking), *mean.shape)
         if self.method == "subword":
             rows = [self.pieces[number] for number in self.lacking.tolist()]
             return torch.stack([stored[list(row)].float().mean(0) if row else mean for row in rows])
-        assert beside is not None
-        theirs = self.donor.read(beside)
-        check_tensor(self.donor, beside, theirs)
+        assert counterpart is not None
+        theirs = self.donor.read(counterpart)
+        check_tensor(self.donor, counterpart, theirs)
         atoms = theirs[self.shared].float()
         there = atoms.norm(dim=1) > 0
         chosen, shares = pursue(
@@ -109,7 +109,7 @@ class RowPlan:
         for start in range(0, len(made), 256):  # in chunks, to bound the memory for the gathered rows
             part = slice(start, start + 256)
             made[part] = torch.bmm(shares[part, None], ours[chosen[part]])[:, 0]
-        self.donor.release(beside)
+        self.donor.release(counterpart)
         return made
 
 
@@ -124,14 +124,14 @@ class TransplantedSource(Source):
         return {**super().__getstate__(), "_tables": {}}
 
     def read(self, name: str) -> Tensor:
-        if self.plan is None or name not in self.plan.beside:
+        if self.plan is None or name not in self.plan.counterparts:
             return super().read(name)
         if name not in self._tables:
             self._tables[name] = self.plan.table(name)
         return self._tables[name]
 
     def release(self, name: str) -> None:
-        if self.plan is None or name not in self.plan.beside:
+        if self.plan is None or name not in self.plan.counterparts:
             super().release(name)
 
 
@@ -201,13 +201,13 @@ def _plan(
             cut = ours.encode(text_of(meant[number]), add_special_tokens=False)
             pieces[number] = [piece for piece in cut if piece < rows]
     heads = {donor.roles[name].kind: name for name in of_donor if len(donor.tensors[name].shape) == 2}
-    beside = {
+    counterparts = {
         name: (heads.get(source.roles[name].kind) or heads.get("embedding"))
         if len(source.tensors[name].shape) == 2
         else None
         for name in names
     }
-    return RowPlan(own, named, pieces, source, donor, beside, method, atoms)
+    return RowPlan(own, named, pieces, source, donor, counterparts, method, atoms)
 
 
 def _texts(source: Source, donor: Source) -> dict[str, str]:

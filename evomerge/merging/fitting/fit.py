@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from evomerge.checkpoints.backward import Listening, nobody
+from evomerge.checkpoints.backward import Listening, no_listener
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.live import LiveModel
@@ -32,7 +32,7 @@ class Fit(Protocol):
         """The digest of the items and of all numbers here, which recipes name. Raises InputError: unreadable items."""
         ...
 
-    def passes(self, live: LiveModel, step: int, listening: Listening = nobody) -> Generator[Tensor]:
+    def passes(self, live: LiveModel, step: int, listening: Listening = no_listener) -> Generator[Tensor]:
         """The loss of one step, in parts: each a scalar with a graph, to be run backward before the next one.
 
         The items of a step depend on its number alone. ``listening`` is open around each part.

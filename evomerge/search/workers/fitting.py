@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from evomerge.checkpoints.backward import Listening, nobody
+from evomerge.checkpoints.backward import Listening, no_listener
 from evomerge.inference.proxy import loss_parts
 from evomerge.inference.reading import Reader
 from evomerge.inference.requests import Likelihood
@@ -40,7 +40,7 @@ class AnswersFit:
     def digest(self) -> str:
         return self._split.digest
 
-    def passes(self, live: LiveModel, step: int, listening: Listening = nobody) -> Generator[Tensor]:
+    def passes(self, live: LiveModel, step: int, listening: Listening = no_listener) -> Generator[Tensor]:
         """The loss of one step, the mean over its items, in parts; see ``Fit``."""
         reader = Reader.of(live)
         drawn, groups = self.drawn(step), self._split.groups
