@@ -54,6 +54,19 @@ def test_it_survives_a_round_trip_through_json(path: Path) -> None:
     assert again.model_dump(mode="json") == file.model_dump(mode="json")
 
 
+def test_a_race_that_an_earlier_version_recorded_goes_on(path: Path) -> None:
+    """It recorded how challengers are chosen, of which one way is left: a search that chose the other is refused."""
+    path.write_text(path.read_text() + "racing: {rungs: [25]}\n")
+    settings = load_search_file(path).model_dump(mode="json")
+    settings["racing"] |= {"challengers": "scores"}
+    with Store.create(
+        path.parent / "search.db", name="demo", settings=settings, fingerprints={}, environment={}
+    ) as store:
+        assert resumed_file(path.parent, store, ()).racing == load_search_file(path).racing
+    with pytest.raises(InputError, match=r"racing\.challengers"):
+        load_search_file(path, ["racing.challengers=neighbours"])
+
+
 def test_settings_that_this_version_does_not_know_are_refused_by_name(path: Path) -> None:
     """A key may be gone since a search began; its store is at fault then, and not the file that a person may edit."""
     settings = load_search_file(path).model_dump(mode="json")

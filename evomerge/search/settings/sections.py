@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os.path
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -207,6 +207,14 @@ class Racing(Section):
     rungs: tuple[Annotated[int, Field(ge=10, le=10**8)], ...] = Field(min_length=1, max_length=100)
     confidence: float = Field(default=0.9, gt=0.5, lt=1)
     estimate: Estimate = "baseline"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_challengers(cls, content: object) -> object:
+        """Drop a choice that earlier versions recorded with every race; only its default is left."""
+        if isinstance(content, Mapping) and content.get("challengers") == "scores":
+            return {key: value for key, value in content.items() if key != "challengers"}
+        return content
 
     @field_validator("rungs")
     @classmethod
