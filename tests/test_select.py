@@ -356,8 +356,8 @@ def test_the_winner_is_compared_with_random_directions_at_its_weights(
         ({"select": {"keep": 1}}, "keep: .*2"),
         ({"select": {"rungs": [4, 3]}}, "each be larger"),
         ({"select": {"rest": "sum"}}, "rest"),
-        ({"sources": {n: str(MINIATURES / "base") for n in ("base", "rest", "b", "c")}}, "sources.rest: is what"),
-        ({"calibration": {"sources": dict.fromkeys(NAMES, "x")}}, "select.rest: would enter as a source without"),
+        ({"sources": {n: str(MINIATURES / "base") for n in ("base", "rest", "b", "c")}}, "sources.rest: is the name"),
+        ({"calibration": {"sources": dict.fromkeys(NAMES, "x")}}, "select.rest: would add a source without"),
         ({"artifacts": "file:///tmp/copies"}, "select: makes sources in the search's folder"),
     ],
 )
