@@ -121,6 +121,32 @@ def test_while_the_best_is_a_source_a_proxy_starts_again_from_the_best_of_its_ow
     assert max(starts[PATIENCE:]) < starts[2]
 
 
+class WithDefaults(FakeSpace):
+    """The second source has weights of 0, the defaults weights of 0.4: the better of the two by the first objective."""
+
+    def baselines(self) -> Iterator[Baseline]:
+        yield from super().baselines()
+        defaults = np.full(len(self.parameters), 0.4)
+        yield Baseline("defaults", "default", self.decode(defaults), defaults)
+
+
+@pytest.mark.parametrize(
+    ("space", "objectives", "start"),
+    [
+        pytest.param(FakeSpace(12), 1, 1.0, id="the best source"),
+        pytest.param(WithDefaults(12), 1, 0.4, id="defaults that are the best"),
+        pytest.param(FarFromASource(12), 1, 0.0, id="defaults, where the best source is no point of the space"),
+        pytest.param(WithDefaults(12), 2, 0.4, id="defaults, where each objective has another best"),
+    ],
+)
+def test_a_descent_starts_from_the_best_baseline(
+    space: FakeSpace, objectives: int, start: float, tmp_path: Path
+) -> None:
+    setup = replace(proxied(candidates=12, objectives=objectives), space=space)
+    drive(tmp_path, setup, simulation=towards(BEST))
+    assert descents(tmp_path)[0].proxy[0] == pytest.approx(abs(start - BEST))
+
+
 def agreements(folder: Path) -> list[Agreed]:
     with Store.open(folder / "search.db") as store:
         return [event.read(Agreed) for event in store.events(kinds=("proxy",))]
@@ -150,12 +176,12 @@ def test_the_proxy_at_a_point_is_read_off_a_line_through_its_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("losses", "tau", "low"), [((5, 4, 0, 1, 3, 2), -5 / 15, False), ((5, 4, 0, 3, 1, 2), -7 / 15, True)]
+    ("losses", "tau", "low"), [((5, 4, 3, 1, 0, 2), -11 / 15, False), ((5, 4, 3, 2, 0, 1), -13 / 15, True)]
 )
 def test_a_proxy_is_dropped_only_if_the_objectives_surely_disagree(
     losses: tuple[float, ...], tau: float, low: bool
 ) -> None:
-    """Of six points, tau has a standard deviation of 0.355 by chance, and 1.28 of these are 0.454."""
+    """Of six points, tau has a standard deviation of 0.355 by chance, and 2.33 of these are 0.827."""
     agreement = Agreement()
     for value, loss in enumerate(losses):
         agreement.add(float(value), [loss])

@@ -1,11 +1,12 @@
 """Descents: where the gradient of a proxy leads, proposed beside what the optimizer asks for.
 
 The proxy is smooth and knows nothing of how answers are graded: followed too far, it leads away from what is wanted,
-and on the way to something better it may lead through something worse. So it decides nothing. Its points are scored
-like any candidate, and it is followed from its last point as long as it leads to a new best one now and then. If it has
-not for a while, it starts again from the best candidate at half the rate; if no candidate of the search is better than
-the sources yet, from the best of its own points. At the lowest rate it stops once its points do not improve any more,
-and at any rate if the objectives surely disagree with it (``estimation/agreement.py``).
+and on the way to something better it may lead through something worse. So it decides nothing. It is first followed from
+the best baseline, or from the method's defaults if that is no point of the space, or if several are best at something.
+Its points are scored like any candidate, and it is followed from its last point as long as it leads to a new best one
+now and then. If it has not for a while, it starts again from the best candidate at half the rate; if no candidate of
+the search is better than the sources yet, from the best of its own points. At the lowest rate it stops once its points
+do not improve any more, and at any rate if the objectives surely disagree with it (``estimation/agreement.py``).
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ class Descents:
             self._at = self._best
         elif self._at is None:  # these are the baselines
             defaults = [c.genome for c in candidates if c.origin == "default" and c.genome is not None]
-            self._at = defaults[0] if defaults else self._best
+            best = {tuple(c.losses or ()) for c in candidates if c.number in front}
+            self._at = defaults[0] if defaults and (len(best) > 1 or not new) else self._best
         elif self.rate is not None:
             if path:
                 self._at = path[-1].genome
