@@ -340,8 +340,8 @@ def test_the_service_starts_drivers_as_jobs(tmp_path: Path, cluster: str) -> Non
         assert (job.name, job.folder) == ("small", str(folder))
         assert job_client(cluster).get_job_info(job.job).runtime_env == environment
         again = Drivers(root, RayJobs(cluster, insecure=False))  # as after a restart of the server
-        assert again.look("small", store) == DriverState("starting", "", holds=False)
-        until(lambda: again.look("small", store).state == "finished" and not again.look("small", store).holds)
+        assert again.state_of("small", store) == DriverState("starting", "", holds=False)
+        until(lambda: again.state_of("small", store).state == "finished" and not again.state_of("small", store).holds)
         assert len(store.candidates()) == 6
         assert store.search().settings["cluster"] | cluster_settings == store.search().settings["cluster"]
         assert store.search().settings["pool"] == "ray"
