@@ -21,8 +21,7 @@ from evomerge.search.driving.control import Control
 from evomerge.search.driving.drive import Drive
 from evomerge.search.driving.driver import Driver
 from evomerge.search.pools.simulated import SimulatedClock, SimulatedPool
-from evomerge.store import ItemTexts, tables
-from evomerge.store import lease as leases
+from evomerge.store import ItemTexts, fence, tables
 from evomerge.store.events import CopyingState
 from evomerge.store.fence import Holder
 from evomerge.store.lease import acquire, current_holder
@@ -167,7 +166,7 @@ def test_many_queries_of_one_read_see_one_state(url: str) -> None:
 def test_a_lease_goes_by_the_servers_clock(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen from another host, whose own clock is an hour off."""
     with create(url) as store, acquire(store):
-        monkeypatch.setattr(leases, "boot_id", lambda: "another host")
+        monkeypatch.setattr(fence, "boot_id", lambda: "another host")
         monkeypatch.setattr("time.time", lambda: 0.0)
         assert current_holder(store) is not None
         for seconds, held in ((5, True), (-5, False)):
